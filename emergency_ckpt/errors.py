@@ -1,0 +1,65 @@
+"""One exception per failure that a user can act on.
+
+Every message says what happened, where (step, leaf, slice, process, path), what was expected and found,
+and what to do next. Catch `EmergencyCheckpointError` for all of them.
+"""
+
+
+class EmergencyCheckpointError(Exception):
+    """Base class of every error this package raises on purpose."""
+
+
+class ConfigError(EmergencyCheckpointError, ValueError):
+    """A flag is unknown, has a wrong type, or contradicts another one."""
+
+
+class TopologyError(EmergencyCheckpointError, ValueError):
+    """The mesh and the replica axis do not describe slices of whole processes."""
+
+
+class UnsupportedStateError(EmergencyCheckpointError, TypeError):
+    """A leaf of the state cannot be checkpointed (its type or its placement)."""
+
+
+class StateMismatchError(EmergencyCheckpointError, ValueError):
+    """The state that is wanted and the state that was saved differ in leaves, shapes or dtypes."""
+
+
+class LocalDirectoryError(EmergencyCheckpointError, OSError):
+    """The local checkpoint directory is missing, not writable, or used by somebody else."""
+
+
+class LocalCapacityError(LocalDirectoryError):
+    """The ramdisk, or the memory limit it counts against, has no room for the slots."""
+
+
+class ForeignRunError(LocalDirectoryError):
+    """The local directory, or the persistent one, holds data of another run."""
+
+
+class CorruptDataError(EmergencyCheckpointError, ValueError):
+    """Stored bytes do not match their checksum, or a file of ours is damaged."""
+
+
+class NoRestorableStepError(EmergencyCheckpointError, FileNotFoundError):
+    """No step, or not the step that was asked for, can be made whole from what survived."""
+
+
+class PersistentStoreError(EmergencyCheckpointError, OSError):
+    """The persistent tier could not be read or written."""
+
+
+class StaleGenerationError(PersistentStoreError):
+    """A newer generation of this run exists: this process belongs to a job that was replaced."""
+
+
+class CoordinationTimeoutError(EmergencyCheckpointError, TimeoutError):
+    """Some processes did not answer within the time limit; the message names them."""
+
+
+class PeerFailedError(EmergencyCheckpointError, RuntimeError):
+    """Another process reported an error during an operation that all processes do together."""
+
+
+class ExtrasError(EmergencyCheckpointError, ValueError):
+    """Per-process extras are too large, not serialisable, or do not fit this process count."""
