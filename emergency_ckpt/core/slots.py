@@ -1,0 +1,185 @@
+"""The slot state machine: which slot of one process may take the next step.
+
+Invariant 2: the newest restorable step is never lost. A slot is overwritten only if what it holds is void,
+abandoned, or older than a step that is *known* to be complete; a process that does not know protects both.
+The table is a value: every transition returns a new one, and the same transitions run in production and in
+the exhaustive exploration of the tests.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Iterable, Sequence
+
+from emergency_ckpt.core.lineage import Activation, StepId, is_void
+
+
+class Outcome(enum.Enum):
+    """What all processes agreed about a step; written once."""
+
+    COMPLETE = "complete"
+    ABANDONED = "abandoned"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Slot:
+    """One slot: empty (`step` None), being written (`sealed` False) or sealed; `pins` counts running drains."""
+
+    step: StepId | None = None
+    sealed: bool = False
+    pins: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SlotTable:
+    """The slots of one process and what this process knows about the steps in them.
+
+    Attributes:
+      slots: one entry per slot file.
+      max_to_keep: how many complete steps stay available; 0 where slots are not a tier to restore from
+        (then only pins protect a sealed slot).
+      complete: steps known to be complete (those in slots, and the newest one wherever it is).
+      abandoned: steps in slots known to be abandoned.
+      activations: the restores that all processes agreed on (see `core.lineage`).
+    """
+
+    slots: tuple[Slot, ...]
+    max_to_keep: int = 1
+    complete: frozenset[StepId] = frozenset()
+    abandoned: frozenset[StepId] = frozenset()
+    activations: frozenset[Activation] = frozenset()
+
+    @classmethod
+    def recovered(
+        cls, held: Sequence[StepId | None], max_to_keep: int, activations: Iterable[Activation] = ()
+    ) -> SlotTable:
+        """The table after a start: sealed slots as found on the ramdisk, no outcome known."""
+        slots = tuple(Slot(step, sealed=step is not None) for step in held)
+        return cls(slots, max_to_keep, activations=frozenset(activations))
+
+    # Questions.
+
+    def sealed_steps(self) -> tuple[StepId, ...]:
+        """Steps in sealed slots that are neither void nor abandoned, oldest first."""
+        return tuple(sorted(s.step for s in self.slots if s.step and s.sealed and not self._given_up(s.step)))
+
+    def find(self, step: StepId) -> int | None:
+        """The slot in which `step` is sealed, if any."""
+        return next((i for i, s in enumerate(self.slots) if s.step == step and s.sealed), None)
+
+    def newest_complete(self) -> StepId | None:
+        return max((s for s in self.complete if not is_void(s, self.activations)), default=None)
+
+    def protection(self, index: int) -> str | None:
+        """Why this slot must not be overwritten, in words; None where it may be."""
+        slot = self.slots[index]
+        if slot.step is None:
+            return None
+        if not slot.sealed:
+            return f"slot {index} is being written ({slot.step})"
+        if slot.pins:
+            return f"slot {index} is being drained ({slot.step})"
+        if self.max_to_keep == 0 or self._given_up(slot.step):
+            return None
+        newer = [s for s in self.complete if s > slot.step and not is_void(s, self.activations)]
+        if not newer:
+            return f"slot {index} holds {slot.step} and no newer step is known to be complete"
+        if slot.step in self.complete and len(newer) < self.max_to_keep:
+            return f"slot {index} holds {slot.step}, one of the newest {self.max_to_keep} complete steps"
+        return None
+
+    def choose(self, step: StepId) -> tuple[int | None, str]:
+        """The slot that `begin(step)` takes, or None, with the reason."""
+        if is_void(step, self.activations):
+            return None, f"{step} belongs to a generation that a restore has ended"
+        held = self.find(step)
+        if held is not None and not self._given_up(step) and self.max_to_keep:
+            return None, f"{step} is already sealed in slot {held}"
+        reasons = [self.protection(i) for i in range(len(self.slots))]
+        free = [i for i, reason in enumerate(reasons) if reason is None]
+        if not free:
+            return None, "no slot is free: " + "; ".join(reason for reason in reasons if reason)
+        same = [i for i in free if self.slots[i].step == step]
+        best = same[0] if same else min(free, key=self._reluctance)
+        return best, f"slot {best} takes {step}"
+
+    def _reluctance(self, index: int) -> tuple[int, int, int]:
+        """Sort key: empty slots first, then given-up steps, then superseded ones, oldest first."""
+        step = self.slots[index].step
+        if step is None:
+            return (0, 0, 0)
+        return (1 if self._given_up(step) else 2, step.generation, step.step)
+
+    def _given_up(self, step: StepId) -> bool:
+        return step in self.abandoned or is_void(step, self.activations)
+
+    # Transitions.
+
+    def begin(self, step: StepId, pins: int = 0) -> tuple[SlotTable, int | None, str]:
+        """Takes a slot for `step` (the caller removes the slot's manifest before it writes a byte).
+
+        Returns the new table, the slot's index or None where none may be overwritten, and the reason.
+        """
+        index, reason = self.choose(step)
+        if index is None:
+            return self, None, reason
+        table = dataclasses.replace(self, abandoned=self.abandoned - {step})
+        return table._with_slot(index, Slot(step, sealed=False, pins=pins)), index, reason
+
+    def seal(self, index: int) -> SlotTable:
+        """The slot's manifest is in place."""
+        slot = self._writing(index)
+        return self._with_slot(index, dataclasses.replace(slot, sealed=True))
+
+    def fail(self, index: int) -> SlotTable:
+        """Writing the slot failed; it is empty."""
+        self._writing(index)
+        return self._with_slot(index, Slot())
+
+    def empty(self, index: int) -> SlotTable:
+        """The slot's manifest is gone (removed on purpose, or found damaged)."""
+        return self._with_slot(index, Slot())
+
+    def settle(self, step: StepId, outcome: Outcome) -> SlotTable:
+        """Learns the agreed outcome of `step`."""
+        if outcome is Outcome.COMPLETE:
+            return dataclasses.replace(self, complete=self.complete | {step})._pruned()
+        return dataclasses.replace(self, abandoned=self.abandoned | {step})._pruned()
+
+    def activate(self, activation: Activation) -> SlotTable:
+        """Learns that all processes hold the state of a restore: what it left behind is void."""
+        return dataclasses.replace(self, activations=self.activations | {activation})._pruned()
+
+    def pin(self, index: int) -> SlotTable:
+        """A drain reads this slot: it may not be overwritten until `unpin`."""
+        slot = self.slots[index]
+        if slot.step is None:
+            raise ValueError(f"slot {index} is empty and cannot be pinned")
+        return self._with_slot(index, dataclasses.replace(slot, pins=slot.pins + 1))
+
+    def unpin(self, index: int) -> SlotTable:
+        slot = self.slots[index]
+        if not slot.pins:
+            raise ValueError(f"slot {index} is not pinned")
+        return self._with_slot(index, dataclasses.replace(slot, pins=slot.pins - 1))
+
+    def _writing(self, index: int) -> Slot:
+        slot = self.slots[index]
+        if slot.step is None or slot.sealed:
+            raise ValueError(f"slot {index} is not being written")
+        return slot
+
+    def _with_slot(self, index: int, slot: Slot) -> SlotTable:
+        slots = (*self.slots[:index], slot, *self.slots[index + 1 :])
+        return dataclasses.replace(self, slots=slots)._pruned()
+
+    def _pruned(self) -> SlotTable:
+        """Forgets outcomes that no longer matter, so that the table does not grow with the run."""
+        held = {slot.step for slot in self.slots}
+        newest = self.newest_complete()
+        return dataclasses.replace(
+            self,
+            complete=frozenset(s for s in self.complete if s in held or s == newest),
+            abandoned=frozenset(s for s in self.abandoned if s in held),
+        )
