@@ -1,1 +1,85 @@
-"""Checkpoint manager for JAX training jobs: ramdisk tier, persistent tier, restore from survivors."""
+"""Checkpoint manager for JAX training jobs: ramdisk tier, persistent tier, restore from survivors.
+
+The names below are the public surface. They are imported on first use, so that importing the package (and the
+command line, and the agent) does not import jax.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from emergency_ckpt.config import Config, load_config
+    from emergency_ckpt.errors import (
+        ConfigError,
+        CoordinationTimeoutError,
+        CorruptDataError,
+        EmergencyCheckpointError,
+        ExtrasError,
+        ForeignRunError,
+        LocalCapacityError,
+        LocalDirectoryError,
+        NoRestorableStepError,
+        PeerFailedError,
+        PersistentStoreError,
+        StaleGenerationError,
+        StateMismatchError,
+        TopologyError,
+        UnsupportedStateError,
+    )
+    from emergency_ckpt.manager import CheckpointManager
+    from emergency_ckpt.options import (
+        CheckpointManagerOptions,
+        LocalCheckpointOptions,
+        MultiprocessingOptions,
+        PersistentCheckpointOptions,
+    )
+
+__all__ = [
+    "CheckpointManager",
+    "CheckpointManagerOptions",
+    "Config",
+    "ConfigError",
+    "CoordinationTimeoutError",
+    "CorruptDataError",
+    "EmergencyCheckpointError",
+    "ExtrasError",
+    "ForeignRunError",
+    "LocalCapacityError",
+    "LocalCheckpointOptions",
+    "LocalDirectoryError",
+    "MultiprocessingOptions",
+    "NoRestorableStepError",
+    "PeerFailedError",
+    "PersistentCheckpointOptions",
+    "PersistentStoreError",
+    "StaleGenerationError",
+    "StateMismatchError",
+    "TopologyError",
+    "UnsupportedStateError",
+    "load_config",
+]
+
+_HOME = {
+    "CheckpointManager": "manager",
+    "CheckpointManagerOptions": "options",
+    "LocalCheckpointOptions": "options",
+    "MultiprocessingOptions": "options",
+    "PersistentCheckpointOptions": "options",
+    "Config": "config",
+    "load_config": "config",
+}
+"""The module of each public name; names that are not listed are errors."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME.get(name, 'errors')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,57 @@
+# From a fresh clone, with only Python >= 3.11 and make: `make demo` and `make test`.
+# The virtual environment is made on first use, and again when pyproject.toml changes.
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+BENCH_ARGS ?=
+
+# A name on PATH may be a launcher without an interpreter behind it, so each candidate is run.
+find_python = $(shell for python in python3.13 python3.12 python3.11 python3; do \
+	if $$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' >/dev/null 2>&1; \
+	then echo $$python; break; fi; done)
+PYTHON ?= $(find_python)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint format bench clean
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+
+venv: $(STAMP) ## the virtual environment, with everything for the demo and for development
+
+$(STAMP): pyproject.toml
+	@python='$(PYTHON)'; \
+	if [ ! -x $(BIN)/python ]; then \
+		if [ -z "$$python" ]; then \
+			echo 'No Python from 3.11 to 3.13 on PATH; install one, or name it: make PYTHON=/path/to/python' >&2; \
+			exit 1; \
+		fi; \
+		echo "making $(VENV) with $$($$python --version)"; \
+		$$python -m venv $(VENV); \
+	fi
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,demo]'
+	@touch $@
+
+demo: $(STAMP) ## train, lose a whole slice, come back (under 3 minutes)
+	$(BIN)/emergency-ckpt demo $(DEMO_ARGS)
+
+test: $(STAMP) ## all tests (options for pytest: PYTEST_ARGS="-x -k slots")
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP) ## style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --warnings
+
+format: $(STAMP) ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP) ## measurements
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+clean: ## remove the virtual environment and all caches
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis *.egg-info

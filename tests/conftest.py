@@ -1,0 +1,45 @@
+"""What every test gets: CPU devices for in-process JAX, a directory in memory, no stray processes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import psutil
+import pytest
+
+# Before anything imports jax: eight devices, so that meshes with a replica axis fit into one process.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+
+# Tests assert no times, so neither does hypothesis; in CI its examples are the same at every run.
+hypothesis.settings.register_profile("local", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.fixture
+def ramdisk() -> Iterator[Path]:
+    """A fresh directory in memory where the machine has one (/dev/shm), removed afterwards."""
+    root = Path("/dev/shm")
+    parent = root if root.is_dir() and os.access(root, os.W_OK) else None
+    path = Path(tempfile.mkdtemp(prefix="emergency-ckpt-test-", dir=parent))
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_process_outlives_the_tests() -> Iterator[None]:
+    """Fails the session when a test leaves a process behind, and ends it."""
+    before = {process.pid for process in psutil.Process().children(recursive=True)}
+    yield
+    left = [p for p in psutil.Process().children(recursive=True) if p.pid not in before]
+    _, left = psutil.wait_procs(left, timeout=10)
+    described = [f"{p.pid}: {' '.join(p.cmdline())}" for p in left if p.status() != psutil.STATUS_ZOMBIE]
+    for process in left:
+        process.kill()
+    assert not described, f"processes that tests started are still running: {described}"
