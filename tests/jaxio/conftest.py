@@ -1,6 +1,0 @@
-"""Eight CPU devices in this process; set before anything imports jax."""
-
-import os
-
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
