@@ -80,7 +80,5 @@ class Inventory:
                 for generation, step, layout, position, digest, extras_of in raw["holdings"]
             ),
             highest_generation=int(raw["highest_generation"]),
-            activations=tuple(
-                Activation(int(g), None if s is None else int(s)) for g, s in raw["activations"]
-            ),
+            activations=tuple(Activation(int(g), None if s is None else int(s)) for g, s in raw["activations"]),
         )

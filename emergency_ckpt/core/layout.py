@@ -130,7 +130,9 @@ class Layout:
     def data_bytes(self, process: int) -> int:
         """Bytes of the data region of a slot of `process`."""
         entries = self.slot_entries(process)
-        return -(-(entries[-1].offset + entries[-1].nbytes) // SHARD_ALIGNMENT) * SHARD_ALIGNMENT if entries else 0
+        return (
+            -(-(entries[-1].offset + entries[-1].nbytes) // SHARD_ALIGNMENT) * SHARD_ALIGNMENT if entries else 0
+        )
 
     @functools.cached_property
     def hash(self) -> str:
@@ -177,7 +179,9 @@ class Layout:
             process_shards=tuple(tuple(map(int, held)) for held in raw["process_shards"]),
             process_slice=tuple(map(int, raw["process_slice"])),
             value_leaves=tuple(map(str, raw["value_leaves"])),
-            metadata_files=tuple((str(p), base64.b64decode(b, validate=True)) for p, b in raw["metadata_files"]),
+            metadata_files=tuple(
+                (str(p), base64.b64decode(b, validate=True)) for p, b in raw["metadata_files"]
+            ),
         )
         layout._check()
         return layout

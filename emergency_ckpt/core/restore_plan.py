@@ -80,7 +80,9 @@ class RestorePlan:
                 str(raw["reason"]),
             )
         except (ValueError, TypeError, KeyError, IndexError) as error:
-            raise CorruptDataError(f"a restore plan cannot be read: {error}: {json.dumps(raw)[:200]}") from error
+            raise CorruptDataError(
+                f"a restore plan cannot be read: {error}: {json.dumps(raw)[:200]}"
+            ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +173,7 @@ class Planner:
         return RestorePlan(step, tuple(chosen), extras_from, reason), reason
 
     def _holders(self, step: StepId, struck: Collection[int | None]) -> tuple[dict[int, Holding], list[str]]:
-        """Processes whose own slot is usable for this step, with the holding; and what speaks against others."""
+        """Processes whose own slot is usable for this step; and what speaks against the others."""
         notes: list[str] = []
         usable: dict[int, Holding] = {}
         foreign = []

@@ -55,8 +55,7 @@ class Box:
 
     def contains(self, other: Box) -> bool:
         return all(
-            a <= c and d <= b
-            for a, b, c, d in zip(self.start, self.stop, other.start, other.stop, strict=True)
+            a <= c and d <= b for a, b, c, d in zip(self.start, self.stop, other.start, other.stop, strict=True)
         )
 
     def intersect(self, other: Box) -> Box | None:

@@ -1,0 +1,156 @@
+"""The manifest: the commit record of a slot. A slot without a valid manifest does not exist.
+
+It appears by rename after its data (invariant 3), is checksummed as a whole, and every field is checked before
+it is used, because a ramdisk may hold anything.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from emergency_ckpt.core.checksums import first_bad_block
+from emergency_ckpt.core.layout import Layout
+from emergency_ckpt.core.lineage import Activation, StepId
+from emergency_ckpt.core.shards import block_ranges
+from emergency_ckpt.errors import CorruptDataError
+
+FORMAT = "emergency_ckpt manifest 1"
+_MAX_BYTES = 256 * 1024 * 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a sealed slot holds.
+
+    Attributes:
+      run: run id. nonce: the generation's nonce.
+      step: generation and step.
+      layout: hash of the layout; `position` is the process index in it whose shards these are.
+      checksums: per entry of `Layout.slot_entries(position)`, the checksums of its blocks.
+      values: values of the leaves that are not arrays, by leaf name.
+      extras: per owning process index, its extras (JSON); those of partners are kept here as well.
+      listed: whether the step counts as a local step (False: it was due for the persistent tier only).
+      activations: the restores this process knew of.
+      metadata: custom metadata and metrics of the save.
+    """
+
+    run: str
+    nonce: str
+    step: StepId
+    layout: str
+    position: int
+    process_count: int
+    checksums: tuple[tuple[int, ...], ...]
+    values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    extras: Mapping[int, Any] = dataclasses.field(default_factory=dict)
+    listed: bool = True
+    activations: tuple[Activation, ...] = ()
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """One checksum over all block checksums and values: equal for bit-identical replicas."""
+        values = json.dumps(self.values, sort_keys=True)
+        return xxhash.xxh3_64_hexdigest(json.dumps(self.checksums).encode() + values.encode())
+
+    def to_bytes(self) -> bytes:
+        body = json.dumps(
+            {
+                "run": self.run,
+                "nonce": self.nonce,
+                "step": [self.step.generation, self.step.step],
+                "layout": self.layout,
+                "position": self.position,
+                "process_count": self.process_count,
+                "checksums": self.checksums,
+                "values": self.values,
+                "extras": {str(owner): extras for owner, extras in self.extras.items()},
+                "listed": self.listed,
+                "activations": [[a.generation, a.step] for a in self.activations],
+                "metadata": self.metadata,
+            },
+            separators=(",", ":"),
+        ).encode()
+        return f"{FORMAT} {xxhash.xxh3_128_hexdigest(body)}\n".encode() + body
+
+    @classmethod
+    def from_bytes(cls, data: bytes, origin: str) -> Manifest:
+        """Parses and checks; `origin` (a path or an address) goes into the error. Raises CorruptDataError."""
+        header, _, body = data.partition(b"\n")
+        if header != f"{FORMAT} {xxhash.xxh3_128_hexdigest(body)}".encode():
+            raise CorruptDataError(
+                f"the manifest {origin} is damaged or of another version: its first line is {header[:80]!r}, "
+                f"expected '{FORMAT} <checksum of the rest>'. The slot is treated as empty."
+            )
+        try:
+            return cls._parse(json.loads(body))
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise CorruptDataError(f"the manifest {origin} has an unusable field: {error}") from error
+
+    @classmethod
+    def _parse(cls, raw: Any) -> Manifest:
+        return cls(
+            run=str(raw["run"]),
+            nonce=str(raw["nonce"]),
+            step=StepId(int(raw["step"][0]), int(raw["step"][1])),
+            layout=str(raw["layout"]),
+            position=int(raw["position"]),
+            process_count=int(raw["process_count"]),
+            checksums=tuple(tuple(int(c) for c in blocks) for blocks in raw["checksums"]),
+            values=dict(raw["values"]),
+            extras={int(owner): extras for owner, extras in raw["extras"].items()},
+            listed=bool(raw["listed"]),
+            activations=tuple(Activation(int(g), None if s is None else int(s)) for g, s in raw["activations"]),
+            metadata=dict(raw["metadata"]),
+        )
+
+    def check_against(self, layout: Layout, data_bytes: int) -> None:
+        """Whether this manifest and this layout belong together; raises CorruptDataError otherwise."""
+        if layout.hash != self.layout or not 0 <= self.position < layout.process_count:
+            raise CorruptDataError(f"the manifest of {self.step} names layout {self.layout}, not {layout.hash}")
+        entries = layout.slot_entries(self.position)
+        blocks = [len(block_ranges(entry.nbytes)) for entry in entries]
+        if [len(c) for c in self.checksums] != blocks or layout.data_bytes(self.position) > data_bytes:
+            raise CorruptDataError(
+                f"the manifest of {self.step} does not fit its layout: {len(self.checksums)} shards listed, "
+                f"{len(entries)} expected, in a slot of {data_bytes} bytes"
+            )
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Puts the manifest in place atomically; the slot's data must be complete."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(manifest.to_bytes())
+    os.replace(temporary, path)
+
+
+def read_manifest(path: Path) -> Manifest | None:
+    """The manifest at `path`, None where there is none. Raises CorruptDataError for a damaged one."""
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise CorruptDataError(f"the manifest {path} is larger than {_MAX_BYTES} bytes")
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    return Manifest.from_bytes(data, str(path))
+
+
+def find_damage(manifest: Manifest, layout: Layout, data: Any, seeds: Mapping[int, int]) -> str | None:
+    """Verifies every block of a slot; says in words what the first bad one is, None when all are good.
+
+    `data` is the slot's flat uint8 array; `seeds` the block seed per shard index (see `core.checksums`).
+    """
+    entries = layout.slot_entries(manifest.position)
+    for entry, expected in zip(entries, manifest.checksums, strict=True):
+        shard = data[entry.offset : entry.offset + entry.nbytes]
+        bad = first_bad_block(shard, expected, seeds[entry.shard])
+        if bad is not None:
+            return f"block {bad} of shard {layout.shards[entry.shard]} does not match its checksum"
+    return None
