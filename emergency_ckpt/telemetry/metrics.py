@@ -1,0 +1,130 @@
+"""Counters of this process: what a dashboard plots, kept in memory and read as one consistent snapshot.
+
+Every metric is declared here with its kind and its help text, so that an exporter needs no second list.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import threading
+from typing import Literal
+
+from emergency_ckpt.telemetry.events import (
+    DrainEvent,
+    Event,
+    RejectedStepEvent,
+    RestoreEvent,
+    SaveEvent,
+    SkippedSaveEvent,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class MetricSpec:
+    """A counter only grows; a gauge holds the last value that was set."""
+
+    name: str
+    kind: Literal["counter", "gauge"]
+    help: str
+
+
+class Metric(enum.Enum):
+    """Every metric of this package."""
+
+    SAVES_STARTED = MetricSpec("saves_started", "counter", "saves for which a slot was taken")
+    SAVES_SEALED = MetricSpec("saves_sealed", "counter", "saves that this process sealed")
+    SAVES_COMPLETE = MetricSpec("saves_complete", "counter", "saves with the outcome complete")
+    SAVES_ABANDONED = MetricSpec(
+        "saves_abandoned", "counter", "saves with the outcome abandoned, skipped ones excluded"
+    )
+    SAVES_SKIPPED = MetricSpec("saves_skipped", "counter", "saves that were due and not made")
+    SAVED_BYTES = MetricSpec("saved_bytes", "counter", "bytes sealed in slots of this process")
+    BLOCKED_SECONDS = MetricSpec("blocked_seconds", "counter", "time that the train loop waited for saves")
+    LAST_SAVE_BLOCKED_SECONDS = MetricSpec("last_save_blocked_seconds", "gauge", "wait for the last save")
+    LAST_COMPLETE_STEP = MetricSpec("last_complete_step", "gauge", "newest step with the outcome complete")
+    DRAINS_COMMITTED = MetricSpec("drains_committed", "counter", "drains whose step was committed")
+    DRAINS_SUPERSEDED = MetricSpec(
+        "drains_superseded", "counter", "drains given up for a newer step or generation"
+    )
+    DRAINS_FAILED = MetricSpec("drains_failed", "counter", "drains that failed")
+    DRAINED_BYTES = MetricSpec("drained_bytes", "counter", "bytes written to the persistent tier")
+    LAST_COMMITTED_STEP = MetricSpec("last_committed_step", "gauge", "newest step drained and committed")
+    RESTORES = MetricSpec("restores", "counter", "restores that put a state on the devices")
+    RESTORED_BYTES = MetricSpec("restored_bytes", "counter", "bytes restored by this process")
+    LAST_RESTORE_SECONDS = MetricSpec("last_restore_seconds", "gauge", "duration of the last restore")
+    LAST_RESTORED_STEP = MetricSpec("last_restored_step", "gauge", "step of the last restore")
+    STEPS_REJECTED = MetricSpec("steps_rejected", "counter", "steps that could not be restored although listed")
+
+
+class Metrics:
+    """The metrics of one manager. Safe to use from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._values: dict[Metric, float] = {m: 0 for m in Metric if m.value.kind == "counter"}
+
+    def add(self, metric: Metric, amount: float = 1) -> None:
+        """Adds to a counter. Raises ValueError for a gauge or a negative amount."""
+        if metric.value.kind != "counter" or amount < 0:
+            raise ValueError(f"{metric.value.name} is a {metric.value.kind}; {amount} cannot be added to it")
+        with self._lock:
+            self._values[metric] += amount
+
+    def set(self, metric: Metric, value: float) -> None:
+        """Sets a gauge. Raises ValueError for a counter."""
+        if metric.value.kind != "gauge":
+            raise ValueError(f"{metric.value.name} is a {metric.value.kind} and cannot be set")
+        with self._lock:
+            self._values[metric] = value
+
+    def snapshot(self) -> dict[str, float]:
+        """All values by name, of one moment; a gauge that was never set is absent."""
+        with self._lock:
+            return {metric.value.name: value for metric, value in self._values.items()}
+
+    def observe(self, event: Event) -> None:
+        """Counts what an event says. Saves started and sealed have no event and are added by who makes them."""
+        with self._lock:
+            self._observe(event)
+
+    def _observe(self, event: Event) -> None:
+        values = self._values
+        match event:
+            case SaveEvent():
+                values[Metric.BLOCKED_SECONDS] += event.blocked_seconds
+                values[Metric.LAST_SAVE_BLOCKED_SECONDS] = event.blocked_seconds
+                if event.sealed_seconds is not None:
+                    values[Metric.SAVED_BYTES] += event.bytes
+                if event.outcome == "complete":
+                    values[Metric.SAVES_COMPLETE] += 1
+                    self._raise_to(Metric.LAST_COMPLETE_STEP, event.step)
+                else:
+                    values[Metric.SAVES_ABANDONED] += 1
+            case SkippedSaveEvent():
+                values[Metric.SAVES_SKIPPED] += 1
+                values[Metric.BLOCKED_SECONDS] += event.blocked_seconds
+            case DrainEvent():
+                values[Metric.DRAINED_BYTES] += event.bytes
+                match event.result:
+                    case "committed":
+                        values[Metric.DRAINS_COMMITTED] += 1
+                        self._raise_to(Metric.LAST_COMMITTED_STEP, event.step)
+                    case "superseded":
+                        values[Metric.DRAINS_SUPERSEDED] += 1
+                    case "failed":
+                        values[Metric.DRAINS_FAILED] += 1
+            case RestoreEvent():
+                values[Metric.RESTORES] += 1
+                values[Metric.RESTORED_BYTES] += event.bytes
+                values[Metric.LAST_RESTORE_SECONDS] = event.seconds
+                values[Metric.LAST_RESTORED_STEP] = event.step
+                # Steps after the restored one are void, so "newest" begins again here.
+                values.pop(Metric.LAST_COMPLETE_STEP, None)
+                values.pop(Metric.LAST_COMMITTED_STEP, None)
+            case RejectedStepEvent():
+                values[Metric.STEPS_REJECTED] += 1
+
+    def _raise_to(self, metric: Metric, value: float) -> None:
+        """Outcomes and commits may be reported out of order; the newest step must not go back."""
+        self._values[metric] = max(value, self._values.get(metric, value))
