@@ -1,0 +1,104 @@
+"""The `emergency-ckpt` command: finds the subcommand and hands over.
+
+Only the module of the subcommand that was asked for is imported, so that `--help` starts without jax. Each
+module has `add_arguments(parser)` and `run(args) -> int`, the exit status.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+
+from emergency_ckpt.errors import ConfigError, EmergencyCheckpointError
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Subcommand:
+    """One subcommand. With `takes_command`, the words after `--` are handed over as `args.command`."""
+
+    module: str
+    help: str
+    takes_command: bool = False
+
+
+SUBCOMMANDS = {
+    "flags": Subcommand(
+        "emergency_ckpt.cli.flags",
+        "show the configuration that a file and overrides give, and where it came from",
+    ),
+    "launch": Subcommand(
+        "emergency_ckpt.cli.launch",
+        "start the processes of a JAX job on this machine, restart them when one dies, inject failures",
+        takes_command=True,
+    ),
+    "demo": Subcommand(
+        "emergency_ckpt.cli.demo",
+        "train a small model, lose a slice, restore, and compare with an undisturbed run",
+    ),
+}
+
+_FAILED = 1
+_USAGE = 2
+_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line; returns the exit status. `argv` is without the program's name, `sys.argv` if None."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    words, command = _split_command(words)
+    chosen = next((word for word in words if not word.startswith("-")), None)
+    parser = _parser(chosen)
+    args = parser.parse_args(words)
+    if command is not None:
+        if not SUBCOMMANDS[args.subcommand].takes_command:
+            parser.error(f"{args.subcommand} takes no command after --")
+        args.command = command
+    try:
+        status = importlib.import_module(SUBCOMMANDS[args.subcommand].module).run(args)
+        sys.stdout.flush()  # so that a reader that went away is noticed here and not at exit
+        return status
+    except EmergencyCheckpointError as error:
+        print(f"emergency-ckpt {args.subcommand}: {error}", file=sys.stderr)
+        return _USAGE if isinstance(error, ConfigError) else _FAILED
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # `emergency-ckpt flags | head`: nobody reads on. Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _FAILED
+
+
+def _split_command(words: list[str]) -> tuple[list[str], list[str] | None]:
+    """The words before the first `--` and those after it; None where there is none."""
+    if "--" not in words:
+        return words, None
+    at = words.index("--")
+    return words[:at], words[at + 1 :]
+
+
+def _parser(chosen: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="emergency-ckpt", description="Checkpoints for JAX jobs that lose hosts, slices and clusters."
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {metadata.version('emergency_ckpt')}")
+    subparsers = parser.add_subparsers(dest="subcommand", metavar="COMMAND", required=True)
+    for name, subcommand in SUBCOMMANDS.items():
+        subparser = subparsers.add_parser(name, help=subcommand.help, description=_sentence(subcommand.help))
+        if name == chosen:
+            importlib.import_module(subcommand.module).add_arguments(subparser)
+        if subcommand.takes_command:
+            subparser.set_defaults(command=[])
+    return parser
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""Which key was meant: nearest names, and keys of a file that look like a misspelt flag of ours.
+
+A file may hold hundreds of keys of another program. None of those may be taken for a misspelling, and no
+misspelling of ours may pass as one of those.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable
+
+# Likeness as difflib measures it, 0 to 1. Two dropped or swapped letters leave a name of this length above
+# SURE; LIKELY also catches `local_checkpoint_dir` and `max_checkpoints_to_keep`.
+SURE = 0.92
+LIKELY = 0.8
+
+# Keys of MaxText, of any version, that are more alike to one of our flags than LIKELY and mean something else.
+MAXTEXT_NEIGHBOURS = frozenset(
+    {
+        "checkpoint_storage_device_host_concurrent_gb",
+        "dcn_data_parallelism",
+        "enable_checkpoint_standard_logger",
+        "enable_continuous_checkpointing",
+        "ici_data_parallelism",
+        "rollout_data_parallelism",
+        "save_checkpoint_on_start",
+    }
+)
+
+
+def nearest(name: str, candidates: Iterable[str], likeness: float = 0.6) -> list[str]:
+    """Up to three candidates most like `name`, best first."""
+    return difflib.get_close_matches(_plain(name), candidates, n=3, cutoff=likeness)
+
+
+def did_you_mean(name: str, candidates: Iterable[str]) -> str:
+    """The nearest names as a sentence with a leading space, or nothing."""
+    names = nearest(name, candidates)
+    return f" Did you mean {' or '.join(names)}?" if names else ""
+
+
+def misspelt(keys: Collection[str], flags: Collection[str]) -> dict[str, str]:
+    """Keys of one file that look like a misspelt flag, each with that flag.
+
+    A key that is merely alike counts only if the file does not also set the flag itself: a complete file of
+    another program sets all of its keys, so there a similar name is another key.
+    """
+    found: dict[str, str] = {}
+    for key in keys:
+        if key in flags or key in MAXTEXT_NEIGHBOURS:
+            continue
+        for flag in nearest(key, flags, LIKELY):
+            if flag not in keys or _likeness(key, flag) >= SURE:
+                found[key] = flag
+                break
+    return found
+
+
+def _likeness(key: str, flag: str) -> float:
+    return difflib.SequenceMatcher(None, flag, _plain(key)).ratio()
+
+
+def _plain(name: str) -> str:
+    return name.lower().lstrip("-").replace("-", "_")

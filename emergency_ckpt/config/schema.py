@@ -1,0 +1,276 @@
+"""The flags: one typed, documented field per flag, MaxText's names and ours.
+
+A `Config` that exists is valid: wrong values and flags that contradict each other raise `ConfigError`,
+whether the object was loaded or built in Python. It never changes afterwards.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from emergency_ckpt.config import checks
+from emergency_ckpt.config.describe import explain
+from emergency_ckpt.errors import ConfigError
+
+
+def _refuse_bool(value: object) -> object:
+    # bool is an int in Python, so `checkpoint_period: true` would silently become a period of 1.
+    if isinstance(value, bool):
+        raise ValueError("a truth value is not a number")
+    return value
+
+
+def _path_text(value: object) -> object:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _zero_is_unset(value: int | None) -> int | None:
+    # Older MaxText files write 0 for "no interval", newer ones null.
+    return value or None
+
+
+def _relative_name(value: str) -> str:
+    if value.startswith("/") or ".." in value.split("/"):
+        raise ValueError("a run name is joined to base_output_directory and must stay below it")
+    return value
+
+
+def _host_path(value: str) -> str:
+    if "://" in value:
+        raise ValueError("it must be a directory of this host, not a URL")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_refuse_bool)]
+Seconds = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=False)]
+PathText = Annotated[str, BeforeValidator(_path_text)]
+HostPath = Annotated[PathText, AfterValidator(_host_path)]
+Count = Annotated[Whole, Field(ge=1)]
+Index = Annotated[Whole, Field(ge=0)]
+Interval = Annotated[Index | None, AfterValidator(_zero_is_unset)]
+AxisName = Annotated[str, Field(min_length=1)]
+
+
+class Config(BaseModel):
+    """All flags of a job. Build it with `load_config`, or directly: `Config(run_name="r", ...)`.
+
+    Raises `ConfigError` for unknown flags, wrong values and contradictions.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    # Where a run lives.
+    run_name: Annotated[str, AfterValidator(_relative_name)] = Field(
+        "",
+        description="Name of the run. Checkpoints go to base_output_directory/run_name/checkpoints; a job that "
+        "starts again under the same name continues that run. If empty, the environment variable JOBSET_NAME "
+        "(set by JobSet and XPK) is used.",
+    )
+    base_output_directory: PathText = Field(
+        "",
+        description="Directory that holds the outputs of all runs, on storage that every process reaches.",
+    )
+
+    # Saving to the persistent tier.
+    enable_checkpointing: bool = Field(
+        False, description="Master switch: nothing is saved or restored while it is False."
+    )
+    async_checkpointing: bool = Field(
+        True,
+        description="Write to the persistent tier in the background; a step waits only until the state "
+        "has left the device. If False, save() returns when the checkpoint is in persistent storage.",
+    )
+    checkpoint_period: Whole = Field(
+        10_000, ge=0, description="Steps between two checkpoints in the persistent tier."
+    )
+    max_num_checkpoints_to_keep: Count | None = Field(
+        None,
+        description="Newest checkpoints kept in the persistent tier; older ones are deleted. None keeps all.",
+    )
+    save_checkpoint_on_completion: bool = Field(
+        True, description="Save the last step to the persistent tier when training ends, due or not."
+    )
+
+    # The local tier.
+    enable_emergency_checkpoint: bool = Field(
+        False,
+        description="Save to the ramdisk of every host too, and restore from what survived there. Needs "
+        "local_checkpoint_directory and a local_checkpoint_period above 0.",
+    )
+    local_checkpoint_directory: HostPath = Field(
+        "", description="Directory on the ramdisk of each host, the same path on all hosts."
+    )
+    local_checkpoint_period: Whole = Field(
+        0,
+        ge=0,
+        description="Steps between two checkpoints in the local tier; far fewer than checkpoint_period.",
+    )
+    local_checkpoint_max_to_keep: Whole = Field(
+        1,
+        ge=1,
+        description="Complete steps kept on the ramdisk. One more slot serves the step being written.",
+    )
+    local_checkpoint_slot_wait_seconds: Seconds = Field(
+        1.0,
+        ge=0,
+        description="Longest time that save() waits for a free slot before it skips the save.",
+    )
+    local_checkpoint_foreign_run: Literal["evict", "error"] = Field(
+        "evict",
+        description="What to do when data of another run, which no live process uses, is in the way on the "
+        "ramdisk: evict removes it when the room is needed and logs it, error refuses to start.",
+    )
+    local_save_during_drain: Literal["pause", "restart_drain"] = Field(
+        "pause",
+        description="What a local save does when the only slot left is being copied to the persistent tier: "
+        "pause skips local saves until the copy is done, restart_drain gives up the copy and starts it again "
+        "from the newer step.",
+    )
+
+    # Restoring.
+    enable_single_replica_ckpt_restoring: bool = Field(
+        False,
+        description="One slice reads the checkpoint and broadcasts it to the others over the device network, "
+        "so that persistent storage is read once and not once per slice.",
+    )
+    load_full_state_path: PathText = Field(
+        "",
+        description="A run without checkpoints of its own starts from this checkpoint: parameters, optimizer "
+        "state and step.",
+    )
+    load_parameters_path: PathText = Field(
+        "",
+        description="A run without checkpoints of its own starts from the parameters of this checkpoint.",
+    )
+    checkpoint_replica_axis: Index | AxisName = Field(
+        0,
+        description="Axis of the device mesh, by name or index, along which the state is replicated. The "
+        "processes that share one index along it are one slice.",
+    )
+
+    # Preemption.
+    enable_autocheckpoint: bool = Field(
+        False, description="Save to the persistent tier when the job is told that it will be preempted."
+    )
+
+    # The format of the persistent tier.
+    checkpoint_storage_target_data_file_size_bytes: Whole = Field(
+        2_147_483_648,
+        ge=0,
+        description="Size at which the writer begins a new data file. 0 sets no limit.",
+    )
+    checkpoint_storage_use_ocdbt: bool = Field(
+        True, description="Write arrays into OCDBT stores. Checkpoints are always written so."
+    )
+    checkpoint_storage_use_zarr3: bool = Field(
+        True, description="Write arrays as zarr3. Checkpoints are always written so."
+    )
+    checkpoint_storage_concurrent_gb: Whole = Field(
+        96,
+        ge=1,
+        description="Gigabytes (10^9 bytes) that one process may have in flight to or from persistent storage.",
+    )
+    checkpoint_storage_compression: Literal["none", "zstd"] = Field(
+        "none", description="Compression of the arrays in the persistent tier."
+    )
+
+    # Time limits and logs.
+    checkpoint_coordination_timeout_seconds: Seconds = Field(
+        120.0,
+        gt=0,
+        description="Longest wait for other processes to answer; the error names those that did not.",
+    )
+    checkpoint_drain_timeout_seconds: Seconds = Field(
+        1800.0,
+        gt=0,
+        description="Longest time for copying one step to the persistent tier; after that it has failed.",
+    )
+    checkpoint_log_format: Literal["text", "json"] = Field(
+        "text", description="Log lines as text, or as one JSON object per line."
+    )
+    enable_checkpoint_cloud_logger: bool = Field(
+        False, description="Send checkpoint events to Google Cloud Logging."
+    )
+
+    # Multi-tier checkpointing (MaxText's successor of the emergency flags).
+    enable_multi_tier_checkpointing: bool = Field(
+        False,
+        description="Keep checkpoints in the local tier and back them up to the persistent tier at an interval "
+        "of its own. Needs local_checkpoint_directory, local_checkpoint_period and one backup interval.",
+    )
+    multi_tier_checkpointing_backup_interval_minutes: Interval = Field(
+        None, description="Minutes between two backups. Exclusive with the interval in steps."
+    )
+    multi_tier_checkpointing_backup_interval_steps: Interval = Field(
+        None, description="Steps between two backups. Exclusive with the interval in minutes."
+    )
+    mtc_data_parallelism: Whole = Field(
+        0, ge=0, description="Number of identical replicas in the job. 0 means one per slice."
+    )
+
+    # Not flags: what was found beside them, and where each value was written.
+    other_keys: Mapping[str, Any] = Field(
+        default_factory=dict, exclude=True, repr=False, description="Keys of other programs, as they were read."
+    )
+    sources: Mapping[str, str] = Field(
+        default_factory=dict, exclude=True, repr=False, description="Flag or key to the place that set it."
+    )
+
+    def __init__(self, **values: Any) -> None:
+        sources = values.get("sources", {})
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(explain(error, type(self).model_fields, sources)) from None
+        problems = checks.contradictions(self)
+        if problems:
+            raise ConfigError("The flags contradict each other:\n" + "\n".join(f"  - {p}" for p in problems))
+
+    @property
+    def checkpoint_directory(self) -> str:
+        """Absolute path of the run's checkpoints in the persistent tier.
+
+        A string, not a `Path`: a `Path` would damage the URL of an object store.
+        """
+        if not (self.base_output_directory and self.run_name):
+            missing = "run_name" if self.base_output_directory else "base_output_directory"
+            raise ConfigError(
+                f"There is no directory for persistent checkpoints: {missing} is empty. "
+                "It is built as base_output_directory/run_name/checkpoints; set both flags."
+            )
+        base = os.path.abspath(os.path.expanduser(self.base_output_directory))
+        return os.path.join(base, self.run_name, "checkpoints")
+
+    @property
+    def local_directory(self) -> Path | None:
+        """Absolute path of the ramdisk directory; None while the local tier is off."""
+        if not self.saves_locally:
+            return None
+        return Path(os.path.abspath(os.path.expanduser(self.local_checkpoint_directory)))
+
+    @property
+    def saves_locally(self) -> bool:
+        """Whether the local tier is in use."""
+        return self.enable_checkpointing and self.enable_emergency_checkpoint
+
+    def flags(self) -> dict[str, Any]:
+        """Every flag with its value, in the order of the schema."""
+        return {name: getattr(self, name) for name in FLAGS}
+
+    def source_of(self, flag: str) -> str:
+        """Where a flag was set: file and line, environment variable, command line, or default."""
+        return self.sources.get(flag, "default")
+
+    def replace(self, **changes: Any) -> Self:
+        """The same configuration with some flags changed, checked again."""
+        kept = {name: getattr(self, name) for name in self.model_fields_set}
+        sources = {name: place for name, place in self.sources.items() if name not in changes}
+        return type(self)(**{**kept, **changes, "other_keys": self.other_keys, "sources": sources})
+
+
+FLAGS: tuple[str, ...] = tuple(name for name, field in Config.model_fields.items() if not field.exclude)
