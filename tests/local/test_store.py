@@ -1,0 +1,321 @@
+"""The store keeps the newest step through crashes, damage and lack of room (invariants 2 and 3)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from emergency_ckpt.core.checksums import block_seed, copy_and_checksum
+from emergency_ckpt.core.layout import Layout, LeafSpec
+from emergency_ckpt.core.lineage import Activation, StepId
+from emergency_ckpt.core.shards import Box, Shard
+from emergency_ckpt.core.slots import Outcome
+from emergency_ckpt.errors import ForeignRunError, LocalCapacityError, LocalDirectoryError
+from emergency_ckpt.local.capacity import Room, slots_that_fit
+from emergency_ckpt.local.manifest import Manifest
+from emergency_ckpt.local.store import LocalStore, OpenSlot, StoreOptions
+
+NO_WAIT = timedelta(0)
+SIZE = 50_000
+
+
+def make_layout(size: int = SIZE) -> Layout:
+    leaves = [LeafSpec("a", (size,), "uint8"), LeafSpec("b", (3, 5), "float32")]
+    return Layout.build(leaves, {0: [Shard(leaf.name, Box.whole(leaf.shape)) for leaf in leaves]}, (0,))
+
+
+class Directory:
+    """A ramdisk directory and the stores opened on it, one after the other."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.messages: list[str] = []
+        self.store: LocalStore | None = None
+
+    def open(self, layout: Layout | None = None, run: str = "run-a", **options: object) -> LocalStore:
+        self.close()
+        chosen = StoreOptions(
+            **{"directory": self.path, "max_to_keep": 1, "wanted_slots": 3, "least_slots": 2} | options  # type: ignore[arg-type]
+        )
+        self.store = LocalStore(chosen, run, layout or make_layout(), 0, self.messages.append)
+        return self.store
+
+    def close(self) -> None:
+        if self.store:
+            self.store.close()
+            self.store = None
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Iterator[Directory]:
+    held = Directory(tmp_path)
+    yield held
+    held.close()
+
+
+def content(shard: Shard, step: int, nbytes: int) -> np.ndarray:
+    return np.random.default_rng([step, len(shard.leaf)]).integers(0, 256, nbytes, dtype=np.uint8)
+
+
+def fill(store: LocalStore, slot: OpenSlot, run: str = "run-a", listed: bool = True) -> Manifest:
+    slot.wait_ready()
+    checksums = []
+    for entry in store.layout.slot_entries(0):
+        shard = store.layout.shards[entry.shard]
+        seed = block_seed(slot.step.generation, shard, store.layout.leaf[shard.leaf].dtype)
+        target = slot.data[entry.offset : entry.offset + entry.nbytes]
+        checksums.append(copy_and_checksum(content(shard, slot.step.step, entry.nbytes), target, seed))
+    return Manifest(run, "n", slot.step, store.layout.hash, 0, 1, tuple(checksums), listed=listed)
+
+
+def save(
+    store: LocalStore, step: StepId, outcome: Outcome | None = Outcome.COMPLETE, run: str = "run-a"
+) -> bool:
+    slot, _ = store.begin(step, NO_WAIT)
+    if slot is None:
+        return False
+    store.seal(slot, fill(store, slot, run))
+    if outcome:
+        store.settle(step, outcome)
+    return True
+
+
+def assert_restorable(store: LocalStore, step: StepId) -> None:
+    sealed = store.sealed(step)
+    assert sealed is not None
+    assert sealed.find_damage() is None
+    for index in store.layout.process_shards[0]:
+        expected = content(store.layout.shards[index], step.step, store.layout.shard_nbytes[index])
+        np.testing.assert_array_equal(sealed.shard(index), expected)
+
+
+def test_a_sealed_step_is_found_whole_after_a_restart(directory: Directory) -> None:
+    assert save(directory.open(), StepId(1, 7))
+    store = directory.open()
+    (holding,) = store.verify()
+    assert holding.step == StepId(1, 7)
+    assert holding.position == 0
+    assert_restorable(store, StepId(1, 7))
+
+
+def test_slots_are_recycled_and_the_newest_complete_step_stays(directory: Directory) -> None:
+    store = directory.open()
+    for step in range(10):
+        assert save(store, StepId(1, step))
+        assert_restorable(store, StepId(1, step))
+    assert len(list(store.directory.glob("slot_*.data"))) == 3  # type: ignore[union-attr]
+
+
+def test_without_known_outcomes_nothing_is_overwritten(directory: Directory) -> None:
+    store = directory.open()
+    assert [save(store, StepId(1, step), outcome=None) for step in range(5)] == [True, True, True, False, False]
+    slot, reason = store.begin(StepId(1, 9), NO_WAIT)
+    assert slot is None
+    assert "no newer step is known to be complete" in reason
+
+
+def test_an_abandoned_step_is_gone_and_its_slot_is_free(directory: Directory) -> None:
+    store = directory.open()
+    save(store, StepId(1, 1))
+    save(store, StepId(1, 2), Outcome.ABANDONED)
+    assert store.sealed_steps() == (StepId(1, 1),)
+    assert [h.step for h in directory.open().verify()] == [StepId(1, 1)]
+
+
+def test_a_pinned_slot_is_not_reused_until_it_is_unpinned(directory: Directory) -> None:
+    store = directory.open(wanted_slots=2)
+    save(store, StepId(1, 1))
+    pinned = store.pin(StepId(1, 1))
+    assert pinned is not None
+    assert save(store, StepId(1, 2))
+    assert not save(store, StepId(1, 3))
+    store.unpin(pinned.index)
+    assert save(store, StepId(1, 3))
+
+
+def test_steps_left_behind_by_a_restore_are_void(directory: Directory) -> None:
+    store = directory.open()
+    for step in (1, 2):
+        save(store, StepId(1, step))
+    store.activate([Activation(2, 1)])
+    assert store.sealed_steps() == (StepId(1, 1),)
+    assert save(store, StepId(2, 2))
+    reopened = directory.open()
+    reopened.activate([Activation(2, 1)])
+    assert set(reopened.sealed_steps()) == {StepId(1, 1), StepId(2, 2)}
+
+
+def test_activations_are_remembered_in_manifests(directory: Directory) -> None:
+    store = directory.open()
+    slot, _ = store.begin(StepId(3, 9), NO_WAIT)
+    assert slot
+    manifest = fill(store, slot)
+    store.seal(slot, Manifest(**{**vars(manifest), "activations": (Activation(3, 8),)}))
+    assert directory.open().activations == (Activation(3, 8),)
+
+
+@pytest.mark.parametrize("offset", [0, 12_345, SIZE - 1, 53_248 + 59])
+def test_a_flipped_bit_is_found_and_the_step_given_up(directory: Directory, offset: int) -> None:
+    store = directory.open()
+    save(store, StepId(1, 1))
+    save(store, StepId(1, 2))
+    directory.close()
+    (path,) = [p for p in store_files(directory.path) if flip_if_step_two(p, offset)]
+    store = directory.open()
+    assert [h.step for h in store.verify()] == [StepId(1, 1)]
+    assert "does not match its checksum" in directory.messages[-1]
+    assert path.exists()
+
+
+def store_files(root: Path) -> list[Path]:
+    return sorted(root.glob("emergency_ckpt/*/slot_*.data"))
+
+
+def flip_if_step_two(data: Path, offset: int) -> bool:
+    manifest = data.with_suffix(".manifest")
+    if not manifest.exists() or Manifest.from_bytes(manifest.read_bytes(), "test").step.step != 2:
+        return False
+    with data.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 0x10]))
+    return True
+
+
+@pytest.mark.parametrize("cut", [0, 1, 40, 200, -1])
+def test_a_truncated_manifest_empties_its_slot_only(directory: Directory, cut: int) -> None:
+    store = directory.open()
+    save(store, StepId(1, 1))
+    path = next(store.directory.glob("*.manifest"))  # type: ignore[union-attr]
+    save(store, StepId(1, 2))
+    directory.close()
+    path.write_bytes(path.read_bytes()[:cut])
+    assert [h.step for h in directory.open().verify()] == [StepId(1, 2)]
+
+
+def test_an_edited_manifest_is_refused(directory: Directory) -> None:
+    store = directory.open()
+    save(store, StepId(1, 1))
+    path = next(store.directory.glob("*.manifest"))  # type: ignore[union-attr]
+    directory.close()
+    path.write_bytes(path.read_bytes().replace(b'"step":[1,1]', b'"step":[9,9]'))
+    assert directory.open().verify() == ()
+    assert "is damaged or of another version" in directory.messages[0]
+
+
+def test_a_damaged_layout_file_is_refused(directory: Directory) -> None:
+    save(directory.open(), StepId(1, 1))
+    directory.close()
+    path = next(directory.path.glob("emergency_ckpt/0/layout_*.json"))
+    path.write_bytes(path.read_bytes().replace(b'"uint8"', b'"int8 "'))
+    other = make_layout(SIZE + 1)
+    assert directory.open(other).verify() == ()
+
+
+def test_a_truncated_slot_file_is_refused(directory: Directory) -> None:
+    save(directory.open(), StepId(1, 1))
+    directory.close()
+    path = next(p for p in store_files(directory.path) if p.with_suffix(".manifest").exists())
+    os.truncate(path, 100)
+    assert directory.open().verify() == ()
+
+
+def test_another_job_shape_takes_over_the_slots(directory: Directory) -> None:
+    save(directory.open(), StepId(1, 1))
+    store = directory.open(make_layout(3 * SIZE))
+    (holding,) = store.verify()
+    assert holding.layout == make_layout().hash
+    store.activate([Activation(2, None)])
+    for step in range(4):
+        assert save(store, StepId(2, step))
+        assert_restorable(store, StepId(2, step))
+
+
+def test_a_foreign_run_is_evicted_loudly_or_refused(directory: Directory) -> None:
+    save(directory.open(), StepId(1, 1))
+    with pytest.raises(ForeignRunError, match="belongs to run run-a, this run is run-b"):
+        directory.open(run="run-b", foreign_run="error")
+    store = directory.open(run="run-b")
+    assert store.verify() == ()
+    assert "evicting" in directory.messages[-1]
+    assert save(store, StepId(1, 1), run="run-b")
+
+
+def test_a_second_manager_of_the_process_takes_the_directory_over(directory: Directory, tmp_path: Path) -> None:
+    first = directory.open()
+    save(first, StepId(1, 1))
+    second = LocalStore(StoreOptions(tmp_path, 1, 3, 2), "run-a", make_layout(), 0, print)
+    assert [h.step for h in second.verify()] == [StepId(1, 1)]
+    with pytest.raises(LocalDirectoryError, match="taken over by a newer manager"):
+        first.begin(StepId(1, 2), NO_WAIT)
+    second.close()
+
+
+def test_a_missing_directory_says_so(tmp_path: Path) -> None:
+    with pytest.raises(LocalDirectoryError, match="does not exist"):
+        Directory(tmp_path / "absent").open()
+
+
+def test_too_little_room_is_an_error_that_says_what_to_ask_for() -> None:
+    with pytest.raises(LocalCapacityError, match=r"240Mi are needed, 100Mi are available .*at least 414Mi"):
+        slots_that_fit(Room(100 * 2**20, None), 120 * 2**20, 0, wanted=3, least=2, where=Path("/local"))
+
+
+def test_room_for_two_of_three_slots_means_two() -> None:
+    assert slots_that_fit(Room(2**30, 2**29), 2**27, 2**27, wanted=9, least=2, where=Path("/local")) == 5
+
+
+def test_slots_without_a_ramdisk_serve_as_a_staging_area(directory: Directory) -> None:
+    store = directory.open(directory=None, max_to_keep=0, wanted_slots=2)
+    for step in range(5):
+        slot, _ = store.begin(StepId(1, step), NO_WAIT, pins=1)
+        assert slot is not None
+        store.seal(slot, fill(store, slot))
+        store.settle(StepId(1, step), Outcome.COMPLETE)
+        assert_restorable(store, StepId(1, step))
+        store.unpin(slot.index)
+
+
+KILLED_WRITER = """
+    import sys
+    sys.path.insert(0, sys.argv[2])
+    from test_store import *
+    store = LocalStore(StoreOptions(Path(sys.argv[1]), 1, 3, 2), "run-a", make_layout(), 0, print)
+    step = max((h.step.step for h in store.verify()), default=0)
+    while True:
+        step += 1
+        if step > 1:
+            store.settle(StepId(1, step - 1), Outcome.COMPLETE)
+        assert save(store, StepId(1, step), None)
+        print(step, flush=True)
+"""
+
+
+def test_sigkill_at_any_moment_leaves_the_newest_sealed_step(directory: Directory) -> None:
+    """The writer says a step after it is sealed; whatever it said before the kill must be there, whole."""
+    for round_number in range(6):
+        with subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(KILLED_WRITER), directory.path, Path(__file__).parent],
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as writer:
+            assert writer.stdout is not None
+            lines = [writer.stdout.readline() for _ in range(3 + 7 * round_number)]
+            writer.send_signal(signal.SIGKILL)
+            said = lines + writer.stdout.readlines()
+        newest_said = max(int(line) for line in said if line.endswith("\n"))
+        store = directory.open()
+        newest = max(h.step for h in store.verify())
+        assert newest.step >= newest_said
+        assert_restorable(store, newest)
+        directory.close()
