@@ -36,7 +36,7 @@ def assign_uploads(layout: Layout, holders: Collection[int]) -> UploadPlan:
     live = set(holders)
     loads = [(0, 0)] * layout.process_count
     assigned: list[list[int]] = [[] for _ in range(layout.process_count)]
-    missing = []
+    missing: list[int] = []
     nbytes = layout.shard_nbytes
     for shard in sorted(range(len(layout.shards)), key=lambda i: (-nbytes[i], i)):
         candidates = [p for p in layout.shard_holders[shard] if p in live]

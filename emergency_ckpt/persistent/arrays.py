@@ -1,0 +1,167 @@
+"""How leaves lie in TensorStore: zarr3 arrays in OCDBT stores, every chunk with a crc32c.
+
+Where a write or a read could silently give zeros (an omitted chunk of zeros, a missing chunk), it is an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from emergency_ckpt.core.layout import Layout, LeafSpec
+from emergency_ckpt.core.shards import Box, dtype_of
+from emergency_ckpt.errors import (
+    CorruptDataError,
+    EmergencyCheckpointError,
+    PersistentStoreError,
+    UnsupportedStateError,
+)
+from emergency_ckpt.persistent.chunks import chunk_shape
+from emergency_ckpt.persistent.files import Files
+
+COMPRESSIONS = ("none", "zstd")
+_INLINE_BYTES = 1024
+_NODE_CACHE_BYTES = 64 * 1024 * 1024
+_DAMAGE = ("DATA_LOSS", "FAILED_PRECONDITION", "NOT_FOUND", "OUT_OF_RANGE", "INVALID_ARGUMENT")
+
+
+@dataclasses.dataclass(frozen=True)
+class WriteOptions:
+    """How parts are written.
+
+    Attributes:
+      concurrent_bytes: at most this many bytes of shards are being written at a time (one shard at least).
+      max_chunk_bytes: upper bound of a chunk, which is the smallest piece that can be read.
+      compression: "none" or "zstd".
+      target_data_file_bytes: size at which OCDBT starts another data file; None for TensorStore's default.
+      timeout_seconds: limit for each single wait for the store.
+    """
+
+    concurrent_bytes: int = 1024**3
+    max_chunk_bytes: int = 64 * 1024**2
+    compression: str = "none"
+    target_data_file_bytes: int | None = None
+    timeout_seconds: float = 1800.0
+
+    def __post_init__(self) -> None:
+        if self.concurrent_bytes <= 0 or self.max_chunk_bytes <= 0 or self.timeout_seconds <= 0:
+            raise ValueError(f"sizes and time limits must be positive: {self}")
+        if self.compression not in COMPRESSIONS:
+            raise ValueError(f"compression must be one of {COMPRESSIONS}, not {self.compression!r}")
+
+
+def new_context() -> ts.Context:
+    """A context to share between stores: decoded chunks are not cached, OCDBT's tree nodes are."""
+    return ts.Context(
+        {
+            "cache_pool": {"total_bytes_limit": 0},
+            "cache_pool#ocdbt": {"total_bytes_limit": _NODE_CACHE_BYTES},
+        }
+    )
+
+
+def ocdbt(files: Files, directory: str, target_data_file_bytes: int | None = None) -> dict[str, Any]:
+    """TensorStore's specification of the OCDBT store in a directory.
+
+    Values of up to 1 KiB, array metadata among them, lie inside the tree nodes, which carry checksums.
+    """
+    spec: dict[str, Any] = {
+        "driver": "ocdbt",
+        "base": files.kvstore(directory),
+        "cache_pool": "cache_pool#ocdbt",
+        "config": {"max_inline_value_bytes": _INLINE_BYTES},
+    }
+    if target_data_file_bytes is not None:
+        spec["target_data_file_size"] = target_data_file_bytes
+    return spec
+
+
+def array_spec(
+    kvstore: dict[str, Any], leaf: LeafSpec, chunk: tuple[int, ...], compression: str
+) -> dict[str, Any]:
+    """TensorStore's specification of one leaf; opening an array that differs from it fails."""
+    stored = storage_dtype(leaf.dtype)
+    codecs: list[dict[str, Any]] = [{"name": "bytes"}]
+    if stored.itemsize > 1:
+        codecs[0]["configuration"] = {"endian": "little"}
+    if compression == "zstd":
+        codecs.append({"name": "zstd", "configuration": {"level": 1}})
+    codecs.append({"name": "crc32c"})
+    return {
+        "driver": "zarr3",
+        "kvstore": {**kvstore, "path": f"{leaf.name}/"},
+        "store_data_equal_to_fill_value": True,
+        "fill_missing_data_reads": False,
+        "recheck_cached_data": False,
+        "recheck_cached_metadata": False,
+        "metadata": {
+            "shape": leaf.shape,
+            "data_type": stored.name,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
+            "codecs": codecs,
+        },
+    }
+
+
+def storage_dtype(name: str) -> np.dtype:
+    """The dtype under which a leaf is stored: its own, or unsigned bytes where TensorStore has none like it."""
+    dtype = dtype_of(name)
+    try:
+        ts.dtype(dtype)
+    except (TypeError, ValueError):
+        if dtype.itemsize == 1:
+            return np.dtype(np.uint8)
+        raise UnsupportedStateError(
+            f"dtype {name} has no form in the persistent tier; cast such leaves to one that TensorStore stores."
+        ) from None
+    return dtype
+
+
+def leaf_chunks(layout: Layout, max_chunk_bytes: int) -> dict[str, tuple[int, ...]]:
+    """Chunk shape of every leaf of a layout."""
+    boxes: dict[str, list[Box]] = {leaf.name: [] for leaf in layout.leaves}
+    for shard in layout.shards:
+        boxes[shard.leaf].append(shard.box)
+    return {
+        leaf.name: chunk_shape(leaf.shape, boxes[leaf.name], dtype_of(leaf.dtype).itemsize, max_chunk_bytes)
+        for leaf in layout.leaves
+    }
+
+
+def settle(futures: Iterable[Any], what: str, timeout_seconds: float) -> list[Any]:
+    """The results of TensorStore futures, all of them waited for until one common time limit.
+
+    Raises CorruptDataError where the store says that data is missing or damaged, PersistentStoreError for
+    anything else, time-outs included. `what` begins the message.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    results, failure = [], None
+    for future in futures:
+        try:
+            results.append(future.result(timeout=max(deadline - time.monotonic(), 0.001)))
+        except TimeoutError:
+            future.cancel()
+            failure = failure or PersistentStoreError(
+                f"{what}: no answer from the store within {timeout_seconds:g} s. Check that it is reachable,"
+                " or raise the time limit."
+            )
+        except (ValueError, OSError, NotImplementedError, RuntimeError) as error:
+            failure = failure or _translated(error, what)
+    if failure is not None:
+        raise failure
+    return results
+
+
+def _translated(error: Exception, what: str) -> EmergencyCheckpointError:
+    text = str(error).partition(" [tensorstore_spec=")[0]
+    if text.startswith(_DAMAGE):
+        translated: EmergencyCheckpointError = CorruptDataError(f"{what}: {text}. Restore another step.")
+    else:
+        translated = PersistentStoreError(f"{what}: {text}")
+    translated.__cause__ = error
+    return translated

@@ -1,0 +1,286 @@
+"""Committing a step whose parts are written: merge, describe, rename.
+
+The rename is the commit and comes last: whatever is interrupted before it leaves an attempt that no reader
+sees. Parts are merged into an empty store in one transaction, so nothing of another attempt can fill a hole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import tensorstore as ts
+
+from emergency_ckpt.core.layout import Layout, LeafSpec
+from emergency_ckpt.errors import CorruptDataError, PersistentStoreError
+from emergency_ckpt.persistent.arrays import (
+    WriteOptions,
+    array_spec,
+    leaf_chunks,
+    new_context,
+    ocdbt,
+    settle,
+)
+from emergency_ckpt.persistent.chunks import chunk_count
+from emergency_ckpt.persistent.files import Files
+from emergency_ckpt.persistent.step_files import (
+    CHECKSUMS_FILE,
+    CLAIM_FILE,
+    EXTRAS_FILE,
+    LAYOUT_FILE,
+    ORBAX_COMMIT_FILE,
+    ORBAX_STEP_FILE,
+    ORBAX_STRINGS_FILE,
+    PARTS_DIRECTORY,
+    SideInfo,
+    block_count,
+    checksums_to_bytes,
+    digest,
+    extras_to_json,
+    seal,
+    side_file_name,
+)
+from emergency_ckpt.persistent.store import Attempt, PersistentStep, PersistentStore
+from emergency_ckpt.persistent.values import Value, as_array
+from emergency_ckpt.persistent.writer import PartReport, part_store_name
+
+_METRICS_FILE = "metrics/metrics"
+
+
+@dataclasses.dataclass(frozen=True)
+class StepContent:
+    """What a step holds beside its arrays.
+
+    Attributes:
+      values: the leaves that are not arrays, by name; all of `Layout.value_leaves`.
+      custom_metadata, metrics: JSON of the user, readable by Orbax.
+      started_nanoseconds: when the save began (Unix time), for Orbax's step metadata; None for now.
+    """
+
+    values: Mapping[str, Value] = dataclasses.field(default_factory=dict)
+    custom_metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    metrics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    started_nanoseconds: int | None = None
+
+
+def commit(
+    store: PersistentStore,
+    attempt: Attempt,
+    layout: Layout,
+    parts: Sequence[PartReport],
+    content: StepContent | None = None,
+    options: WriteOptions | None = None,
+) -> PersistentStep:
+    """Makes a step of the parts. One process calls this, once per attempt.
+
+    Raises PersistentStoreError when the parts are not every shard exactly once or another committer is at work
+    on the attempt, StaleGenerationError when a newer generation exists. After any error write the step again
+    with another attempt.
+    """
+    for _ in commit_stages(store, attempt, layout, parts, content, options):
+        pass
+    return store.commit(attempt)
+
+
+def commit_stages(
+    store: PersistentStore,
+    attempt: Attempt,
+    layout: Layout,
+    parts: Sequence[PartReport],
+    content: StepContent | None = None,
+    options: WriteOptions | None = None,
+) -> Iterator[str]:
+    """Everything of `commit` but the rename; yields the name of each stage when it is done."""
+    content = content or StepContent()
+    options = options or WriteOptions()
+    files = store.attempt_files(attempt)
+    store.check_generation(attempt)
+    _check_parts(attempt, layout, parts)
+    _check_values(attempt, layout, content)
+    if not files.create(CLAIM_FILE, b""):
+        raise PersistentStoreError(
+            f"{attempt}: another committer is, or was, at work in {files.locate()}."
+            " If it is not alive, write the step again with another attempt."
+        )
+    yield "claimed"
+    context = new_context()
+    stores = [part_store_name(attempt, part.part) for part in parts if part.shards]
+    numbers = {name: as_array(name, v) for name, v in content.values.items() if not isinstance(v, str)}
+    if numbers:
+        stores.append(part_store_name(attempt, "values"))
+        _write_numbers(files, f"{attempt.item}/{stores[-1]}", attempt, numbers, context, options)
+        yield "values written"
+    _merge(files, attempt, stores, context, options)
+    yield "merged"
+    _check_merged(files, attempt, layout, parts, len(numbers), context, options)
+    yield "merge checked"
+    strings = {name: v for name, v in content.values.items() if isinstance(v, str)}
+    for path, data in layout.metadata_files:
+        if path != ORBAX_STEP_FILE:
+            files.write(f"{attempt.item}/{path}", data)
+    if strings:
+        files.write(f"{attempt.item}/{ORBAX_STRINGS_FILE}", json.dumps(strings).encode())
+    if content.metrics:
+        files.write(_METRICS_FILE, json.dumps(content.metrics).encode())
+    files.write(ORBAX_STEP_FILE, _step_metadata(layout, content))
+    yield "Orbax's metadata written"
+    _write_side_files(store, files, attempt, layout, parts, content)
+    yield "side files written"
+    files.delete_tree(PARTS_DIRECTORY)
+    yield "part markers deleted"
+    marker = f"{attempt.step_id} was committed.\n".encode()
+    files.write(f"{attempt.item}/{ORBAX_COMMIT_FILE}", marker)
+    files.write(ORBAX_COMMIT_FILE, marker)
+    yield "marked"
+
+
+def _check_parts(attempt: Attempt, layout: Layout, parts: Sequence[PartReport]) -> None:
+    kinds = {(p.layout_hash, p.max_chunk_bytes, p.compression) for p in parts}
+    if len(kinds) > 1 or any(p.layout_hash != layout.hash for p in parts):
+        raise PersistentStoreError(
+            f"{attempt}: its parts were written by different layouts or options: {sorted(kinds)};"
+            f" expected layout {layout.hash} and one set of options in all processes."
+        )
+    writers: list[list[int]] = [[] for _ in layout.shards]
+    for part in parts:
+        for shard, checksums in zip(part.shards, part.checksums, strict=True):
+            writers[shard].append(part.part)
+            if len(checksums) != block_count(layout.shard_nbytes[shard]):
+                raise CorruptDataError(
+                    f"part {part.part} of {attempt} lacks checksums of {layout.shards[shard]}"
+                )
+    wrong = [(layout.shards[i], found) for i, found in enumerate(writers) if len(found) != 1]
+    if wrong:
+        some = "; ".join(f"{shard} by parts {found}" for shard, found in wrong[:3])
+        raise PersistentStoreError(
+            f"{attempt}: {len(wrong)} of {len(layout.shards)} shards are not written exactly once ({some})."
+            " Write the step again with another attempt."
+        )
+
+
+def _check_values(attempt: Attempt, layout: Layout, content: StepContent) -> None:
+    if set(content.values) != set(layout.value_leaves):
+        raise PersistentStoreError(
+            f"{attempt}: values were given for {sorted(content.values)},"
+            f" the layout has {list(layout.value_leaves)}"
+        )
+
+
+def _write_numbers(
+    files: Files,
+    directory: str,
+    attempt: Attempt,
+    numbers: Mapping[str, Any],
+    context: ts.Context,
+    options: WriteOptions,
+) -> None:
+    what = f"writing the {len(numbers)} scalars of {attempt}"
+    kvstore = ocdbt(files, directory)
+    transaction = ts.Transaction()
+    specs = [array_spec(kvstore, LeafSpec(n, (), a.dtype.name), (), "none") for n, a in numbers.items()]
+    opened = settle(
+        (ts.open(spec, create=True, context=context, transaction=transaction) for spec in specs),
+        what,
+        options.timeout_seconds,
+    )
+    settle(
+        [array.write(data).copy for array, data in zip(opened, numbers.values(), strict=True)],
+        what,
+        options.timeout_seconds,
+    )
+    settle([transaction.commit_async()], what, options.timeout_seconds)
+
+
+def _merge(
+    files: Files, attempt: Attempt, stores: Sequence[str], context: ts.Context, options: WriteOptions
+) -> None:
+    """Copies the parts' trees (not their data) into the item's own store, which must be empty."""
+    what = f"merging {len(stores)} parts of {attempt}"
+    parent = settle(
+        [ts.KvStore.open(ocdbt(files, attempt.item), context=context)], what, options.timeout_seconds
+    )[0]
+    if settle([parent.list()], what, options.timeout_seconds)[0]:
+        raise PersistentStoreError(f"{what}: {files.locate(attempt.item)} is not empty. Use another attempt.")
+    children = settle(
+        (ts.KvStore.open(ocdbt(files, f"{attempt.item}/{name}"), context=context) for name in stores),
+        what,
+        options.timeout_seconds,
+    )
+    transaction = ts.Transaction(atomic=True)
+    target = parent.with_transaction(transaction)
+    settle([child.experimental_copy_range_to(target) for child in children], what, options.timeout_seconds)
+    settle([transaction.commit_async()], what, options.timeout_seconds)
+
+
+def _check_merged(
+    files: Files,
+    attempt: Attempt,
+    layout: Layout,
+    parts: Sequence[PartReport],
+    scalars: int,
+    context: ts.Context,
+    options: WriteOptions,
+) -> None:
+    """Counts the keys: every chunk and every array's metadata must have arrived."""
+    what = f"checking the merged {attempt}"
+    chunks = leaf_chunks(layout, parts[0].max_chunk_bytes if parts else options.max_chunk_bytes)
+    expected = 2 * scalars + sum(1 + chunk_count(leaf.shape, chunks[leaf.name]) for leaf in layout.leaves)
+    merged = ts.KvStore.open(ocdbt(files, attempt.item), context=context)
+    keys = settle([settle([merged], what, options.timeout_seconds)[0].list()], what, options.timeout_seconds)[0]
+    if len(keys) != expected:
+        raise CorruptDataError(
+            f"{attempt}: {files.locate(attempt.item)} holds {len(keys)} chunks and array descriptions, expected"
+            f" {expected}. Write the step again with another attempt."
+        )
+
+
+def _step_metadata(layout: Layout, content: StepContent) -> bytes:
+    """Orbax's step metadata: the layout's, with times and what the user gave."""
+    raw = json.loads(dict(layout.metadata_files).get(ORBAX_STEP_FILE, b"{}"))
+    now = time.time_ns()
+    raw["init_timestamp_nsecs"] = content.started_nanoseconds or now
+    raw["commit_timestamp_nsecs"] = now
+    raw["custom_metadata"] = dict(content.custom_metadata)
+    if content.metrics:
+        raw["metrics"] = dict(content.metrics)
+    return json.dumps(raw).encode()
+
+
+def _write_side_files(
+    store: PersistentStore,
+    files: Files,
+    attempt: Attempt,
+    layout: Layout,
+    parts: Sequence[PartReport],
+    content: StepContent,
+) -> None:
+    checksums: list[tuple[int, ...]] = [()] * len(layout.shards)
+    extras: dict[str, bytes] = {}
+    for part in parts:
+        for shard, found in zip(part.shards, part.checksums, strict=True):
+            checksums[shard] = found
+        for key, data in part.extras.items():
+            if extras.setdefault(key, data) != data:
+                raise CorruptDataError(f"{attempt}: the parts hold different extras under {key!r}")
+    written = {LAYOUT_FILE: layout.to_bytes(), CHECKSUMS_FILE: checksums_to_bytes(checksums)}
+    if extras:
+        written[EXTRAS_FILE] = seal({"extras": extras_to_json(extras)})
+    for name, data in written.items():
+        files.write(name, data)
+    side = SideInfo(
+        run_id=store.run_id(),
+        step_id=attempt.step_id,
+        nonce=attempt.generation.nonce,
+        item=attempt.item,
+        layout_hash=layout.hash,
+        max_chunk_bytes=parts[0].max_chunk_bytes if parts else 1,
+        compression=parts[0].compression if parts else "none",
+        values=content.values,
+        custom_metadata=content.custom_metadata,
+        metrics=content.metrics,
+        digests={name: digest(data) for name, data in written.items()},
+    )
+    files.write(side_file_name(attempt.generation.number, attempt.generation.nonce), side.to_bytes())

@@ -1,0 +1,308 @@
+"""The persistent root: run id, generations, activations, committed steps and attempts at writing one.
+
+The only place that knows the names in the root. A step is committed when its directory has its final name; an
+attempt lives under a name that carries its generation and nonce, so that what an old one left never mixes in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import uuid
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from absl import logging
+
+from emergency_ckpt.core.lineage import Activation, StepId, is_void
+from emergency_ckpt.errors import CorruptDataError, PersistentStoreError, StaleGenerationError
+from emergency_ckpt.persistent.files import Files, LocalFiles
+from emergency_ckpt.persistent.step_files import (
+    ITEM_NAMES,
+    ORBAX_TREE_FILE,
+    parse_side_file_name,
+    seal,
+    unseal,
+)
+
+_RECORDS = "emergency_ckpt"
+_RUN_ID = f"{_RECORDS}/run_id"
+_GENERATIONS = f"{_RECORDS}/generations"
+_ACTIVATIONS = f"{_RECORDS}/activations"
+_RECORD = re.compile(r"(\d{8,})\.json")
+_TEMPORARY = ".orbax-checkpoint-tmp"
+_ATTEMPT = re.compile(r".+\.orbax-checkpoint-tmp-(?:g(\d+)-[0-9a-f]+-\d+|removed-[0-9a-f]+)")
+_MINT_TRIES = 1000
+_REPLACE_TRIES = 10
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Generation:
+    """One life of the run. `parent` is the step it was restored from, None for a start from scratch."""
+
+    number: int
+    nonce: str
+    parent: StepId | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepNames:
+    """How step directories are called: as Orbax's standard name format with the same prefix and length."""
+
+    prefix: str | None = None
+    digits: int | None = None
+
+    def name(self, step: int) -> str:
+        return f"{self.prefix}_" * (self.prefix is not None) + f"{step:0{self.digits or 0}d}"
+
+    def step(self, name: str) -> int | None:
+        """The step that a directory of this name holds, None if it holds none."""
+        number = name[len(self.prefix) + 1 :] if self.prefix is not None else name
+        if not (number.isascii() and number.isdigit()):
+            return None
+        return int(number) if self.name(int(number)) == name else None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PersistentStep:
+    """A committed step. `nonce` is that of the generation that wrote it, None if another program did."""
+
+    step_id: StepId
+    path: Path
+    item: str
+    nonce: str | None
+
+    @property
+    def written_by_us(self) -> bool:
+        return self.nonce is not None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Attempt:
+    """One try at writing one step; a further try of the same generation takes another `ordinal`."""
+
+    generation: Generation
+    step: int
+    item: str
+    ordinal: int = 0
+
+    @property
+    def step_id(self) -> StepId:
+        return StepId(self.generation.number, self.step)
+
+    def __str__(self) -> str:
+        return f"attempt {self.ordinal} at {self.step_id}"
+
+
+class PersistentStore:
+    """The persistent directory of one run. Every method is local to the calling process.
+
+    Raises PersistentStoreError when the store cannot be read or written, CorruptDataError for a damaged record.
+    """
+
+    def __init__(
+        self, root: str | os.PathLike[str], names: StepNames | None = None, files: Files | None = None
+    ):
+        self.root = Path(root)
+        self.names = names or StepNames()
+        self.files: Files = files or LocalFiles(root)
+
+    # Run, generations, activations.
+
+    def run_id(self) -> str:
+        """The id of the run in this root, made if there is none; all callers get the same one."""
+        self.files.create(_RUN_ID, f"{uuid.uuid4()}\n".encode())
+        text = self.files.read(_RUN_ID).decode(errors="replace").strip()
+        try:
+            return str(uuid.UUID(text))
+        except ValueError as error:
+            raise CorruptDataError(
+                f"{self.files.locate(_RUN_ID)} should hold a UUID but holds {text[:50]!r}."
+                " If no job uses this directory, delete that file."
+            ) from error
+
+    def mint_generation(self, highest_seen: int, parent: StepId | None) -> Generation:
+        """A new generation, higher than `highest_seen` and every other. One process of a job calls this."""
+        newest = self.newest_generation()
+        number = max(highest_seen, newest.number if newest else 0) + 1
+        for candidate in range(number, number + _MINT_TRIES):
+            generation = Generation(candidate, uuid.uuid4().hex[:12], parent)
+            content = {
+                "number": candidate,
+                "nonce": generation.nonce,
+                "parent": [parent.generation, parent.step] if parent else None,
+            }
+            if self.files.create(f"{_GENERATIONS}/{candidate:08d}.json", seal(content)):
+                return generation
+        raise PersistentStoreError(
+            f"no free generation number from {number} to {number + _MINT_TRIES - 1} in"
+            f" {self.files.locate(_GENERATIONS)}: are jobs starting in an endless loop?"
+        )
+
+    def newest_generation(self) -> Generation | None:
+        """The generation that was minted last."""
+        names = self._record_names(_GENERATIONS)
+        if not names:
+            return None
+        path = f"{_GENERATIONS}/{names[-1]}"
+        raw = unseal(self.files.read(path), self.files.locate(path))
+        return Generation(raw["number"], raw["nonce"], StepId(*raw["parent"]) if raw["parent"] else None)
+
+    def record_activation(self, activation: Activation) -> None:
+        """Records that all processes hold the state from which this generation begins. Repeating it is fine."""
+        path = f"{_ACTIVATIONS}/{activation.generation:08d}.json"
+        content = {"generation": activation.generation, "step": activation.step}
+        if self.files.create(path, seal(content)):
+            return
+        found = self._activation(path)
+        if found != activation:
+            raise PersistentStoreError(
+                f"{self.files.locate(path)} says that generation {found.generation} began from step"
+                f" {found.step}, not {activation.step}: two jobs use the same generation. Start the job again."
+            )
+
+    def activations(self) -> tuple[Activation, ...]:
+        """All activations, oldest first."""
+        return tuple(self._activation(f"{_ACTIVATIONS}/{name}") for name in self._record_names(_ACTIVATIONS))
+
+    # Committed steps.
+
+    def steps(self) -> list[PersistentStep]:
+        """Every committed step, oldest first, void ones included (see `without_void`)."""
+        found = []
+        for entry in self.files.entries():
+            step = self.names.step(entry.name) if entry.is_directory else None
+            if step is not None and (held := self._step_in(entry.name, step)):
+                found.append(held)
+        return sorted(found, key=lambda s: s.step_id)
+
+    def delete_step(self, step: PersistentStep) -> None:
+        """Deletes a committed step. It disappears at once; its bytes follow."""
+        self._remove(step.path.name)
+
+    # Attempts.
+
+    def begin(self, attempt: Attempt) -> None:
+        """Makes the attempt's directory. Every process that writes a part may call this."""
+        self.files.make_directory(f"{self._attempt_name(attempt)}/{attempt.item}")
+
+    def attempt_files(self, attempt: Attempt) -> Files:
+        """The files of an uncommitted step."""
+        return self.files.below(self._attempt_name(attempt))
+
+    def commit(self, attempt: Attempt) -> PersistentStep:
+        """Gives a written attempt the name of its step. One process calls this, after everything is in place.
+
+        A void step in the way is replaced. If the same attempt's step is there already, nothing happens.
+        Raises StaleGenerationError when a newer generation exists, PersistentStoreError when a step that is
+        not void is in the way.
+        """
+        self.check_generation(attempt)
+        source, target = self._attempt_name(attempt), self.names.name(attempt.step)
+        for _ in range(_REPLACE_TRIES):
+            try:
+                self.files.commit(source, target)
+                return self._committed(attempt)
+            except FileNotFoundError as error:
+                held = self._step_in(target, attempt.step)
+                if held and held.step_id == attempt.step_id and held.nonce == attempt.generation.nonce:
+                    return held
+                raise PersistentStoreError(
+                    f"{attempt} has lost its directory {self.files.locate(source)}: somebody removed it."
+                    " Write the step again with another attempt."
+                ) from error
+            except FileExistsError:
+                held = self._step_in(target, attempt.step)
+                if held and held.step_id == attempt.step_id and held.nonce == attempt.generation.nonce:
+                    self._remove(source)
+                    return held
+                if held and not is_void(held.step_id, self.activations()):
+                    raise PersistentStoreError(
+                        f"{self.files.locate(target)} holds {held.step_id}, which no restore made void, so"
+                        f" {attempt} cannot take its place. Delete that step, or save under another number."
+                    ) from None
+                self._remove(target)
+        raise PersistentStoreError(
+            f"{self.files.locate(target)} was replaced {_REPLACE_TRIES} times while {attempt} was committed:"
+            " several jobs are writing to this directory. Stop all but one."
+        )
+
+    def check_generation(self, attempt: Attempt) -> None:
+        """Raises StaleGenerationError unless the attempt's generation is the newest of the run."""
+        newest = self.newest_generation()
+        mine = (attempt.generation.number, attempt.generation.nonce)
+        if newest is None or (newest.number, newest.nonce) != mine:
+            found = f"{newest.number} ({newest.nonce})" if newest else "no generation"
+            raise StaleGenerationError(
+                f"{attempt} is refused: it is of generation {attempt.generation.number}"
+                f" ({attempt.generation.nonce}), the newest in {self.files.locate()} is {found}."
+                " Another job has taken over this directory; end this one."
+            )
+
+    def abandon(self, attempt: Attempt) -> None:
+        """Removes what an attempt has written so far."""
+        self._remove(self._attempt_name(attempt))
+
+    def remove_leftovers(self, current: Generation) -> list[str]:
+        """Removes attempts of generations older than `current` and half-deleted steps; returns their names.
+
+        Attempts of `current` stay, since they may be in progress, and so does what other programs write.
+        """
+        removed = []
+        for entry in self.files.entries():
+            match = _ATTEMPT.fullmatch(entry.name)
+            if match and entry.is_directory and int(match[1] or 0) < current.number:
+                self.files.delete_tree(entry.name)
+                removed.append(entry.name)
+        return removed
+
+    def _committed(self, attempt: Attempt) -> PersistentStep:
+        return PersistentStep(
+            attempt.step_id,
+            self.root / self.names.name(attempt.step),
+            attempt.item,
+            attempt.generation.nonce,
+        )
+
+    def _step_in(self, name: str, step: int) -> PersistentStep | None:
+        """The step that a committed directory holds; None, with a log line, if it holds no state we know."""
+        entries = self.files.entries(name)
+        items = [item for item in ITEM_NAMES if any(e.name == item and e.is_directory for e in entries)]
+        if not items and any(e.name == ORBAX_TREE_FILE for e in entries):
+            items = [""]
+        if not items:
+            logging.warning(
+                "%s holds no item named %s: not used.", self.files.locate(name), " or ".join(ITEM_NAMES)
+            )
+            return None
+        ours = sorted(filter(None, (parse_side_file_name(e.name) for e in entries)))
+        generation, nonce = ours[-1] if ours else (0, None)
+        return PersistentStep(StepId(generation, step), self.root / name, items[0], nonce)
+
+    def _attempt_name(self, attempt: Attempt) -> str:
+        generation = attempt.generation
+        name = self.names.name(attempt.step)
+        return f"{name}{_TEMPORARY}-g{generation.number}-{generation.nonce}-{attempt.ordinal}"
+
+    def _remove(self, name: str) -> None:
+        """Takes a directory out of sight in one operation, then deletes it."""
+        aside = f"{name.partition(_TEMPORARY)[0]}{_TEMPORARY}-removed-{uuid.uuid4().hex}"
+        try:
+            self.files.commit(name, aside)
+        except FileNotFoundError:
+            return
+        self.files.delete_tree(aside)
+
+    def _record_names(self, directory: str) -> list[str]:
+        names = [e.name for e in self.files.entries(directory) if _RECORD.fullmatch(e.name)]
+        return sorted(names, key=lambda name: int(name.partition(".")[0]))
+
+    def _activation(self, path: str) -> Activation:
+        raw = unseal(self.files.read(path), self.files.locate(path))
+        return Activation(raw["generation"], raw["step"])
+
+
+def without_void(steps: Iterable[PersistentStep], activations: Collection[Activation]) -> list[PersistentStep]:
+    """The steps that no restore left behind, in the same order."""
+    return [step for step in steps if not is_void(step.step_id, activations)]

@@ -1,0 +1,81 @@
+"""What Orbax's own files say about an item: its leaves and how they are stored.
+
+Read for checkpoints that another program wrote; ours carry a layout, which says more and is checksummed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from emergency_ckpt.errors import CorruptDataError, PersistentStoreError
+from emergency_ckpt.persistent.files import Files
+from emergency_ckpt.persistent.step_files import ORBAX_STRINGS_FILE, ORBAX_TREE_FILE
+
+_ARRAYS = ("jax.Array", "np.ndarray")
+
+
+@dataclasses.dataclass(frozen=True)
+class TreeMetadata:
+    """Leaves by kind, and the storage format of the item.
+
+    `fills_missing` tells that chunks which equal the fill value may have been left out.
+    """
+
+    arrays: tuple[str, ...]
+    numbers: tuple[str, ...]
+    strings: tuple[str, ...]
+    ocdbt: bool
+    zarr3: bool
+    fills_missing: bool
+
+
+def read_tree_metadata(files: Files, item: str) -> TreeMetadata:
+    """Reads `_METADATA`. Raises PersistentStoreError where there is none or it has unknown kinds of leaves."""
+    path = f"{item}/{ORBAX_TREE_FILE}".lstrip("/")
+    where = files.locate(path)
+    try:
+        raw = json.loads(files.read(path))
+        entries = [
+            (".".join(str(key["key"]) for key in entry["key_metadata"]), entry["value_metadata"])
+            for entry in raw["tree_metadata"].values()
+        ]
+        kinds = {name: str(value["value_type"]) for name, value in entries if not value["skip_deserialize"]}
+    except FileNotFoundError as error:
+        raise PersistentStoreError(
+            f"{where} is missing: not a checkpoint of a PyTree, or one of a format older than this package"
+            " reads. Convert it by restoring and saving it with a current Orbax."
+        ) from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CorruptDataError(f"{where} is damaged: {error}") from error
+    unknown = {name: kind for name, kind in kinds.items() if kind not in (*_ARRAYS, "scalar", "string")}
+    if unknown:
+        raise PersistentStoreError(
+            f"{where} has leaves of kinds that only the program which wrote them can read: {unknown}"
+        )
+    use_ocdbt = raw.get("use_ocdbt")
+    if use_ocdbt is None:
+        use_ocdbt = any(entry.name == "manifest.ocdbt" for entry in files.entries(item))
+    return TreeMetadata(
+        arrays=tuple(sorted(n for n, kind in kinds.items() if kind in _ARRAYS)),
+        numbers=tuple(sorted(n for n, kind in kinds.items() if kind == "scalar")),
+        strings=tuple(sorted(n for n, kind in kinds.items() if kind == "string")),
+        ocdbt=bool(use_ocdbt),
+        zarr3=bool(raw.get("use_zarr3", False)),
+        fills_missing=not raw.get("store_array_data_equal_to_fill_value", False),
+    )
+
+
+def read_strings(files: Files, item: str, names: tuple[str, ...]) -> dict[str, str]:
+    """The values of string leaves."""
+    if not names:
+        return {}
+    path = f"{item}/{ORBAX_STRINGS_FILE}".lstrip("/")
+    try:
+        raw: dict[str, Any] = json.loads(files.read(path))
+        return {name: str(raw[name]) for name in names}
+    except (FileNotFoundError, ValueError, TypeError, KeyError) as error:
+        raise CorruptDataError(
+            f"{files.locate(path)} does not hold the strings {list(names)}: {error}"
+        ) from error

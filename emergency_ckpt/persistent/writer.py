@@ -1,0 +1,224 @@
+"""Writing one part of a step: some shards, through TensorStore, into a store of this writer's own.
+
+A part counts only once its marker is there, which is written last and carries the checksums of its blocks.
+Single-writer stores are safe on every kind of store; the committer merges them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+import tensorstore as ts
+
+from emergency_ckpt.core.checksums import block_seed, first_bad_block
+from emergency_ckpt.core.layout import Layout
+from emergency_ckpt.core.shards import dtype_of
+from emergency_ckpt.errors import CorruptDataError, PersistentStoreError
+from emergency_ckpt.persistent.arrays import (
+    WriteOptions,
+    array_spec,
+    leaf_chunks,
+    new_context,
+    ocdbt,
+    settle,
+    storage_dtype,
+)
+from emergency_ckpt.persistent.step_files import (
+    PARTS_DIRECTORY,
+    extras_from_json,
+    extras_to_json,
+    seal,
+    unseal,
+)
+from emergency_ckpt.persistent.store import Attempt, PersistentStore
+
+_POLL_SECONDS = (0.02, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class PartReport:
+    """What one writer put into an attempt.
+
+    Attributes:
+      part: the writer's number.
+      layout_hash, max_chunk_bytes, compression: what it was written by; equal in all parts of a step.
+      shards: ascending indices into `Layout.shards`.
+      checksums: their block checksums, in the same order.
+      nbytes: bytes of these shards.
+      extras: small per-process state by owner key.
+    """
+
+    part: int
+    layout_hash: str
+    max_chunk_bytes: int
+    compression: str
+    shards: tuple[int, ...]
+    checksums: tuple[tuple[int, ...], ...]
+    nbytes: int
+    extras: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+
+
+def write_part(
+    store: PersistentStore,
+    attempt: Attempt,
+    layout: Layout,
+    part: int,
+    shards: Iterable[int],
+    read_shard: Callable[[int], np.ndarray],
+    checksums: Callable[[int], Sequence[int]],
+    options: WriteOptions | None = None,
+    extras: Mapping[str, bytes] | None = None,
+) -> PartReport:
+    """Writes some shards of a step and then the marker. Each writer calls this with a `part` of its own.
+
+    Args:
+      shards: indices into `layout.shards`.
+      read_shard: gives a shard in its dtype and shape, or as flat uint8 of the same bytes. The memory must
+        keep its content until this returns.
+      checksums: gives a shard's block checksums, bound to the attempt's generation; the bytes must match them.
+      extras: small state of this process that is to be committed with the step.
+
+    Raises CorruptDataError when a shard does not match its checksums, PersistentStoreError when the store
+    fails.
+    """
+    options = options or WriteOptions()
+    shards = tuple(sorted(set(shards)))
+    store.begin(attempt)
+    files = store.attempt_files(attempt)
+    found = {shard: tuple(checksums(shard)) for shard in shards}
+    chunks = leaf_chunks(layout, options.max_chunk_bytes)
+    kvstore = ocdbt(files, f"{attempt.item}/{part_store_name(attempt, part)}", options.target_data_file_bytes)
+    context = new_context()
+    for batch in _batches(layout, shards, options.concurrent_bytes):
+        transaction = ts.Transaction()
+        what = f"writing {attempt}, part {part}, {len(batch)} shards from {layout.shards[batch[0]]}"
+        opened = settle(
+            (
+                ts.open(
+                    array_spec(
+                        kvstore,
+                        layout.leaf[layout.shards[i].leaf],
+                        chunks[layout.shards[i].leaf],
+                        options.compression,
+                    ),
+                    open=True,
+                    create=True,
+                    context=context,
+                    transaction=transaction,
+                )
+                for i in batch
+            ),
+            what,
+            options.timeout_seconds,
+        )
+        writes = []
+        for array, index in zip(opened, batch, strict=True):
+            shard = layout.shards[index]
+            data = _verified(layout, index, read_shard(index), found[index], attempt)
+            writes.append(
+                array[shard.box.slices()].write(data, can_reference_source_data_indefinitely=True).copy
+            )
+        settle(writes, what, options.timeout_seconds)
+        settle([transaction.commit_async()], what, options.timeout_seconds)
+    report = PartReport(
+        part=part,
+        layout_hash=layout.hash,
+        max_chunk_bytes=options.max_chunk_bytes,
+        compression=options.compression,
+        shards=shards,
+        checksums=tuple(found[shard] for shard in shards),
+        nbytes=sum(layout.shard_nbytes[shard] for shard in shards),
+        extras=dict(extras or {}),
+    )
+    raw = {field.name: getattr(report, field.name) for field in dataclasses.fields(report)}
+    files.write(_marker(part), seal({**raw, "extras": extras_to_json(report.extras)}))
+    return report
+
+
+def wait_for_parts(
+    store: PersistentStore, attempt: Attempt, expected: Collection[int], timeout_seconds: float
+) -> list[PartReport]:
+    """The reports of the expected parts, once all their markers are there.
+
+    Raises PersistentStoreError after `timeout_seconds`, naming the parts that are missing.
+    """
+    files = store.attempt_files(attempt)
+    deadline = time.monotonic() + timeout_seconds
+    pause = _POLL_SECONDS[0]
+    while True:
+        there = {entry.name for entry in files.entries(PARTS_DIRECTORY)}
+        missing = [part for part in sorted(expected) if _marker_name(part) not in there]
+        if not missing:
+            return [read_part(store, attempt, part) for part in sorted(expected)]
+        if time.monotonic() >= deadline:
+            raise PersistentStoreError(
+                f"{attempt}: {len(missing)} of {len(expected)} parts are missing after {timeout_seconds:g} s:"
+                f" {', '.join(map(str, missing[:20]))}. Their writers died or are too slow: have others write"
+                " these shards, or raise the time limit."
+            )
+        time.sleep(min(pause, max(deadline - time.monotonic(), 0)))
+        pause = min(2 * pause, _POLL_SECONDS[1])
+
+
+def read_part(store: PersistentStore, attempt: Attempt, part: int) -> PartReport:
+    """The report of a finished part. Raises FileNotFoundError if it is not finished."""
+    files = store.attempt_files(attempt)
+    where = files.locate(_marker(part))
+    raw = unseal(files.read(_marker(part)), where)
+    try:
+        raw["shards"] = tuple(raw["shards"])
+        raw["checksums"] = tuple(map(tuple, raw["checksums"]))
+        raw["extras"] = extras_from_json(raw["extras"], where)
+        return PartReport(**raw)
+    except (TypeError, KeyError) as error:
+        raise CorruptDataError(f"{where} has unexpected content: {error}") from error
+
+
+def part_store_name(attempt: Attempt, part: int | str) -> str:
+    """Directory of a part's own OCDBT store within the item; Orbax's name for such stores plus our nonce."""
+    return f"ocdbt.process_{attempt.generation.nonce}p{part}"
+
+
+def _marker_name(part: int) -> str:
+    return f"{part}.json"
+
+
+def _marker(part: int) -> str:
+    return f"{PARTS_DIRECTORY}/{_marker_name(part)}"
+
+
+def _batches(layout: Layout, shards: Sequence[int], concurrent_bytes: int) -> Iterator[list[int]]:
+    """Runs of shards of at most `concurrent_bytes` together, of one shard at least."""
+    batch: list[int] = []
+    nbytes = 0
+    for shard in shards:
+        if batch and nbytes + layout.shard_nbytes[shard] > concurrent_bytes:
+            yield batch
+            batch, nbytes = [], 0
+        batch.append(shard)
+        nbytes += layout.shard_nbytes[shard]
+    if batch:
+        yield batch
+
+
+def _verified(
+    layout: Layout, index: int, data: np.ndarray, checksums: tuple[int, ...], attempt: Attempt
+) -> np.ndarray:
+    """The shard as TensorStore takes it, after its bytes have been checked."""
+    shard = layout.shards[index]
+    dtype = layout.leaf[shard.leaf].dtype
+    data = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+    if data.nbytes != layout.shard_nbytes[index]:
+        raise CorruptDataError(
+            f"{shard} of {attempt} has {data.nbytes} bytes, expected {layout.shard_nbytes[index]}"
+        )
+    bad = first_bad_block(data.data, checksums, block_seed(attempt.step_id.generation, shard, dtype))
+    if bad is not None:
+        raise CorruptDataError(
+            f"{shard} of {attempt}: block {bad} does not match its checksum, so it is not written to"
+            f" {attempt.item!r} in the persistent tier. Have another holder of this shard upload it."
+        )
+    return data.view(dtype_of(dtype)).view(storage_dtype(dtype)).reshape(shard.box.shape)
