@@ -79,18 +79,18 @@ class Progress:
             raise ValueError(f"the outcome of save {save} is known, no report on it counts")
         return dataclasses.replace(self, reported=save)
 
-    def may_await(self, save: int) -> None:
-        """Raises ValueError for a save whose outcome may not be awaited: an earlier one is not known yet."""
-        if save > self.known + 1:
-            raise ValueError(
-                f"the outcome of save {save} was asked for before that of save {self.known + 1} was known here; "
-                "await the outcomes of the saves in their order"
-            )
-
     def learn(self, save: int) -> Progress:
-        """This process has read the outcome of `save`."""
-        self.may_await(save)
-        return dataclasses.replace(self, known=max(self.known, save))
+        """This process has read the outcome of `save`, the one after those it knows."""
+        self.check_next(save)
+        return dataclasses.replace(self, known=save)
+
+    def check_next(self, save: int) -> None:
+        """Raises ValueError unless `save` is the one whose outcome this process learns next."""
+        if save != self.known + 1:
+            raise ValueError(
+                f"the outcome of save {save} was asked for, but the next one to learn here is that of save "
+                f"{self.known + 1}; await each outcome once, in the order of the saves"
+            )
 
     def removable(self, newest_reports: Iterable[int]) -> range:
         """The saves about which no process will read again, given the newest report of *every* process.
