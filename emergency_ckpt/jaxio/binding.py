@@ -1,0 +1,195 @@
+"""From a live state to the buffers of its shards, cheaply enough to be done at every save.
+
+What was checked once (tree structure, shardings) is only compared again; a state that does not fit its layout
+is refused with the name of the leaf.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+
+from emergency_ckpt.core.layout import Layout
+from emergency_ckpt.core.shards import Box
+from emergency_ckpt.errors import StateMismatchError, UnsupportedStateError
+from emergency_ckpt.jaxio.state import (
+    Leaf,
+    LeafKind,
+    describe_leaf,
+    encode_value,
+    flatten,
+    leaf_name,
+    process_boxes,
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ShardBuffer:
+    """One shard of this process: a single-device array, or a numpy array that its owner may still change."""
+
+    shard: int
+    leaf: str
+    data: jax.Array | np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Binding:
+    """A live state as the shards of this process, in the order of the slot, and its values as JSON."""
+
+    buffers: Sequence[ShardBuffer]
+    values: Mapping[str, Any]
+
+
+class StateBinder:
+    """Maps live states to the shards of one layout.
+
+    Made once, from the abstract state of which the layout was built. Not thread-safe: saves come one by one.
+    """
+
+    def __init__(self, abstract_state: Any, layout: Layout, process_index: int) -> None:
+        flat = flatten(abstract_state)
+        held = layout.process_shards[process_index]
+        shards: dict[str, dict[Box, int]] = {}
+        for index in held:
+            shards.setdefault(layout.shards[index].leaf, {})[layout.shards[index].box] = index
+        self.process_index = process_index
+        self._treedef = flat.treedef
+        self._position = {shard: position for position, shard in enumerate(held)}
+        self._leaves = [
+            _ValueLeaf(leaf)
+            if leaf.kind is LeafKind.VALUE
+            else _ArrayLeaf(leaf, shards.get(leaf.name, {}), process_index, layout.process_count)
+            for leaf in flat.leaves
+        ]
+
+    def bind(self, state: Any) -> Binding:
+        """The buffers of all shards of this process. Local; reads no data and does not wait for the devices.
+
+        Raises StateMismatchError for a state with other leaves, shapes, dtypes or boxes than the layout, and
+        UnsupportedStateError for a deleted array, both naming the leaf.
+        """
+        leaves, treedef = jax.tree_util.tree_flatten(state)
+        if treedef != self._treedef:
+            self._accept_structure(state, treedef)
+        found: list[ShardBuffer] = []
+        values: dict[str, Any] = {}
+        for expected, leaf in zip(self._leaves, leaves, strict=True):
+            if isinstance(expected, _ValueLeaf):
+                values[expected.name] = expected.encode(leaf)
+            else:
+                found += expected.buffers(leaf)
+        found.sort(key=lambda buffer: self._position[buffer.shard])
+        return Binding(found, values)
+
+    def _accept_structure(self, state: Any, treedef: Any) -> None:
+        """Static parts of a tree may change from state to state (an optimizer made anew), names may not."""
+        wanted = [leaf.name for leaf in self._leaves]
+        names = [leaf_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(state)[0]]
+        if names != wanted:
+            raise StateMismatchError(
+                "the state has other leaves than the abstract state of this manager: "
+                f"missing {_some(set(wanted) - set(names))}, unexpected {_some(set(names) - set(wanted))}; "
+                "save states of one structure, or make a manager for this one"
+            )
+        self._treedef = treedef
+
+
+class _ValueLeaf:
+    """A leaf that was described as a value: any number, bool or string will do, now and later."""
+
+    def __init__(self, leaf: Leaf) -> None:
+        self.name = leaf.name
+        self._leaf = leaf
+
+    def encode(self, value: Any) -> Any:
+        if not isinstance(value, (bool, int, float, str, np.generic)):
+            _refuse(self._leaf, value)
+        return encode_value(self.name, value)
+
+
+class _ArrayLeaf:
+    """A leaf with shards: what it must look like, and where the shards of its last sharding are found."""
+
+    def __init__(self, leaf: Leaf, shards: Mapping[Box, int], process_index: int, process_count: int) -> None:
+        self.name = leaf.name
+        self._leaf = leaf
+        self._shards = shards
+        self._processes = process_index, process_count
+        self._shape = leaf.logical_shape
+        self._dtype: Any = None
+        self._sharding: jax.sharding.Sharding | None = None
+        self._places: tuple[tuple[int, int], ...] = ()
+
+    def buffers(self, leaf: Any) -> list[ShardBuffer]:
+        """Each distinct shard that this process holds, once."""
+        if isinstance(leaf, np.ndarray):
+            return self._numpy_buffer(leaf)
+        if not isinstance(leaf, jax.Array):
+            _refuse(self._leaf, leaf)
+        try:
+            if leaf.dtype != self._dtype or leaf.shape != self._shape or leaf.sharding != self._sharding:
+                self._accept(leaf)
+            addressable = self._stored(leaf).addressable_shards
+        except RuntimeError as error:
+            raise_if_deleted(self.name, leaf, error)
+            raise
+        return [ShardBuffer(shard, self.name, addressable[at].data) for at, shard in self._places]
+
+    def _accept(self, leaf: jax.Array) -> None:
+        """Checks an array of a sharding that was not seen before, and finds its shards."""
+        found = describe_leaf(self.name, leaf)
+        self._check(found, leaf)
+        places: dict[int, int] = {}
+        for at, shard in enumerate(self._stored(leaf).addressable_shards):
+            places.setdefault(self._shards[Box.from_slices(shard.index, found.shape)], at)
+        self._dtype, self._sharding = leaf.dtype, leaf.sharding
+        self._places = tuple((at, shard) for shard, at in places.items())
+
+    def _numpy_buffer(self, leaf: np.ndarray) -> list[ShardBuffer]:
+        self._check(describe_leaf(self.name, leaf), leaf)
+        return [ShardBuffer(shard, self.name, leaf) for shard in self._shards.values()]
+
+    def _check(self, found: Leaf, leaf: Any) -> None:
+        wanted = self._leaf
+        if (found.shape, found.dtype, found.key_impl) != (wanted.shape, wanted.dtype, wanted.key_impl):
+            _refuse(wanted, leaf)
+        if found.sharding == wanted.sharding or (found.is_process_local and wanted.is_process_local):
+            return
+        found_boxes, wanted_boxes = (process_boxes(each, *self._processes) for each in (found, wanted))
+        if found_boxes != wanted_boxes:
+            process = self._processes[0]
+            raise StateMismatchError(
+                f"leaf {self.name!r} is cut differently than in the abstract state of this manager: process "
+                f"{process} was to hold {_some(wanted_boxes.get(process, ()))}, its sharding {found.sharding} "
+                f"has {_some(found_boxes.get(process, ()))}; save it with the sharding {wanted.sharding}"
+            )
+
+    def _stored(self, leaf: jax.Array) -> jax.Array:
+        return jax.random.key_data(leaf) if self._leaf.kind is LeafKind.PRNG_KEY else leaf
+
+
+def raise_if_deleted(name: str, leaf: Any, cause: Exception) -> None:
+    """Raises UnsupportedStateError when the leaf is an array whose buffers are gone."""
+    if isinstance(leaf, jax.Array) and leaf.is_deleted():
+        raise UnsupportedStateError(
+            f"leaf {name!r} cannot be saved: its array was deleted, most likely donated to a jitted function; "
+            "save the state which that function returned"
+        ) from cause
+
+
+def _refuse(wanted: Leaf, leaf: Any) -> NoReturn:
+    raise StateMismatchError(
+        f"leaf {wanted.name!r} is a {describe_leaf(wanted.name, leaf).describe()}, but the abstract state of "
+        f"this manager has a {wanted.describe()} there; save states of one kind, from the first step on"
+    )
+
+
+def _some(items: Iterable[object], most: int = 5) -> str:
+    """The first few of many things, for a message."""
+    listed = sorted(map(str, items))
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return (", ".join(listed[:most]) or "none") + more

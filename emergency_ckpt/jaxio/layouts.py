@@ -1,0 +1,74 @@
+"""The layout of a state, from its shardings, and how two layouts differ.
+
+Every process derives the identical layout: nothing in it depends on which process asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from emergency_ckpt.core.layout import Layout, LeafSpec
+from emergency_ckpt.core.shards import Box, Shard
+from emergency_ckpt.errors import TopologyError
+from emergency_ckpt.jaxio.state import Leaf, LeafKind, flatten, process_boxes
+from emergency_ckpt.jaxio.topology import Topology
+
+
+def build_layout(
+    abstract_state: Any, topology: Topology, metadata_files: Mapping[str, bytes] | None = None
+) -> Layout:
+    """Which shards the state consists of and which process holds which.
+
+    Local: every process calls it by itself and gets the same layout (compare `hash` once to be sure).
+    `metadata_files` is what Orbax needs to read the state, from `jaxio.orbax_metadata`.
+    Raises UnsupportedStateError for leaves that cannot be checkpointed, and TopologyError for arrays on
+    devices of processes that the topology does not know.
+    """
+    leaves = flatten(abstract_state).leaves
+    arrays = [leaf for leaf in leaves if leaf.kind is not LeafKind.VALUE]
+    holders: dict[int, list[Shard]] = {}
+    known: dict[Any, dict[int, tuple[Box, ...]]] = {}
+    for leaf in arrays:
+        place = (
+            leaf.is_process_local,
+            None if leaf.is_process_local else leaf.sharding,
+            leaf.shape,
+            leaf.key_dims,
+        )
+        boxes = known.get(place)
+        if boxes is None or leaf.is_process_local:
+            boxes = known[place] = process_boxes(leaf, topology.process_index, topology.process_count)
+            _check_holders(leaf, boxes, topology)
+        for process, held in boxes.items():
+            holders.setdefault(process, []).extend(Shard(leaf.name, box) for box in held)
+    return Layout.build(
+        leaves=[LeafSpec(leaf.name, leaf.shape, leaf.dtype) for leaf in arrays],
+        holders=holders,
+        process_slice=topology.process_slice,
+        value_leaves=[leaf.name for leaf in leaves if leaf.kind is LeafKind.VALUE],
+        metadata_files=metadata_files,
+    )
+
+
+def describe_mismatch(saved: Layout, wanted: Layout) -> list[str]:
+    """One line per leaf that differs in existence, shape, dtype or kind; where it lies does not count."""
+    names = sorted({*saved.leaf, *wanted.leaf, *saved.value_leaves, *wanted.value_leaves})
+    found = ((name, _described(saved, name), _described(wanted, name)) for name in names)
+    return [f"{name}: saved {old}, wanted {new}" for name, old, new in found if old != new]
+
+
+def _described(layout: Layout, name: str) -> str:
+    if name in layout.leaf:
+        spec = layout.leaf[name]
+        return f"{spec.dtype}{list(spec.shape)}"
+    return "a value" if name in layout.value_leaves else "nothing"
+
+
+def _check_holders(leaf: Leaf, boxes: Mapping[int, object], topology: Topology) -> None:
+    unknown = sorted(set(boxes) - set(range(topology.process_count)))
+    if unknown:
+        raise TopologyError(
+            f"leaf {leaf.name!r} lies on devices of processes {unknown}, but the mesh spans "
+            f"{topology.process_count} processes; place it on the mesh that the manager was given"
+        )
