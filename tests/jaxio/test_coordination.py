@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import jax
 import pytest
-from jax._src.lib import _jax  # pyright: ignore[reportAttributeAccessIssue]
+from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage]
 
 from emergency_ckpt.errors import CoordinationTimeoutError, PeerFailedError
 from emergency_ckpt.jaxio.coordination import (
