@@ -244,8 +244,8 @@ def _step_metadata(layout: Layout, content: StepContent) -> bytes:
     raw["init_timestamp_nsecs"] = content.started_nanoseconds or now
     raw["commit_timestamp_nsecs"] = now
     raw["custom_metadata"] = dict(content.custom_metadata)
-    if content.metrics:
-        raw["metrics"] = dict(content.metrics)
+    if not content.metrics:
+        raw.get("item_handlers", {}).pop("metrics", None)
     return json.dumps(raw).encode()
 
 

@@ -139,11 +139,16 @@ def write_part(
 
 
 def wait_for_parts(
-    store: PersistentStore, attempt: Attempt, expected: Collection[int], timeout_seconds: float
+    store: PersistentStore,
+    attempt: Attempt,
+    expected: Collection[int],
+    timeout_seconds: float,
+    stop: Callable[[], str | None] = lambda: None,
 ) -> list[PartReport]:
     """The reports of the expected parts, once all their markers are there.
 
-    Raises PersistentStoreError after `timeout_seconds`, naming the parts that are missing.
+    `stop` is asked between two looks; a reason that it returns ends the wait.
+    Raises PersistentStoreError after `timeout_seconds`, naming the parts that are missing, or when stopped.
     """
     files = store.attempt_files(attempt)
     deadline = time.monotonic() + timeout_seconds
@@ -153,6 +158,10 @@ def wait_for_parts(
         missing = [part for part in sorted(expected) if _marker_name(part) not in there]
         if not missing:
             return [read_part(store, attempt, part) for part in sorted(expected)]
+        if reason := stop():
+            raise PersistentStoreError(
+                f"{attempt} was given up while parts {missing[:20]} were missing: {reason}"
+            )
         if time.monotonic() >= deadline:
             raise PersistentStoreError(
                 f"{attempt}: {len(missing)} of {len(expected)} parts are missing after {timeout_seconds:g} s:"
