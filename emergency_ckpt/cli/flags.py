@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import textwrap
 from collections.abc import Iterator
 from typing import Any
+
+import yaml
 
 from emergency_ckpt.config import FLAGS, Config, advice, inactive_flags, load_config
 from emergency_ckpt.config.describe import expected
@@ -35,13 +37,14 @@ def run(args: argparse.Namespace) -> int:
         lines = _documentation()
     else:
         config = load_config(args.words)
-        lines = _other_keys(config) if args.other else _effective(config)
+        lines = _other_keys(config) if args.other else effective_lines(config)
     for line in lines:
         print(line)
     return 0
 
 
-def _effective(config: Config) -> Iterator[str]:
+def effective_lines(config: Config) -> Iterator[str]:
+    """Every flag with its value and where it was set, then what deserves a note, as lines of YAML."""
     settings = [f"{flag}: {_yaml(value)}" for flag, value in config.flags().items()]
     width = max(map(len, settings))
     for flag, setting in zip(FLAGS, settings, strict=True):
@@ -69,5 +72,5 @@ def _documentation() -> Iterator[str]:
 
 def _yaml(value: Any) -> str:
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)  # a JSON string is a YAML string
+        return yaml.safe_dump(value, default_style='"', allow_unicode=True, width=math.inf).strip()
     return str(value)

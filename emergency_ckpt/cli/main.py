@@ -48,7 +48,7 @@ _INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line; returns the exit status. `argv` is without the program's name, `sys.argv` if None."""
+    """Runs the words after the program's name, those of this process if None; returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     words, command = _split_command(words)
     chosen = next((word for word in words if not word.startswith("-")), None)

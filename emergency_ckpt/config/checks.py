@@ -176,15 +176,14 @@ def _inactive(config: Config) -> Iterator[str]:
         if not getattr(config, flag):
             yield f"{_said(config, flag)} does nothing: checkpoints are always written as zarr3 in OCDBT."
     if config.enable_autocheckpoint:
-        yield (
-            f"{_said(config, 'enable_autocheckpoint')} is active in part: the job saves at the step that "
-            "Orbax's preemption sync point names after a SIGTERM; other notices and deadlines are not watched."
-        )
-        if not config.enable_checkpointing:
+        on = _said(config, "enable_autocheckpoint")
+        if config.enable_checkpointing:
             yield (
-                f"{_said(config, 'enable_autocheckpoint')} does nothing while "
-                f"{_said(config, 'enable_checkpointing')}."
+                f"{on} is active in part: the job saves at the step that Orbax's preemption sync point names "
+                "after a SIGTERM; other notices and deadlines are not watched yet."
             )
+        else:
+            yield f"{on} does nothing while {_said(config, 'enable_checkpointing')}."
     if not config.enable_emergency_checkpoint:
         off = _said(config, "enable_emergency_checkpoint")
         fields = type(config).model_fields

@@ -9,7 +9,6 @@ import types
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Union, get_args, get_origin
 
-import annotated_types
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
@@ -67,10 +66,11 @@ def _expected(annotation: Any, metadata: Iterable[Any]) -> str:
 
 
 def _bounds(metadata: Iterable[Any]) -> str:
+    # pydantic keeps `ge=` and `gt=` as objects with an attribute of that name.
     for item in metadata:
-        if isinstance(item, annotated_types.Ge):
+        if hasattr(item, "ge"):
             return f" of at least {item.ge}"
-        if isinstance(item, annotated_types.Gt):
+        if hasattr(item, "gt"):
             return f" above {item.gt}"
     return ""
 

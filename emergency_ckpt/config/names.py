@@ -49,10 +49,9 @@ def misspelt(keys: Collection[str], flags: Collection[str]) -> dict[str, str]:
     for key in keys:
         if key in flags or key in MAXTEXT_NEIGHBOURS:
             continue
-        for flag in nearest(key, flags, LIKELY):
+        for flag in nearest(key, flags, LIKELY)[:1]:
             if flag not in keys or _likeness(key, flag) >= SURE:
                 found[key] = flag
-                break
     return found
 
 

@@ -55,14 +55,12 @@ def read_value(text: str, source: str) -> Given:
     Text that is not YAML stands for itself, so that a path or a prompt needs no quotes.
     """
     text = text.strip()
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         value = None if node is None else loader.construct_document(node)
     except (yaml.YAMLError, ValueError):
         return Given(text, text, source)
-    finally:
-        loader.dispose()
     if isinstance(node, yaml.ScalarNode) and node.style in ("'", '"'):
         text = node.value
     return Given(value, text, source)
@@ -77,9 +75,9 @@ def read_file(path: Path) -> dict[str, Given]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"The configuration file {path} cannot be read: {error}") from error
-    loader = _Loader(text)
-    loader.name = str(path)  # PyYAML's messages name it, with the line
     try:
+        loader = _Loader(text)
+        loader.name = str(path)  # PyYAML's messages name it, with the line
         node = loader.get_single_node()
         if node is None:
             return {}
@@ -94,8 +92,6 @@ def read_file(path: Path) -> dict[str, Given]:
         raise
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    finally:
-        loader.dispose()
 
 
 def _entries(path: Path, node: yaml.MappingNode, loader: _Loader) -> Iterator[tuple[str, Given]]:
