@@ -86,7 +86,7 @@ class _Source:
         if spec is None or index is None or (spec.shape, spec.dtype) != (leaf.shape, leaf.dtype):
             saved = f"{spec.dtype}{list(spec.shape)}, cut differently" if spec else "nothing"
             raise StateMismatchError(
-                f"leaf {leaf.name!r} is wanted as a {leaf.describe()} with a shard {box} on process "
+                f"leaf {leaf.name!r} is wanted as {leaf.describe()} with a shard {box} on process "
                 f"{self.process_index}, the layout has {saved}; restore with the abstract state that the "
                 "layout was built from"
             )
@@ -172,9 +172,12 @@ def _finish(leaf: Leaf, pieces: Sequence[_Piece], values: Mapping[str, Any]) -> 
         return _uncommitted(leaf, *parts[0])
     kind = leaf.sharding.memory_kind
     places = [jax.sharding.SingleDeviceSharding(device, memory_kind=kind) for _, device in parts]
-    arrays = [_typed(leaf, array) for array in jax.device_put([host for host, _ in parts], places)]
+    arrays = jax.device_put([host for host, _ in parts], places)
+    on_device = {device: _typed(leaf, array) for (_, device), array in zip(parts, arrays, strict=True)}
+    # Typed keys are taken in the order of the sharding's devices; other arrays in any order.
+    ordered = [on_device[d] for d in leaf.sharding.addressable_devices_indices_map(leaf.logical_shape)]
     array = jax.make_array_from_single_device_arrays(
-        leaf.logical_shape, leaf.sharding, arrays, dtype=leaf.jax_dtype
+        leaf.logical_shape, leaf.sharding, ordered, dtype=leaf.jax_dtype
     )
     return array if leaf.array_layout is None else jax.device_put(array, leaf.array_layout)
 

@@ -183,8 +183,8 @@ def raise_if_deleted(name: str, leaf: Any, cause: Exception) -> None:
 
 def _refuse(wanted: Leaf, leaf: Any) -> NoReturn:
     raise StateMismatchError(
-        f"leaf {wanted.name!r} is a {describe_leaf(wanted.name, leaf).describe()}, but the abstract state of "
-        f"this manager has a {wanted.describe()} there; save states of one kind, from the first step on"
+        f"leaf {wanted.name!r}: found {describe_leaf(wanted.name, leaf).describe()}, but the abstract state of "
+        f"this manager has {wanted.describe()}; save states of one kind, from the first step on"
     )
 
 

@@ -99,7 +99,7 @@ def _start_copy(buffer: ShardBuffer) -> ShardBuffer:
     try:
         alias = jax.make_array_from_single_device_arrays(data.shape, data.sharding, [data])
         alias.copy_to_host_async()
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise_if_deleted(buffer.leaf, data, error)
         raise
     return ShardBuffer(buffer.shard, buffer.leaf, alias)

@@ -214,7 +214,7 @@ def decode_value(leaf: Leaf, values: Mapping[str, Any]) -> Any:
     """
     if leaf.name not in values:
         raise StateMismatchError(
-            f"leaf {leaf.name!r} is wanted as a {leaf.describe()}, but no such value was saved; "
+            f"leaf {leaf.name!r} is wanted as {leaf.describe()}, but no such value was saved; "
             f"saved values: {sorted(values)}"
         )
     saved = values[leaf.name]
@@ -223,7 +223,7 @@ def decode_value(leaf: Leaf, values: Mapping[str, Any]) -> Any:
     found = leaf.value_type(saved)
     if found != saved and saved == saved:
         raise StateMismatchError(
-            f"leaf {leaf.name!r} was saved as {saved!r}, which is not a {leaf.value_type.__name__}; "
+            f"leaf {leaf.name!r} was saved as {saved!r}, which {leaf.value_type.__name__} cannot hold; "
             "ask for the type that was saved"
         )
     return found
