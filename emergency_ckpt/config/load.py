@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from emergency_ckpt.config.describe import is_choice
-from emergency_ckpt.config.names import did_you_mean, misspelt
+from emergency_ckpt.config.names import SURE, did_you_mean, likeness, misspelt
 from emergency_ckpt.config.schema import FLAGS, Config
 from emergency_ckpt.config.values import Given, read_file, read_value
 from emergency_ckpt.errors import ConfigError
@@ -108,10 +108,12 @@ def _read_with_bases(path: Path, below: tuple[Path, ...]) -> dict[str, Given]:
 
 
 def _refuse_misspelt(path: Path, own: Mapping[str, Given]) -> None:
-    problems = [
-        f"{own[key].source}: {key} is not a flag. Did you mean {flag}?"
-        for key, flag in misspelt(own, FLAGS).items()
-    ]
+    problems: list[str] = []
+    for key, flag in misspelt(own, FLAGS).items():
+        line = f"{own[key].source}: {key} is not a flag. Did you mean {flag}?"
+        if likeness(key, flag) < SURE:
+            line += f" If it is a key of another program, set {flag} in this file too."
+        problems.append(line)
     if problems:
         raise ConfigError(f"{path} has misspelt flags:\n" + "\n".join(f"  - {line}" for line in problems))
 

@@ -28,9 +28,9 @@ MAXTEXT_NEIGHBOURS = frozenset(
 )
 
 
-def nearest(name: str, candidates: Iterable[str], likeness: float = 0.6) -> list[str]:
+def nearest(name: str, candidates: Iterable[str], cutoff: float = 0.6) -> list[str]:
     """Up to three candidates most like `name`, best first."""
-    return difflib.get_close_matches(_plain(name), candidates, n=3, cutoff=likeness)
+    return difflib.get_close_matches(_plain(name), candidates, n=3, cutoff=cutoff)
 
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
@@ -50,12 +50,13 @@ def misspelt(keys: Collection[str], flags: Collection[str]) -> dict[str, str]:
         if key in flags or key in MAXTEXT_NEIGHBOURS:
             continue
         for flag in nearest(key, flags, LIKELY)[:1]:
-            if flag not in keys or _likeness(key, flag) >= SURE:
+            if flag not in keys or likeness(key, flag) >= SURE:
                 found[key] = flag
     return found
 
 
-def _likeness(key: str, flag: str) -> float:
+def likeness(key: str, flag: str) -> float:
+    """How alike a key is to a flag, 0 to 1, whatever its case and dashes."""
     return difflib.SequenceMatcher(None, flag, _plain(key)).ratio()
 
 

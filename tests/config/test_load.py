@@ -345,3 +345,11 @@ def test_a_misspelt_flag_is_refused_although_the_base_sets_the_right_one(tmp_pat
     file = write(tmp_path / "a.yml", f"base_config: {MAXTEXT_BASE}\nlocal_checkpoint_dir: /local\n")
     with pytest.raises(ConfigError, match="Did you mean local_checkpoint_directory"):
         load_config([file], NOTHING)
+
+
+def test_a_key_of_another_program_that_is_alike_passes_the_way_the_message_says(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.yml", "checkpoint_directory: /mine\n")
+    with pytest.raises(ConfigError, match="another program, set local_checkpoint_directory in this file too"):
+        load_config([file], NOTHING)
+    file = write(tmp_path / "a.yml", "checkpoint_directory: /mine\nlocal_checkpoint_directory: ''\n")
+    assert load_config([file], NOTHING).other_keys == {"checkpoint_directory": "/mine"}
