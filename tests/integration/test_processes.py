@@ -1,0 +1,67 @@
+"""The helper that starts jobs for tests: results come back, failures and leftovers do not stay hidden."""
+
+import os
+import signal
+import subprocess
+import sys
+from datetime import timedelta
+
+import jax
+import psutil
+import pytest
+
+from tests.integration.processes import Job, run_job
+
+LIMIT = timedelta(seconds=60)
+
+
+def describe_place(greeting):
+    return [greeting, jax.process_index(), jax.process_count(), jax.device_count(), os.environ["EXTRA"]]
+
+
+def fail_in_one():
+    if jax.process_index() == 1:
+        raise RuntimeError("no luck")
+    print("waits for ever", flush=True)
+    signal.pause()
+
+
+def start_a_child_and_wait():
+    child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
+    print("child", child.pid, flush=True)
+    signal.pause()
+
+
+def test_each_process_returns_its_result():
+    found = run_job(describe_place, 2, "hello", devices_per_process=2, environment={"EXTRA": "x"})
+    assert found == [["hello", 0, 2, 4, "x"], ["hello", 1, 2, 4, "x"]]
+
+
+def test_a_failure_ends_the_job_and_shows_all_output():
+    with pytest.raises(AssertionError, match=r"(?s)waits for ever.*RuntimeError: no luck"):
+        run_job(fail_in_one, 2)
+
+
+def test_signals_lines_and_leftovers():
+    with Job(start_a_child_and_wait, 2) as job:
+        children = [int(job.wait_for_line(p, "child", LIMIT).split()[1]) for p in range(2)]
+        job.kill(1, LIMIT)
+        assert not job.all_ended
+        assert job.failed
+        assert all(psutil.pid_exists(child) for child in children)
+        processes = [process.pid for process in job.processes]
+    for pid in processes:
+        assert not psutil.pid_exists(pid)
+    _, alive = psutil.wait_procs(
+        [psutil.Process(pid) for pid in children if psutil.pid_exists(pid)], timeout=30
+    )
+    assert [p for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_a_line_that_never_comes_is_reported_with_the_output():
+    expected = r"(?s)process 0 ended without printing 'never'.*return code 0"
+    with (
+        Job(describe_place, 1, "hello", environment={"EXTRA": ""}) as job,
+        pytest.raises(AssertionError, match=expected),
+    ):
+        job.wait_for_line(0, "never", LIMIT)
