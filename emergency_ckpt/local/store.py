@@ -210,6 +210,12 @@ class LocalStore:
             listed = {m.step for m in self._manifests if m and (m.listed or not listed_only)}
             return tuple(step for step in self._table.sealed_steps() if step in listed)
 
+    def complete_steps(self) -> tuple[StepId, ...]:
+        """Local steps that are known to be complete and not void, oldest first."""
+        with self._changed:
+            complete = self._table.complete
+        return tuple(step for step in self.sealed_steps() if step in complete)
+
     def sealed(self, step: StepId) -> SealedSlot | None:
         """The sealed slot of `step`, if it is here and its layout is known."""
         with self._changed:

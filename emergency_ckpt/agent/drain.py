@@ -1,0 +1,234 @@
+"""Drains: a sealed step moves from the ramdisk into the persistent tier, in the background.
+
+Every process writes its share of the shards; one commits. The slot is pinned while it is read, every block is
+verified before it is written, and a store that fails makes noise but never stops the training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Any, Protocol
+
+from emergency_ckpt.core.lineage import StepId
+from emergency_ckpt.core.upload_assignment import assign_uploads
+from emergency_ckpt.errors import (
+    CoordinationTimeoutError,
+    CorruptDataError,
+    EmergencyCheckpointError,
+    PersistentStoreError,
+    StaleGenerationError,
+)
+from emergency_ckpt.local.store import LocalStore, SealedSlot
+from emergency_ckpt.persistent.arrays import WriteOptions
+from emergency_ckpt.persistent.committer import StepContent, commit
+from emergency_ckpt.persistent.store import Attempt, Generation, PersistentStore
+from emergency_ckpt.persistent.writer import PartReport, wait_for_parts, write_part
+from emergency_ckpt.telemetry.events import DrainEvent, DrainResult
+from emergency_ckpt.telemetry.log import CheckpointLogger
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """How a drain ended, as said by one process and believed by all."""
+
+    result: DrainResult
+    reason: str = ""
+
+
+class VerdictBoard(Protocol):
+    """Where the processes of a job tell each other how a drain ended. Written once per step."""
+
+    def announce(self, step: StepId, verdict: Verdict) -> Verdict:
+        """Gives this process's verdict; returns the one that stands, whoever was first."""
+        ...
+
+    def wait(self, step: StepId, timeout: timedelta) -> Verdict:
+        """The verdict on this step; raises CoordinationTimeoutError when nobody gave one."""
+        ...
+
+    def peek(self, step: StepId) -> Verdict | None:
+        """The verdict, if one stands already."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class DrainJob:
+    """What a drain worker works on: fixed for one generation of one process.
+
+    Attributes:
+      committer: the process that commits (every process names the same).
+      on_commit: called in the committer after each commit, for retention.
+    """
+
+    local: LocalStore
+    persistent: PersistentStore
+    generation: Generation
+    item: str
+    process: int
+    committer: int
+    options: WriteOptions
+    timeout: timedelta
+    board: VerdictBoard
+    log: CheckpointLogger
+    on_commit: Callable[[], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    step: StepId
+    slot: int  # pinned once for this drain
+
+
+class DrainWorker:
+    """Drains pinned slots one after the other in a thread of its own."""
+
+    def __init__(self, job: DrainJob) -> None:
+        self._job = job
+        self._requests: queue.Queue[_Request | None] = queue.Queue()
+        self._idle = threading.Condition()
+        self._open = 0
+        self._newest: StepId | None = None
+        self._errors: list[EmergencyCheckpointError] = []
+        self._thread = threading.Thread(target=self._run, name="emergency_ckpt drain", daemon=True)
+        self._thread.start()
+
+    def submit(self, step: StepId, slot: int) -> None:
+        """Drains the sealed `step` from `slot`, which the caller has pinned; the worker unpins it."""
+        with self._idle:
+            self._open += 1
+            self._newest = step
+        self._requests.put(_Request(step, slot))
+
+    def was_submitted(self, step: StepId) -> bool:
+        """Whether `step` is the newest step that was submitted."""
+        return self._newest == step
+
+    def wait(self, timeout: timedelta) -> bool:
+        """Waits until every submitted drain has ended; False when the time limit came first."""
+        with self._idle:
+            return self._idle.wait_for(lambda: self._open == 0, timeout.total_seconds())
+
+    def take_errors(self) -> list[EmergencyCheckpointError]:
+        """Errors since the last call, oldest first."""
+        with self._idle:
+            errors, self._errors = self._errors, []
+        return errors
+
+    def close(self, timeout: timedelta) -> bool:
+        """Finishes what was submitted and ends the thread; False when the time limit came first."""
+        done = self.wait(timeout)
+        self._requests.put(None)
+        self._thread.join(5.0 if done else 0.0)
+        return done
+
+    def _run(self) -> None:
+        while (request := self._requests.get()) is not None:
+            started = time.monotonic()
+            try:
+                verdict, nbytes = self._drain(request)
+            except EmergencyCheckpointError as error:
+                verdict, nbytes = self._failed(request.step, error), 0
+            except Exception as error:  # The thread must survive: the next drain may succeed.
+                wrapped = PersistentStoreError(
+                    f"draining {request.step} failed: {type(error).__name__}: {error}"
+                )
+                wrapped.__cause__ = error
+                verdict, nbytes = self._failed(request.step, wrapped), 0
+            self._job.log.emit(
+                DrainEvent(
+                    step=request.step.step,
+                    bytes=nbytes,
+                    seconds=time.monotonic() - started,
+                    result=verdict.result,
+                    reason=verdict.reason,
+                )
+            )
+            with self._idle:
+                self._open -= 1
+                self._idle.notify_all()
+
+    def _drain(self, request: _Request) -> tuple[Verdict, int]:
+        job = self._job
+        commits = job.process == job.committer
+        pinned = True
+        try:
+            slot = job.local.sealed(request.step)
+            if slot is None or slot.index != request.slot:
+                raise CorruptDataError(f"{request.step} is no longer sealed in slot {request.slot}")
+            attempt = Attempt(job.generation, request.step.step, job.item)
+            report = self._write(attempt, slot)
+            if not commits:
+                # Others write the rest; this slot is not needed any more.
+                job.local.unpin(request.slot)
+                pinned = False
+                return self._await_verdict(request.step), report.nbytes
+            parts = self._await_parts(attempt, range(slot.layout.process_count))
+            commit(job.persistent, attempt, slot.layout, parts, _content(slot), job.options)
+            verdict = job.board.announce(request.step, Verdict("committed"))
+            job.on_commit()
+            return verdict, report.nbytes
+        finally:
+            if pinned:
+                job.local.unpin(request.slot)
+
+    def _write(self, attempt: Attempt, slot: SealedSlot) -> PartReport:
+        job = self._job
+        plan = assign_uploads(slot.layout, range(slot.layout.process_count))
+        if plan.shards is None:
+            raise PersistentStoreError(f"{attempt} cannot be drained: {plan.reason}")
+        extras = {str(p): text.encode() for p, text in slot.manifest.extras.items() if p == job.process}
+        return write_part(
+            job.persistent,
+            attempt,
+            slot.layout,
+            job.process,
+            plan.shards[job.process],
+            slot.shard,
+            slot.checksums,
+            job.options,
+            extras,
+        )
+
+    def _await_parts(self, attempt: Attempt, parts: range) -> list[PartReport]:
+        def stop() -> str | None:
+            stands = self._job.board.peek(attempt.step_id)
+            return stands.reason if stands else None
+
+        return wait_for_parts(
+            self._job.persistent, attempt, parts, self._job.timeout.total_seconds(), stop=stop
+        )
+
+    def _await_verdict(self, step: StepId) -> Verdict:
+        # The committer gives up after its own time limit and says so; a margin lets that be heard.
+        verdict = self._job.board.wait(step, self._job.timeout + timedelta(seconds=30))
+        if verdict.result == "failed":
+            raise PersistentStoreError(f"draining {step} failed: {verdict.reason}")
+        return verdict
+
+    def _failed(self, step: StepId, error: EmergencyCheckpointError) -> Verdict:
+        """Tells the others, so that nobody waits, and keeps the error for `check_for_errors`."""
+        with self._idle:
+            self._errors.append(error)
+        result: DrainResult = "superseded" if isinstance(error, StaleGenerationError) else "failed"
+        said = Verdict(result, f"process {self._job.process}: {error}")
+        if isinstance(error, CoordinationTimeoutError):
+            return said
+        try:
+            return self._job.board.announce(step, said)
+        except EmergencyCheckpointError as unheard:
+            return Verdict(result, f"{said.reason} (and the others could not be told: {unheard})")
+
+
+def _content(slot: SealedSlot) -> StepContent:
+    metadata: Mapping[str, Any] = slot.manifest.metadata
+    return StepContent(
+        values=slot.manifest.values,
+        custom_metadata=metadata.get("custom_metadata") or {},
+        metrics=metadata.get("metrics") or {},
+        started_nanoseconds=metadata.get("started_nanoseconds"),
+    )

@@ -1,0 +1,528 @@
+"""`CheckpointManager`: what a train step calls.
+
+It speaks Orbax's language to the outside, keeps track of which step was saved last, and hands everything else
+to the rooms behind it. All processes of the job make the same calls in the same order.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath, epy
+from orbax.checkpoint.checkpoint_manager import RootMetadata, StepMetadata
+from orbax.checkpoint.experimental.emergency import checkpoint_manager as orbax_emergency
+
+from emergency_ckpt.core.lineage import Activation, StepId
+from emergency_ckpt.core.schedule import Due
+from emergency_ckpt.core.slots import Outcome
+from emergency_ckpt.errors import (
+    ConfigError,
+    CoordinationTimeoutError,
+    EmergencyCheckpointError,
+    NoRestorableStepError,
+    UnsupportedStateError,
+)
+from emergency_ckpt.jaxio.binding import StateBinder
+from emergency_ckpt.jaxio.preemption import PreemptionQuery
+from emergency_ckpt.persistent.reader import StepReader
+from emergency_ckpt.persistent.store import PersistentStep, without_void
+from emergency_ckpt.runtime import extras as extras_room
+from emergency_ckpt.runtime.agreement import agree, tell
+from emergency_ckpt.runtime.disabled import DisabledCheckpointManager
+from emergency_ckpt.runtime.loading import load_parameters, load_state
+from emergency_ckpt.runtime.restored_state import RestoredState
+from emergency_ckpt.runtime.restoring import Restored, RestoreReport
+from emergency_ckpt.runtime.saving import SavePipeline, SaveRequest
+from emergency_ckpt.runtime.settings import Settings, settings_from_config, settings_from_orbax
+from emergency_ckpt.runtime.start import mint_generation, start_drains, start_job
+
+if TYPE_CHECKING:
+    from emergency_ckpt.config import Config
+
+PyTree = Any
+
+
+class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
+    """Two-tier checkpoints for a JAX training job: ramdisk often, persistent storage rarely.
+
+    Use::
+
+        manager = CheckpointManager.from_config(load_config(sys.argv), mesh, abstract_state)
+        restored = manager.restore_or_init(init, extras={"data": iterator})
+        state = restored.state
+        for step in range((restored.step or 0) + 1, steps + 1):
+            state = train_step(state, next(iterator))
+            manager.save(step, state, extras={"data": iterator})
+        manager.finish(step, state, extras={"data": iterator})
+        manager.close()
+
+    Every process of the job constructs it and makes the same calls in the same order; a call at a step where
+    nothing is due costs microseconds. Code written for Orbax's emergency manager works with it as well.
+    """
+
+    def __init__(
+        self,
+        local_directory: epath.PathLike | None,
+        persistent_directory: epath.PathLike,
+        global_mesh: jax.sharding.Mesh,
+        abstract_state: PyTree,
+        *,
+        options: orbax_emergency.CheckpointManagerOptions | None = None,
+        metadata: dict[str, Any] | None = None,
+        logger: Any = None,
+        item_handlers: Any = None,
+        handler_registry: Any = None,
+        persistent_non_replicated_directory: epath.PathLike | None = None,
+    ) -> None:
+        """Starts the manager; finds out what can be restored. Collective.
+
+        Args:
+          local_directory: ramdisk directory of this host; it must exist. None: no local tier.
+          persistent_directory: root of the persistent tier, reached by all processes; made if missing.
+          global_mesh: the job's mesh, over all processes.
+          abstract_state: the state as `jax.ShapeDtypeStruct`s with shardings (or a state itself).
+          options: Orbax's option object.
+          metadata, logger, item_handlers, handler_registry, persistent_non_replicated_directory: not supported
+            yet; refused unless None.
+
+        Raises ConfigError for options that are not supported, TopologyError, UnsupportedStateError,
+        LocalDirectoryError, LocalCapacityError, ForeignRunError or PersistentStoreError; PeerFailedError when
+        another process failed so.
+        """
+        refused = {
+            "metadata": metadata,
+            "logger": logger,
+            "item_handlers": item_handlers,
+            "handler_registry": handler_registry,
+            "persistent_non_replicated_directory": persistent_non_replicated_directory,
+        }
+        given = [name for name, value in refused.items() if value is not None]
+        if given:
+            raise ConfigError(f"not supported yet, leave it out: {', '.join(given)}")
+        settings = settings_from_orbax(
+            None if local_directory is None else str(local_directory), str(persistent_directory), options
+        )
+        self._start(settings, global_mesh, abstract_state)
+
+    @classmethod
+    def from_config(
+        cls, config: Config, mesh: jax.sharding.Mesh, abstract_state: PyTree
+    ) -> CheckpointManager | DisabledCheckpointManager:
+        """The manager that the flags ask for; with `enable_checkpointing=False` an idle one. Collective.
+
+        Raises what the constructor raises.
+        """
+        from emergency_ckpt.config import advice, inactive_flags
+        from emergency_ckpt.telemetry.log import write_json_lines_bare
+
+        if not config.enable_checkpointing:
+            return DisabledCheckpointManager()
+        if config.checkpoint_log_format == "json":
+            write_json_lines_bare()
+        manager = cls.__new__(cls)
+        manager._start(settings_from_config(config), mesh, abstract_state)
+        manager._load_full_state_path = config.load_full_state_path
+        manager._load_parameters_path = config.load_parameters_path
+        manager._save_on_completion = config.save_checkpoint_on_completion
+        for sentence in [*inactive_flags(config), *advice(config)]:
+            manager._job.log.warning("start", None, sentence)
+        return manager
+
+    def _start(self, settings: Settings, mesh: jax.sharding.Mesh, abstract_state: PyTree) -> None:
+        self._settings = settings
+        self._mesh = mesh
+        self._abstract_state = abstract_state
+        self._load_full_state_path = ""
+        self._load_parameters_path = ""
+        self._save_on_completion = True
+        self._job, self._restorer, survey = start_job(settings, mesh, abstract_state)
+        self._survey = survey
+        self._survey_is_fresh = True
+        self._binder = StateBinder(abstract_state, self._job.layout, self._job.process)
+        self._drain = start_drains(self._job)
+        self._pipeline = SavePipeline(self._job, self._binder, self._drain)
+        self._preemption = PreemptionQuery()
+        self._collectives = itertools.count()
+        # The newest step that counts: restorable at the start, restored, or saved since.
+        self._newest: StepId | None = survey.newest
+        self._began = False  # whether this generation has a beginning that all agreed on
+        self._last_restore: RestoreReport | None = None
+        self._errors: list[EmergencyCheckpointError] = []
+        self._closed = False
+
+    # What there is.
+
+    @property
+    def directory(self) -> epath.Path:
+        """Root of the persistent tier."""
+        return epath.Path(self._settings.persistent_directory)
+
+    @property
+    def global_mesh(self) -> jax.sharding.Mesh:
+        return self._mesh
+
+    @property
+    def in_primary_slice(self) -> bool:
+        """Whether this process is in slice 0. Every slice does the same here; for Orbax's callers."""
+        return self._job.topology.slice_index == 0
+
+    @property
+    def last_restore(self) -> RestoreReport | None:
+        """What the last restore of this manager did."""
+        return self._last_restore
+
+    @property
+    def run_id(self) -> str:
+        return self._job.run
+
+    @property
+    def generation(self) -> int:
+        """The number of this life of the run."""
+        return self._job.generation.number
+
+    def metrics_snapshot(self) -> dict[str, float]:
+        """Counters of this process by name (see `telemetry.metrics`)."""
+        return self._job.log.metrics.snapshot()
+
+    def all_steps(self, read: bool | None = None) -> Sequence[int]:
+        """Step numbers that are restorable on any tier, ascending. Local; reads the persistent directory."""
+        del read
+        persistent = {step.step_id.step for step in self._persistent_steps()}
+        if not self._began:
+            return sorted(persistent | {step.step for step in self._survey.restorable})
+        return sorted(persistent | {step.step for step in self._job.local.complete_steps()})
+
+    def latest_step(self) -> int | None:
+        """The newest step that can be restored, on any tier. Local."""
+        newest = self._pipeline.newest_complete or self._newest
+        return newest.step if newest else None
+
+    def best_step(self) -> int | None:
+        """The newest step: this manager has no `best_fn` (as Orbax's without one)."""
+        return self.latest_step()
+
+    def should_save(self, step: int) -> bool:
+        """Whether `save(step, …)` would save: something is due and the step is newer than all saved ones."""
+        return bool(self._due(step, force=False)) and not self._is_old(step)
+
+    def reached_preemption(self, step: int) -> bool:
+        """Whether all processes agreed to react to a preemption notice at `step`. Ask at every step."""
+        return self._preemption.reached(step)
+
+    # Saving.
+
+    def save(
+        self,
+        step: int,
+        args: PyTree,
+        *,
+        force: bool = False,
+        custom_metadata: Mapping[str, Any] | None = None,
+        extras: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, Any] | None = None,
+    ) -> bool:
+        """Saves `step` on the tiers for which it is due. All processes call it at every step.
+
+        Returns when the state may be changed or donated: after the copy from the device, or, on CPU, at once.
+        Where nothing is due it costs microseconds.
+
+        Args:
+          step: the step number, larger than that of every save before.
+          args: the state, or Orbax's `Composite(state=PyTreeSave(state))`.
+          force: save on every tier, due or not.
+          custom_metadata: JSON that is kept with the step.
+          extras: small state of this process, at most 1 MiB: plain data, or objects with `get_state()` such as
+            a grain iterator. Give extras on all processes or on none.
+          metrics: JSON numbers of the step.
+
+        Returns whether this process saves; False where nothing is due, and where the save had to be skipped
+        because no slot became free in time (it is then abandoned on all processes, logged and counted).
+        Raises StateMismatchError, UnsupportedStateError or ExtrasError for what cannot be saved. Errors in the
+        background are raised by `check_for_errors`.
+        """
+        due = self._due(step, force)
+        if not due:
+            return False
+        if self._is_old(step):
+            return self._save_again(step, due)
+        if not self._began:
+            self._begin_without_restore()
+        request = SaveRequest(
+            step,
+            due,
+            extras_room.capture(extras),
+            {
+                "custom_metadata": dict(custom_metadata or {}),
+                "metrics": dict(metrics or {}),
+                "started_nanoseconds": time.time_ns(),
+            },
+        )
+        self._newest = StepId(self._job.generation.number, step)
+        self._survey_is_fresh = False
+        return self._pipeline.save(request, _state_of(args))
+
+    def finish(self, step: int, state: PyTree, *, extras: Mapping[str, Any] | None = None) -> None:
+        """Call after the last step: saves it persistently if the flags say so, and waits. Collective."""
+        if self._save_on_completion and self._settings.schedule.persistent_period:
+            self.save(step, state, force=True, extras=extras)
+        self.wait_until_finished()
+
+    def _due(self, step: int, force: bool) -> Due:
+        preempted = self._settings.save_on_preemption and self._preemption.reached(step)
+        return self._settings.schedule.due(step, first=self._newest is None, preempted=preempted, force=force)
+
+    def _is_old(self, step: int) -> bool:
+        return self._newest is not None and step <= self._newest.step
+
+    def _save_again(self, step: int, due: Due) -> bool:
+        """A step that is on the ramdisk goes to the persistent tier from there; older ones are refused."""
+        current = StepId(self._job.generation.number, step)
+        if self._newest == current and due.persistent and self._drain is not None:
+            self._pipeline.wait(self._settings.coordination_timeout)
+            if self._pipeline.newest_complete == current and not self._is_persistent(current):
+                slot = self._job.local.pin(current)
+                if slot is not None:
+                    self._drain.submit(current, slot.index)
+                    return True
+            return False
+        if due.reason != "period":
+            self._job.log.warning(
+                "save", step, f"not saved: step {self._newest.step if self._newest else None} was saved already"
+            )
+        return False
+
+    def _is_persistent(self, step: StepId) -> bool:
+        """Whether a drain has committed the step, or is about to. The same on all processes."""
+        assert self._drain is not None
+        return self._drain.was_submitted(step)
+
+    def _begin_without_restore(self) -> None:
+        """Agrees that this generation goes on from the newest step although its state was not restored here."""
+        job = self._job
+        parent = self._survey.newest
+        activation = Activation(job.generation.number, parent.step if parent else None)
+
+        def decide(_: list[Any]) -> None:
+            job.persistent.record_activation(activation)
+
+        key = f"begin/{next(self._collectives)}"
+        agree(job.coordinator, key, lambda: None, decide, self._settings.coordination_timeout)
+        job.local.activate([activation])
+        if parent is not None:
+            job.local.settle(parent, Outcome.COMPLETE)
+        self._began = True
+
+    # Restoring.
+
+    def restore(self, step: int | None, args: Any = None) -> ocp.args.Composite:
+        """Restores `step`, or the newest restorable step, as `Composite(state=…)`. Collective.
+
+        With None, damaged steps are passed over until one is whole. The arrays have the shapes, dtypes and
+        shardings of the abstract state that the manager was made with; `args` is accepted for Orbax's callers.
+        Raises NoRestorableStepError, with the reasons and the newest restorable step, when there is none.
+        """
+        del args
+        return ocp.args.Composite(state=self._restore(step).state)
+
+    def restore_or_init(
+        self, init: Callable[[], PyTree], extras: Mapping[str, Any] | None = None
+    ) -> RestoredState:
+        """The newest restorable state, or what `init()` makes where there is none. Collective.
+
+        Args:
+          init: makes a fresh state, with the shapes and shardings of the abstract state.
+          extras: objects with `set_state()` by name: those saved under the same name are put back into them.
+
+        Raises NoRestorableStepError when steps were there and none turned out to be whole.
+        """
+        if self._newest is not None:
+            restored = self._restore(None)
+            values = extras_room.deliver(restored.extras, extras)
+            report = restored.report
+            return RestoredState(restored.state, report.step, values, report.source)
+        state, source = self._fresh_state(init)
+        self._job.log.info("restore", None, f"starting from {source}: {self._survey.reason}")
+        return RestoredState(state, None, {}, source)
+
+    def _fresh_state(self, init: Callable[[], PyTree]) -> tuple[PyTree, str]:
+        topology, read_bytes = self._job.topology, self._settings.read_bytes
+        if path := self._load_full_state_path:
+            return load_state(path, self._abstract_state, topology, read_bytes), path
+        if path := self._load_parameters_path:
+            state = load_parameters(path, self._abstract_state, init, topology, read_bytes)
+            return state, f"the parameters of {path}"
+        return init(), "scratch"
+
+    def _restore(self, wanted: int | None) -> Restored:
+        job = self._job
+        if self._began:
+            self._end_generation()
+        if not self._survey_is_fresh:
+            self._survey = self._restorer.survey()
+            self._survey_is_fresh = True
+        restored = self._restorer.restore(self._survey, wanted, job.generation)
+        self._began = True
+        self._survey_is_fresh = False
+        self._newest = StepId(restored.report.generation, restored.report.step)
+        self._last_restore = restored.report
+        return restored
+
+    def _end_generation(self) -> None:
+        """Finishes all saves and begins a new generation, for a restore in the middle of a run. Collective."""
+        job = self._job
+        self.wait_until_finished()
+        self._collect_errors()
+        self._close_workers()
+        survey = self._survey = self._restorer.survey()
+        self._survey_is_fresh = True
+        key = f"generation/{next(self._collectives)}"
+        job.begin_generation(mint_generation(job, key, survey.highest_generation, survey.newest))
+        self._drain = start_drains(job)
+        self._pipeline = SavePipeline(job, self._binder, self._drain)
+        self._began = False
+
+    # What is known about saved steps.
+
+    def metrics(self, step: int) -> PyTree | None:
+        """The metrics that were saved with `step`, None if there were none. Local."""
+        return self._saved_with(step).get("metrics") or None
+
+    def metadata(self, step: int | None = None) -> Any:
+        """Orbax's `StepMetadata` of `step`, or `RootMetadata` for None. Local."""
+        if step is None:
+            return RootMetadata()
+        saved = self._saved_with(step)
+        return StepMetadata(
+            item_metadata=self.item_metadata(step),
+            metrics=saved.get("metrics") or {},
+            custom_metadata=saved.get("custom_metadata") or {},
+            commit_timestamp_nsecs=None,
+            init_timestamp_nsecs=saved.get("started_nanoseconds"),
+        )
+
+    def item_metadata(self, step: int) -> Any:
+        """`Composite(state=…)` of the abstract state: shapes, dtypes and shardings of `step`. Local."""
+        self._saved_with(step)
+        return ocp.args.Composite(state=self._abstract_state)
+
+    def _saved_with(self, step: int) -> Mapping[str, Any]:
+        for held in reversed(self._job.local.sealed_steps(listed_only=False)):
+            slot = self._job.local.sealed(held) if held.step == step else None
+            if slot is not None:
+                return slot.manifest.metadata
+        for persistent in self._persistent_steps():
+            if persistent.step_id.step == step:
+                side = StepReader(persistent.path, persistent.item).side
+                return {"custom_metadata": side.custom_metadata, "metrics": side.metrics} if side else {}
+        raise NoRestorableStepError(f"step {step} is on no tier; the steps that are: {self.all_steps()}")
+
+    def _persistent_steps(self) -> list[PersistentStep]:
+        return without_void(self._job.persistent.steps(), self._job.local.activations)
+
+    def delete(self, step: int) -> None:
+        """Deletes `step` on all tiers. Collective. Raises NoRestorableStepError when it is on none."""
+        job = self._job
+        self.wait_until_finished()
+        if step not in self.all_steps():
+            raise NoRestorableStepError(f"step {step} is on no tier; the steps that are: {self.all_steps()}")
+
+        def remove() -> None:
+            for persistent in self._persistent_steps():
+                if persistent.step_id.step == step:
+                    job.persistent.delete_step(persistent)
+
+        key = f"delete/{next(self._collectives)}"
+        tell(job.coordinator, key, remove, self._settings.coordination_timeout)
+        for held in job.local.sealed_steps(listed_only=False):
+            if held.step == step:
+                job.local.give_up(held)
+        self._survey_is_fresh = False
+
+    def reload(self) -> None:
+        """Looks again at what can be restored, on all tiers. Collective."""
+        self.wait_until_finished()
+        self._survey = self._restorer.survey()
+        self._survey_is_fresh = True
+        if not self._began:
+            self._newest = self._survey.newest
+
+    # Ending.
+
+    def wait_until_finished(self) -> None:
+        """Waits until every save has its outcome and every drain has ended. Errors: see `check_for_errors`.
+
+        Raises CoordinationTimeoutError when they take longer than their own time limits.
+        """
+        # Each save and each drain has a limit of its own; several may be queued.
+        patience = 4 * self._settings.coordination_timeout
+        if not self._pipeline.wait(patience):
+            raise CoordinationTimeoutError(f"saves were still running after {patience.total_seconds():.0f} s")
+        patience = 2 * self._settings.drain_timeout + timedelta(seconds=60)
+        if self._drain is not None and not self._drain.wait(patience):
+            raise CoordinationTimeoutError(f"drains were still running after {patience.total_seconds():.0f} s")
+
+    def check_for_errors(self) -> None:
+        """Raises the first error that saves or drains in the background met since the last call. Local."""
+        self._collect_errors()
+        errors, self._errors = self._errors, []
+        if errors:
+            for other in errors[1:]:
+                errors[0].add_note(f"and: {other}")
+            raise errors[0]
+
+    def close(self) -> None:
+        """Finishes saves and drains and gives back the ramdisk directory. The data stays. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self.wait_until_finished()
+        finally:
+            self._close_workers()
+            self._job.local.close()
+
+    def _collect_errors(self) -> None:
+        self._errors += self._pipeline.take_errors()
+        if self._drain is not None:
+            self._errors += self._drain.take_errors()
+
+    def _close_workers(self) -> None:
+        self._pipeline.close(timedelta(0))
+        if self._drain is not None:
+            self._drain.close(timedelta(0))
+
+    def __contextmanager__(self) -> Any:
+        try:
+            yield self
+        finally:
+            self.close()
+
+
+def _state_of(args: PyTree) -> PyTree:
+    """The state in what the caller gave: itself, or Orbax's arguments around it."""
+    if isinstance(args, ocp.args.Composite):
+        items = dict(args.items())
+        state = items.pop("state", None)
+        if state is None or items:
+            raise UnsupportedStateError(
+                f"Composite has the items {sorted(args.keys())}; expected 'state' alone. Give small "
+                "per-process state as save(…, extras={…})."
+            )
+        args = state
+    if isinstance(args, (ocp.args.PyTreeSave, ocp.args.StandardSave)):
+        return args.item
+    if isinstance(args, ocp.args.CheckpointArgs):
+        raise UnsupportedStateError(
+            f"a state cannot be saved with {type(args).__name__}; use PyTreeSave or StandardSave"
+        )
+    return args
+
+
+# So that `isinstance(manager, emergency.CheckpointManager)` holds, which MaxText asks.
+orbax_emergency.CheckpointManager.register(CheckpointManager)

@@ -1,0 +1,100 @@
+"""Extras: small state of each process (data iterator, host RNG, counters), saved with the arrays in one commit.
+
+They travel as JSON in the manifest. Each process's extras are kept by a second process in another slice, so
+that losing a slice does not lose the position in the data.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from emergency_ckpt.errors import ExtrasError
+
+MAX_BYTES = 1024 * 1024
+_BYTES = "__bytes__"
+_ARRAY = "__ndarray__"
+
+
+def capture(extras: Mapping[str, Any] | None) -> str | None:
+    """The extras as JSON text; None where there are none.
+
+    A value is an object with `get_state()` (a grain iterator), or plain data: None, bools, numbers, strings,
+    bytes, numpy arrays, and lists, tuples (which come back as lists) and dicts of these.
+    Raises ExtrasError for anything else, and for more than 1 MiB.
+    """
+    if not extras:
+        return None
+    plain = {name: _encode(_state_of(value), name) for name, value in extras.items()}
+    text = json.dumps(plain, separators=(",", ":"))
+    if len(text) > MAX_BYTES:
+        sizes = {name: len(json.dumps(value)) for name, value in plain.items()}
+        largest = max(sizes, key=lambda name: sizes[name])
+        raise ExtrasError(
+            f"the extras of this process take {len(text)} bytes, at most {MAX_BYTES} are allowed; the "
+            f"largest is {largest!r} with {sizes[largest]} bytes. Put large data into the state as arrays."
+        )
+    return text
+
+
+def deliver(saved: str | None, wanted: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The saved extras as data; those for which `wanted` has an object with `set_state()` are put back into it.
+
+    Raises ExtrasError when something wanted was not saved.
+    """
+    values = {name: _decode(value) for name, value in json.loads(saved).items()} if saved else {}
+    for name, target in (wanted or {}).items():
+        if not hasattr(target, "set_state"):
+            continue
+        if name not in values:
+            raise ExtrasError(
+                f"extras {name!r} are wanted, but the checkpoint holds {sorted(values) or 'none'}; it was "
+                "saved without them. Restore without these extras and position the iterator yourself."
+            )
+        target.set_state(values[name])
+    return values
+
+
+def _state_of(value: Any) -> Any:
+    return value.get_state() if hasattr(value, "get_state") else value
+
+
+def _encode(value: Any, where: str) -> Any:
+    match value:
+        case None | bool() | int() | float() | str():
+            return value
+        case np.bool_() | np.integer() | np.floating():
+            return value.item()
+        case bytes() | bytearray():
+            return {_BYTES: base64.b64encode(value).decode()}
+        case np.ndarray() if not value.dtype.hasobject:
+            content = base64.b64encode(np.ascontiguousarray(value).tobytes()).decode()
+            return {_ARRAY: [value.dtype.str, list(value.shape), content]}
+        case list() | tuple():
+            return [_encode(item, f"{where}[{i}]") for i, item in enumerate(value)]
+        case dict():
+            odd = [key for key in value if not isinstance(key, str) or key in (_BYTES, _ARRAY)]
+            if odd:
+                raise ExtrasError(f"extras {where} have the key {odd[0]!r}; keys must be ordinary strings")
+            return {key: _encode(item, f"{where}.{key}") for key, item in value.items()}
+    raise ExtrasError(
+        f"extras {where} are of type {type(value).__name__}, which cannot be saved; give plain data (numbers, "
+        "strings, bytes, arrays, lists, dicts) or an object with get_state() and set_state()"
+    )
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_decode(item) for item in value]
+    if isinstance(value, dict):
+        if value.keys() == {_BYTES}:
+            return base64.b64decode(value[_BYTES])
+        if value.keys() == {_ARRAY}:
+            dtype, shape, content = value[_ARRAY]
+            return np.frombuffer(base64.b64decode(content), dtype=np.dtype(dtype)).reshape(shape).copy()
+        return {key: _decode(item) for key, item in value.items()}
+    return value

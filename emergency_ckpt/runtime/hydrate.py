@@ -1,0 +1,131 @@
+"""Hydrating: making this process's slot for one step whole, from the persistent tier or from another slice.
+
+Until all processes hold the restored state no sealed slot is given up for it: where no slot is free, the bytes
+wait in ordinary memory and move into a slot afterwards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+
+from emergency_ckpt.core.checksums import block_seed, checksum_blocks
+from emergency_ckpt.core.layout import Layout
+from emergency_ckpt.core.lineage import StepId
+from emergency_ckpt.core.shards import dtype_of
+from emergency_ckpt.local.manifest import Manifest
+from emergency_ckpt.local.store import LocalStore, OpenSlot, SealedSlot
+from emergency_ckpt.persistent.reader import BoxRequest, StepReader
+from emergency_ckpt.runtime.job import Job
+
+
+class Hydration:
+    """The slot, or the memory in its place, that receives one step. Close it with `seal` or `discard`."""
+
+    def __init__(self, job: Job, step: StepId) -> None:
+        self._job = job
+        self.step = step
+        # What is here of this step was found unusable, or the plan would not fetch it from elsewhere.
+        job.local.give_up(step)
+        self._slot, _ = job.local.begin(step, timedelta(0))
+        if self._slot is not None:
+            self._slot.wait_ready()
+            self.data = self._slot.data
+        else:
+            self.data = np.empty(job.layout.data_bytes(job.process), np.uint8)
+
+    def read_persistent(self, reader: StepReader) -> tuple[tuple[int, ...], ...]:
+        """Reads all shards of this process, verified where the step has checksums; returns block checksums."""
+        job = self._job
+        requests = []
+        for entry in job.layout.slot_entries(job.process):
+            shard = job.layout.shards[entry.shard]
+            target = self.data[entry.offset : entry.offset + entry.nbytes]
+            typed = target.view(dtype_of(job.layout.leaf[shard.leaf].dtype)).reshape(shard.box.shape)
+            requests.append(BoxRequest(shard.leaf, shard.box, typed))
+        reader.read_boxes(requests, job.settings.read_bytes, job.settings.drain_timeout.total_seconds())
+        return self.checksums()
+
+    def checksums(self) -> tuple[tuple[int, ...], ...]:
+        """Block checksums of what is in the slot now, entry by entry."""
+        job = self._job
+        found = []
+        for entry in job.layout.slot_entries(job.process):
+            shard = job.layout.shards[entry.shard]
+            seed = block_seed(self.step.generation, shard, job.layout.leaf[shard.leaf].dtype)
+            found.append(checksum_blocks(self.data[entry.offset : entry.offset + entry.nbytes], seed))
+        return tuple(found)
+
+    def write(self, offset: int, data: np.ndarray) -> None:
+        """Puts received bytes in place."""
+        self.data[offset : offset + data.nbytes] = data
+
+    def seal(self, manifest: Manifest) -> Hydrated:
+        """The bytes are there and verified against `manifest`."""
+        if self._slot is None:
+            return Hydrated(SealedSlot(-1, manifest, self._job.layout, self.data), self._job.local, waits=True)
+        self._job.local.seal(self._slot, manifest)
+        sealed = SealedSlot(self._slot.index, manifest, self._job.layout, self.data)
+        return Hydrated(sealed, self._job.local)
+
+    def discard(self) -> None:
+        slot, self._slot = self._slot, None
+        if slot is not None:
+            self._job.local.discard(slot)
+
+    def sealed_as(self, manifest: Manifest) -> SealedSlot:
+        """A view of what would be sealed, for verification."""
+        return SealedSlot(-1, manifest, self._job.layout, self.data)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hydrated:
+    """A whole step on this process: in a slot, or (`waits`) in memory until a slot is free."""
+
+    slot: SealedSlot
+    local: LocalStore
+    waits: bool = False
+
+    def settle(self) -> None:
+        """Moves waiting bytes into a slot. Call when all processes hold the state and old steps are void."""
+        if not self.waits or not self.local.directory:
+            return
+        slot, _ = self.local.begin(self.slot.manifest.step, timedelta(0))
+        if slot is not None:
+            slot.wait_ready()
+            _copy(self.slot.data, slot)
+            self.local.seal(slot, self.slot.manifest)
+
+
+def _copy(data: np.ndarray, slot: OpenSlot) -> None:
+    np.copyto(slot.data[: data.nbytes], data)
+
+
+def make_manifest(
+    job: Job,
+    step: StepId,
+    checksums: tuple[tuple[int, ...], ...],
+    values: Mapping[str, Any],
+    extras: Mapping[int, str],
+    metadata: Mapping[str, Any],
+) -> Manifest:
+    """The manifest of a hydrated slot of this process."""
+    layout: Layout = job.layout
+    return Manifest(
+        run=job.run,
+        nonce=job.generation.nonce,
+        step=step,
+        layout=layout.hash,
+        position=job.process,
+        process_count=job.topology.process_count,
+        checksums=checksums,
+        values=dict(values),
+        extras=dict(extras),
+        listed=True,
+        activations=job.local.activations,
+        metadata=dict(metadata),
+    )

@@ -1,0 +1,310 @@
+"""The save pipeline of one generation: snapshot in the train loop, everything else in one thread behind it.
+
+The train loop waits for the snapshot and, when no slot is free, for a bounded time (invariant 7). A save that
+cannot be made is abandoned at once, so that no other process waits for it. Every save ends in one agreed
+outcome, and the saves of a process end in their order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import queue
+import threading
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+from emergency_ckpt.agent.drain import DrainWorker
+from emergency_ckpt.core.checksums import block_seed, copy_and_checksum
+from emergency_ckpt.core.lineage import StepId
+from emergency_ckpt.core.outcomes import OutcomeRecord
+from emergency_ckpt.core.placement import extras_keepers
+from emergency_ckpt.core.schedule import Due
+from emergency_ckpt.core.slots import Outcome
+from emergency_ckpt.errors import EmergencyCheckpointError, LocalDirectoryError, PeerFailedError
+from emergency_ckpt.jaxio.binding import StateBinder
+from emergency_ckpt.jaxio.outcome_agreement import OutcomeAgreement
+from emergency_ckpt.jaxio.snapshot import Snapshot, take_snapshot
+from emergency_ckpt.local.manifest import Manifest
+from emergency_ckpt.local.store import OpenSlot
+from emergency_ckpt.runtime.job import Job
+from emergency_ckpt.telemetry.events import SaveEvent, SkippedSaveEvent
+from emergency_ckpt.telemetry.metrics import Metric
+
+
+@dataclasses.dataclass(frozen=True)
+class SaveRequest:
+    """One save that is due, alike on all processes but for `extras`.
+
+    Attributes:
+      step: the step number. due: the tiers it is due for.
+      extras: this process's extras as JSON text, None on all processes or on none.
+      metadata: custom metadata and metrics, JSON.
+    """
+
+    step: int
+    due: Due
+    extras: str | None
+    metadata: Mapping[str, Any]
+
+
+@dataclasses.dataclass
+class _Task:
+    """A save on its way through the writer thread."""
+
+    ordinal: int
+    request: SaveRequest
+    step: StepId
+    called_at: float
+    slot: OpenSlot | None = None
+    snapshot: Snapshot | None = None
+    checksums: tuple[tuple[int, ...], ...] | None = None
+    abandon_reason: str = ""
+    blocked_seconds: float = 0.0
+    done: threading.Event = dataclasses.field(default_factory=threading.Event)
+
+
+class SavePipeline:
+    """Saves of one process in one generation. All processes make the same calls in the same order."""
+
+    def __init__(self, job: Job, binder: StateBinder, drain: DrainWorker | None) -> None:
+        self._job = job
+        self._binder = binder
+        self._drain = drain
+        self._agreement = OutcomeAgreement(job.coordinator, job.generation.number)
+        self._keepers = extras_keepers(job.topology.process_slice)
+        self._seeds = {
+            shard: block_seed(
+                job.generation.number,
+                job.layout.shards[shard],
+                job.layout.leaf[job.layout.shards[shard].leaf].dtype,
+            )
+            for shard in job.layout.process_shards[job.process]
+        }
+        self._targets = {entry.shard: entry for entry in job.layout.slot_entries(job.process)}
+        self._next_ordinal = 0
+        self._newest_complete: StepId | None = None
+        self._tasks: queue.Queue[_Task | None] = queue.Queue()
+        self._idle = threading.Condition()
+        self._open = 0
+        self._errors: list[EmergencyCheckpointError] = []
+        self._thread = threading.Thread(target=self._run, name="emergency_ckpt save", daemon=True)
+        self._thread.start()
+
+    @property
+    def newest_complete(self) -> StepId | None:
+        """The newest step of this generation that all processes agreed to be complete."""
+        return self._newest_complete
+
+    def save(self, request: SaveRequest, state: Any) -> bool:
+        """Takes the snapshot and returns; the rest follows in the background. False when the save was skipped.
+
+        Raises StateMismatchError or UnsupportedStateError for a state that does not fit; the save is then
+        abandoned on all processes.
+        """
+        job = self._job
+        task = _Task(self._next_ordinal, request, StepId(job.generation.number, request.step), time.monotonic())
+        self._next_ordinal += 1
+        try:
+            task.snapshot = take_snapshot(self._binder, state)
+            # The pin keeps the slot for the drain, which begins when the outcome is known.
+            pins = 1 if request.due.persistent else 0
+            task.slot, task.abandon_reason = job.local.begin(task.step, job.settings.slot_wait, pins)
+            if task.slot is not None:
+                job.log.metrics.add(Metric.SAVES_STARTED)
+                if not task.snapshot.may_defer:
+                    task.checksums = self._fill(task.slot, task.snapshot)
+        except BaseException as error:
+            task.abandon_reason = f"{type(error).__name__}: {error}"
+            self._give_up_slot(task)
+            self._submit(task)
+            raise
+        if task.slot is None:
+            task.snapshot.release()
+            task.snapshot = None
+        task.blocked_seconds = time.monotonic() - task.called_at
+        self._submit(task)
+        if task.slot is not None and not job.settings.asynchronous:
+            task.done.wait()
+        return task.slot is not None
+
+    def wait(self, timeout: timedelta) -> bool:
+        """Waits until every save has its outcome; False when the time limit came first."""
+        with self._idle:
+            return self._idle.wait_for(lambda: self._open == 0, timeout.total_seconds())
+
+    def take_errors(self) -> list[EmergencyCheckpointError]:
+        """Errors since the last call, oldest first."""
+        with self._idle:
+            errors, self._errors = self._errors, []
+        return errors
+
+    def close(self, timeout: timedelta) -> bool:
+        """Finishes what was begun and ends the thread; False when the time limit came first."""
+        done = self.wait(timeout)
+        self._tasks.put(None)
+        self._thread.join(5.0 if done else 0.0)
+        return done
+
+    # In the writer thread.
+
+    def _submit(self, task: _Task) -> None:
+        with self._idle:
+            self._open += 1
+        self._tasks.put(task)
+
+    def _run(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            try:
+                self._finish(task)
+            except EmergencyCheckpointError as error:
+                self._note(error, task)
+            except Exception as error:  # The thread must survive: whoever asks is told by check_for_errors.
+                wrapped = EmergencyCheckpointError(
+                    f"saving {task.step} failed: {type(error).__name__}: {error}"
+                )
+                wrapped.__cause__ = error
+                self._note(wrapped, task)
+            task.done.set()
+            with self._idle:
+                self._open -= 1
+                self._idle.notify_all()
+
+    def _finish(self, task: _Task) -> None:
+        job = self._job
+        sealed_seconds = None
+        if task.slot is not None:
+            try:
+                self._seal(task, task.slot)
+                sealed_seconds = time.monotonic() - task.called_at
+                job.log.metrics.add(Metric.SAVES_SEALED)
+            except (EmergencyCheckpointError, OSError, RuntimeError) as error:
+                task.abandon_reason = str(error)
+                self._give_up_slot(task)
+                self._note(_as_ours(error, task.step), task)
+        if task.slot is not None:
+            self._agreement.report_sealed(task.ordinal)
+        else:
+            self._withhold_extras(task)
+            self._agreement.abandon(task.ordinal, f"process {job.process}: {task.abandon_reason}")
+        record = self._agreement.await_outcome(task.ordinal, job.settings.coordination_timeout)
+        self._settle(task, record.outcome)
+        self._report(task, record, sealed_seconds)
+
+    def _seal(self, task: _Task, slot: OpenSlot) -> None:
+        job = self._job
+        if task.checksums is None:
+            assert task.snapshot is not None
+            task.checksums = self._fill(slot, task.snapshot)
+        snapshot, task.snapshot = task.snapshot, None
+        assert snapshot is not None
+        manifest = Manifest(
+            run=job.run,
+            nonce=job.generation.nonce,
+            step=task.step,
+            layout=job.layout.hash,
+            position=job.process,
+            process_count=job.topology.process_count,
+            checksums=task.checksums,
+            values=snapshot.values,
+            extras=self._exchange_extras(task),
+            listed=task.request.due.local,
+            activations=job.local.activations,
+            metadata=task.request.metadata,
+        )
+        job.local.seal(slot, manifest)
+
+    def _fill(self, slot: OpenSlot, snapshot: Snapshot) -> tuple[tuple[int, ...], ...]:
+        slot.wait_ready()
+        checksums = []
+        for shard, data in snapshot.iter_shards():
+            entry = self._targets[shard]
+            target = slot.data[entry.offset : entry.offset + entry.nbytes]
+            checksums.append(copy_and_checksum(data, target, self._seeds[shard]))
+        return tuple(checksums)
+
+    def _exchange_extras(self, task: _Task) -> dict[int, str]:
+        """This process's extras and those it keeps for others. The keys go with the save's own."""
+        own = task.request.extras
+        if own is None:
+            return {}
+        job = self._job
+        prefix = f"{self._agreement.keys_of(task.ordinal)}/extras"
+        kept = {job.process: own}
+        if self._keepers[job.process] is not None:
+            job.coordinator.put(f"{prefix}/{job.process}", own.encode())
+        for ward, keeper in enumerate(self._keepers):
+            if keeper == job.process:
+                found = job.coordinator.get(f"{prefix}/{ward}", job.settings.coordination_timeout)
+                if found == _WITHHELD:
+                    raise PeerFailedError(f"process {ward} abandoned {task.step} and gives no extras")
+                kept[ward] = found.decode()
+        return kept
+
+    def _withhold_extras(self, task: _Task) -> None:
+        """Tells the process that keeps our extras not to wait for them."""
+        if task.request.extras is not None and self._keepers[self._job.process] is not None:
+            prefix = f"{self._agreement.keys_of(task.ordinal)}/extras"
+            # Extras that were given before the save failed may stand: they are as good as these.
+            self._job.coordinator.put_once(f"{prefix}/{self._job.process}", _WITHHELD)
+
+    def _settle(self, task: _Task, outcome: Outcome) -> None:
+        job = self._job
+        drains = task.request.due.persistent and task.slot is not None
+        if outcome is Outcome.COMPLETE:
+            self._newest_complete = task.step
+            job.local.settle(task.step, outcome)
+            if drains and task.slot is not None and self._drain is not None:
+                self._drain.submit(task.step, task.slot.index)
+            return
+        if drains and task.slot is not None:
+            job.local.unpin(task.slot.index)
+        job.local.settle(task.step, outcome)
+
+    def _give_up_slot(self, task: _Task) -> None:
+        if task.slot is not None:
+            self._job.local.discard(task.slot)
+            task.slot = None
+        if task.snapshot is not None:
+            task.snapshot.release()
+            task.snapshot = None
+
+    def _report(self, task: _Task, record: OutcomeRecord, sealed_seconds: float | None) -> None:
+        job = self._job
+        if task.slot is None:
+            job.log.emit(
+                SkippedSaveEvent(
+                    step=task.request.step,
+                    blocked_seconds=task.blocked_seconds,
+                    reason=task.abandon_reason,
+                )
+            )
+            return
+        job.log.emit(
+            SaveEvent(
+                step=task.request.step,
+                bytes=sum(entry.nbytes for entry in self._targets.values()),
+                blocked_seconds=task.blocked_seconds,
+                sealed_seconds=sealed_seconds,
+                outcome="complete" if record.outcome is Outcome.COMPLETE else "abandoned",
+                outcome_seconds=time.monotonic() - task.called_at,
+                reason="" if record.outcome is Outcome.COMPLETE else record.reason,
+            )
+        )
+
+    def _note(self, error: EmergencyCheckpointError, task: _Task) -> None:
+        with self._idle:
+            self._errors.append(error)
+        self._job.log.error("save", task.request.step, str(error))
+
+
+_WITHHELD = b"withheld"
+
+
+def _as_ours(error: Exception, step: StepId) -> EmergencyCheckpointError:
+    if isinstance(error, EmergencyCheckpointError):
+        return error
+    wrapped = LocalDirectoryError(f"{step} could not be sealed: {type(error).__name__}: {error}")
+    wrapped.__cause__ = error
+    return wrapped

@@ -1,0 +1,184 @@
+"""Starting a manager: run id, slots, what can be restored, and a new generation. All processes together."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import jax
+
+from emergency_ckpt.agent.drain import DrainJob, DrainWorker
+from emergency_ckpt.core.layout import Layout
+from emergency_ckpt.core.lineage import StepId
+from emergency_ckpt.core.retention import superseded_steps
+from emergency_ckpt.errors import StateMismatchError
+from emergency_ckpt.jaxio.coordination import Coordinator, open_coordinator
+from emergency_ckpt.jaxio.layouts import build_layout
+from emergency_ckpt.jaxio.orbax_metadata import layout_metadata_files
+from emergency_ckpt.jaxio.topology import Topology
+from emergency_ckpt.local.store import LocalStore, StoreOptions
+from emergency_ckpt.persistent.store import Generation, PersistentStore, without_void
+from emergency_ckpt.runtime.agreement import agree, tell
+from emergency_ckpt.runtime.board import CoordinatedBoard
+from emergency_ckpt.runtime.job import LEADER, Job
+from emergency_ckpt.runtime.restoring import Restorer
+from emergency_ckpt.runtime.settings import Settings
+from emergency_ckpt.runtime.survey import Survey
+from emergency_ckpt.telemetry.events import StartEvent
+from emergency_ckpt.telemetry.log import CheckpointLogger, LogContext
+from emergency_ckpt.telemetry.metrics import Metrics
+
+# Orbax's names for the item that holds the state: with several replicas, and with one.
+_ITEM_OF_MANY, _ITEM_OF_ONE = "default", "state"
+
+
+def start_job(settings: Settings, mesh: jax.sharding.Mesh, abstract_state: Any) -> tuple[Job, Restorer, Survey]:
+    """Everything up to the first restore or save. Collective.
+
+    Raises TopologyError, UnsupportedStateError, LocalDirectoryError, LocalCapacityError, ForeignRunError,
+    PersistentStoreError; on the processes that are not at fault, PeerFailedError naming the one that is.
+    """
+    started = time.monotonic()
+    coordinator = open_coordinator()
+    timeout = settings.coordination_timeout
+    topology = Topology.from_mesh(mesh, settings.replica_axis)
+    item = _ITEM_OF_MANY if _replica_count(mesh, settings.replica_axis) > 1 else _ITEM_OF_ONE
+    layout = build_layout(abstract_state, topology, layout_metadata_files(abstract_state, item))
+    persistent = PersistentStore(settings.persistent_directory, settings.names)
+    context = LogContext(None, None, topology.process_index, topology.slice_index)
+    log = CheckpointLogger(context, Metrics(), settings.log_format)
+
+    def make_root() -> str:
+        settings.persistent_directory.mkdir(parents=True, exist_ok=True)
+        return persistent.run_id()
+
+    run = tell(coordinator, "start/run", make_root, timeout)
+    log = log.bind(run=run)
+    local = _open_local(coordinator, settings, run, layout, topology, log)
+    job = Job(settings, run, item, topology, layout, coordinator, local, persistent, Generation(0, ""), log)
+    try:
+        restorer = Restorer(job, abstract_state, mesh)
+        survey = restorer.survey()
+        job.begin_generation(mint_generation(job, "start", survey.highest_generation, survey.newest))
+    except BaseException:
+        local.close()
+        raise
+    if job.leads:
+        for name in persistent.remove_leftovers(job.generation):
+            job.log.info("start", None, f"removed {name}, which an earlier life of the run left uncommitted")
+    job.log.emit(
+        StartEvent(
+            step=survey.newest.step if survey.newest else None,
+            local_directory=str(local.directory) if local.directory else None,
+            persistent_directory=str(settings.persistent_directory),
+            slots=local.slot_count,
+            slot_bytes=layout.data_bytes(topology.process_index),
+            process_count=topology.process_count,
+            slice_count=topology.slice_count,
+            seconds=time.monotonic() - started,
+            reason=survey.reason,
+        )
+    )
+    return job, restorer, survey
+
+
+def mint_generation(job: Job, key: str, highest_seen: int, parent: StepId | None) -> Generation:
+    """A new life of the run, the same on all processes. Collective."""
+
+    def make() -> Any:
+        minted = job.persistent.mint_generation(highest_seen, parent)
+        return [minted.number, minted.nonce]
+
+    number, nonce = tell(job.coordinator, f"{key}/generation", make, job.settings.coordination_timeout)
+    return Generation(number, nonce, parent)
+
+
+def start_drains(job: Job) -> DrainWorker | None:
+    """The drain worker of the current generation; None where nothing goes to the persistent tier."""
+    if not job.settings.schedule.persistent_period:
+        return None
+    return DrainWorker(
+        DrainJob(
+            local=job.local,
+            persistent=job.persistent,
+            generation=job.generation,
+            item=job.item,
+            process=job.process,
+            committer=LEADER,
+            options=job.settings.write_options,
+            timeout=job.settings.drain_timeout,
+            board=CoordinatedBoard(job.coordinator),
+            log=job.log,
+            on_commit=lambda: delete_superseded(job),
+        )
+    )
+
+
+def delete_superseded(job: Job) -> None:
+    """Deletes persistent steps that retention gives up, and void ones. One process calls it."""
+    settings = job.settings
+    steps = job.persistent.steps()
+    valid = without_void(steps, job.local.activations)
+    superseded = set(
+        superseded_steps(
+            [s.step_id.step for s in valid], settings.persistent_max_to_keep, settings.persistent_keep_period
+        )
+    )
+    for step in steps:
+        void = step not in valid
+        if void or step.step_id.step in superseded:
+            job.persistent.delete_step(step)
+            why = "a restore left it behind" if void else "newer ones are kept"
+            job.log.info("retention", step.step_id.step, f"deleted the persistent {step.step_id}: {why}")
+
+
+def _open_local(
+    coordinator: Coordinator,
+    settings: Settings,
+    run: str,
+    layout: Layout,
+    topology: Topology,
+    log: CheckpointLogger,
+) -> LocalStore:
+    """Opens this process's slots; no process goes on before all have theirs and agree on the layout."""
+    opened: list[LocalStore] = []
+
+    def mine() -> str:
+        options = StoreOptions(
+            directory=settings.local_directory,
+            max_to_keep=settings.local_max_to_keep if settings.local_directory else 0,
+            wanted_slots=settings.wanted_slots,
+            least_slots=settings.least_slots,
+            foreign_run=settings.foreign_run,
+        )
+        opened.append(
+            LocalStore(
+                options,
+                run,
+                layout,
+                topology.process_index,
+                lambda message: log.warning("local", None, message),
+            )
+        )
+        return layout.hash
+
+    def decide(hashes: list[str]) -> None:
+        odd = [p for p, found in enumerate(hashes) if found != hashes[0]]
+        if odd:
+            raise StateMismatchError(
+                f"processes {odd} have another state or sharding than process 0; all processes must give the "
+                "same abstract state and mesh"
+            )
+
+    try:
+        agree(coordinator, "start/local", mine, decide, settings.coordination_timeout)
+    except BaseException:
+        for store in opened:
+            store.close()
+        raise
+    return opened[0]
+
+
+def _replica_count(mesh: jax.sharding.Mesh, replica_axis: int | str) -> int:
+    axis = list(mesh.axis_names).index(replica_axis) if isinstance(replica_axis, str) else replica_axis
+    return mesh.devices.shape[axis]

@@ -1,0 +1,111 @@
+"""The survey: what all processes and the persistent tier have, and what can be restored from it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from emergency_ckpt.core.inventory import Inventory
+from emergency_ckpt.core.layout import Layout
+from emergency_ckpt.core.lineage import Activation, StepId
+from emergency_ckpt.core.restore_plan import Planner
+from emergency_ckpt.jaxio.topology import Topology
+from emergency_ckpt.local.store import LocalStore
+from emergency_ckpt.persistent.store import PersistentStore
+from emergency_ckpt.runtime.settings import Settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """What all processes agreed on after telling each other what they have.
+
+    Attributes:
+      activations: every restore that any process or the persistent tier knows of.
+      restorable: steps that can be restored, oldest first.
+      reason: why the newest of them, in words.
+      highest_generation: the highest generation that anybody has seen.
+      planner: on process 0 only, for planning the restore.
+    """
+
+    activations: tuple[Activation, ...]
+    restorable: tuple[StepId, ...]
+    reason: str
+    highest_generation: int
+    planner: Planner | None = None
+
+    @property
+    def newest(self) -> StepId | None:
+        return self.restorable[-1] if self.restorable else None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "activations": [[a.generation, a.step] for a in self.activations],
+            "restorable": [[s.generation, s.step] for s in self.restorable],
+            "reason": self.reason,
+            "highest_generation": self.highest_generation,
+        }
+
+    @classmethod
+    def from_json(cls, raw: Any, planner: Planner | None) -> Survey:
+        return cls(
+            tuple(Activation(g, s) for g, s in raw["activations"]),
+            tuple(StepId(g, s) for g, s in raw["restorable"]),
+            raw["reason"],
+            raw["highest_generation"],
+            planner,
+        )
+
+
+def own_inventory(local: LocalStore, process: int, process_count: int) -> Inventory:
+    """What this process has, every block of it verified. Without a local tier: nothing."""
+    return Inventory(
+        process,
+        local.verify() if local.directory else (),
+        local.highest_generation(),
+        local.activations,
+        process_count,
+    )
+
+
+def take_survey(
+    inventories: Sequence[Inventory],
+    persistent: PersistentStore,
+    layout: Layout,
+    topology: Topology,
+    settings: Settings,
+) -> Survey:
+    """Puts all inventories together. Process 0 calls it."""
+    newest = persistent.newest_generation()
+    known = {a for inventory in inventories for a in inventory.activations} | set(persistent.activations())
+    activations = tuple(sorted(known, key=lambda a: (a.generation, -1 if a.step is None else a.step)))
+    steps = tuple(step.step_id for step in persistent.steps())
+    planner = Planner(
+        layout,
+        restore_groups(layout, topology),
+        tuple(inventories),
+        steps,
+        activations,
+        settings.single_replica_restore,
+    )
+    _, reason = planner.plan()
+    generations = [i.highest_generation for i in inventories] + [s.generation for s in steps]
+    return Survey(
+        activations,
+        tuple(planner.restorable()),
+        reason,
+        max([*generations, newest.number if newest else 0]),
+        planner,
+    )
+
+
+def restore_groups(layout: Layout, topology: Topology) -> tuple[tuple[int, ...], ...]:
+    """Processes that can send each other their slots: counterparts in other slices with the same shards."""
+    lone = tuple((p,) for p in range(layout.process_count))
+    if topology.groups is None:
+        return lone
+    groups: list[tuple[int, ...]] = []
+    for group in topology.groups:
+        same = len({layout.process_shards[p] for p in group}) == 1
+        groups += [group] if same else [(p,) for p in group]
+    return tuple(groups)
