@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import tensorstore as ts
@@ -92,7 +92,7 @@ def commit_stages(
     parts: Sequence[PartReport],
     content: StepContent | None = None,
     options: WriteOptions | None = None,
-) -> Iterator[str]:
+) -> Generator[str]:
     """Everything of `commit` but the rename; yields the name of each stage when it is done."""
     content = content or StepContent()
     options = options or WriteOptions()

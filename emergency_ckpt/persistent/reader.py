@@ -95,6 +95,11 @@ class StepReader:
         if sides:
             name = max(sides, key=lambda n: parse_side_file_name(n) or (0, ""))
             self.side = SideInfo.from_bytes(self._files.read(name), self._files.locate(name))
+        elif lone := [e.name for e in entries if e.name in (LAYOUT_FILE, CHECKSUMS_FILE)]:
+            raise CorruptDataError(
+                f"{self.path} holds {lone[0]} but not the side file that belongs to it"
+                " (emergency_ckpt.<generation>.<nonce>.json): the step is damaged. Restore another one."
+            )
         self.item = item if item is not None else self._find_item([e.name for e in entries])
 
     @property

@@ -1,0 +1,143 @@
+"""A committer that dies at any point, or races another: a reader sees the old step or the new, never half."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from emergency_ckpt.core.lineage import Activation, StepId
+from emergency_ckpt.errors import PersistentStoreError
+from emergency_ckpt.persistent.committer import commit, commit_stages
+from emergency_ckpt.persistent.reader import StepReader
+from emergency_ckpt.persistent.store import Attempt, PersistentStore, without_void
+from tests.persistent.saving import assert_same, layout_of, read_shards, save, small_state, write_parts
+
+STAGES = 8
+
+
+def prepared(root: Path) -> PersistentStore:
+    """Steps 10 and 20 of generation 1; generation 2 began from 10, so that 20 is void."""
+    store = PersistentStore(root)
+    first = store.mint_generation(0, None)
+    for step in (10, 20):
+        save(store, Attempt(first, step, "default"), small_state(1))
+    store.mint_generation(1, StepId(1, 10))
+    store.record_activation(Activation(2, 10))
+    return store
+
+
+def assert_old_or_new(store: PersistentStore) -> bool:
+    """Whether the new step is there; every step that is listed must be whole."""
+    steps = {s.step_id: s for s in without_void(store.steps(), store.activations())}
+    for step_id, step in steps.items():
+        assert_same(read_shards(StepReader(step.path)), small_state(step_id.generation))
+    assert StepId(1, 10) in steps
+    assert set(steps) <= {StepId(1, 10), StepId(2, 20)}
+    return StepId(2, 20) in steps
+
+
+def test_a_process_that_dies_before_any_operation_leaves_the_old_step_or_the_new(tmp_path: Path) -> None:
+    prepared(tmp_path / "template")
+    most = 40
+    for number in range(1, most):
+        shutil.copytree(tmp_path / "template", tmp_path / str(number))
+    command = [sys.executable, "-m", "tests.persistent.crashing_committer", str(tmp_path), "1", str(most)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    results = {int(n): int(code) for n, code in (line.split() for line in done.stdout.splitlines())}
+    died = [n for n, code in results.items() if code == 9]
+    assert died == list(range(1, len(died) + 1)), done.stderr
+    assert 15 < len(died) < most - 1
+    assert {code for n, code in results.items() if n > len(died)} == {0}
+    committed = []
+    for number in range(1, len(died) + 2):
+        store = PersistentStore(tmp_path / str(number))
+        committed.append(assert_old_or_new(store))
+        # The next job removes what was left and writes the step, whatever happened before.
+        generation = store.mint_generation(2, StepId(1, 10))
+        store.remove_leftovers(generation)
+        assert not list((tmp_path / str(number)).glob("*.orbax-checkpoint-tmp*"))
+        assert assert_old_or_new(store) == committed[-1]
+    # Only the last operations come after the rename: deleting what was replaced.
+    assert committed == sorted(committed)
+    assert committed[-1]
+    assert not committed[-4]
+
+
+@pytest.mark.parametrize("stages", range(STAGES))
+def test_a_commit_that_stops_after_any_stage_is_invisible_and_does_not_hinder_the_next(
+    tmp_path: Path, stages: int
+) -> None:
+    store = PersistentStore(tmp_path)
+    generation = store.mint_generation(0, None)
+    layout = layout_of(small_state())
+    stopped = Attempt(generation, 20, "default")
+    parts = write_parts(store, stopped, layout, small_state(5))
+    running = commit_stages(store, stopped, layout, parts)
+    for _ in range(stages):
+        next(running)
+    running.close()
+    assert store.steps() == []
+    if stages:
+        with pytest.raises(PersistentStoreError, match="another committer is, or was, at work"):
+            commit(store, stopped, layout, parts)
+    save(store, Attempt(generation, 20, "default", ordinal=1), small_state(6))
+    (step,) = store.steps()
+    assert_same(read_shards(StepReader(step.path)), small_state(6))
+
+
+def test_the_number_of_stages_is_what_these_tests_stop_after(tmp_path: Path) -> None:
+    store = PersistentStore(tmp_path)
+    attempt = Attempt(store.mint_generation(0, None), 20, "default")
+    layout = layout_of(small_state())
+    names = list(commit_stages(store, attempt, layout, write_parts(store, attempt, layout, small_state())))
+    assert len(names) == STAGES - 1
+    assert len(set(names)) == len(names)
+
+
+def test_of_two_committers_of_one_attempt_one_commits_and_one_is_told(tmp_path: Path) -> None:
+    for number in range(5):
+        store = PersistentStore(tmp_path / str(number))
+        attempt = Attempt(store.mint_generation(0, None), 20, "default")
+        layout = layout_of(small_state())
+        parts = write_parts(store, attempt, layout, small_state(3))
+        results = race(lambda _, s=store, a=attempt, y=layout, p=parts: commit(s, a, y, p), 2)
+        assert len([r for r in results if isinstance(r, PersistentStoreError)]) == 1
+        (step,) = store.steps()
+        assert step in results
+        assert_same(read_shards(StepReader(step.path)), small_state(3))
+
+
+def test_attempts_at_the_same_step_that_race_leave_one_whole_step(tmp_path: Path) -> None:
+    for number in range(5):
+        store = prepared(tmp_path / str(number))
+        generation = store.newest_generation()
+        assert generation
+        layout = layout_of(small_state())
+        attempts = [Attempt(generation, 20, "default", ordinal) for ordinal in range(3)]
+        parts = [write_parts(store, attempt, layout, small_state(2)) for attempt in attempts]
+        results = race(lambda i, s=store, a=attempts, p=parts, y=layout: commit(s, a[i], y, p[i]), 3)
+        assert len(set(results)) == 1, results
+        assert assert_old_or_new(store)
+        assert not list((tmp_path / str(number)).glob("*.orbax-checkpoint-tmp*"))
+
+
+def race(call, count: int) -> list[object]:
+    """Results or errors of concurrent calls that begin together."""
+    barrier = threading.Barrier(count)
+
+    def run(index: int) -> object:
+        barrier.wait(timeout=30)
+        try:
+            return call(index)
+        except PersistentStoreError as error:
+            return error
+
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        return list(pool.map(run, range(count)))

@@ -1,0 +1,191 @@
+"""The persistent root: one run id, unique generations, activations, steps and what is left of attempts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from emergency_ckpt.core.lineage import Activation, StepId
+from emergency_ckpt.errors import CorruptDataError, PersistentStoreError, StaleGenerationError
+from emergency_ckpt.persistent.files import LocalFiles
+from emergency_ckpt.persistent.reader import StepReader
+from emergency_ckpt.persistent.store import Attempt, PersistentStore, StepNames, without_void
+from tests.persistent.saving import assert_same, read_shards, save, small_state
+
+RACE = """
+import sys
+from emergency_ckpt.persistent.store import PersistentStore
+for i in range(25):
+    store = PersistentStore(f"{sys.argv[1]}/{i}")
+    print(store.run_id(), store.mint_generation(0, None).number)
+"""
+
+
+def test_racing_processes_get_one_run_id_and_different_generations(tmp_path: Path) -> None:
+    processes = [
+        subprocess.Popen([sys.executable, "-c", RACE, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    lines = [process.communicate(timeout=60)[0].splitlines() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    for together in zip(*lines, strict=True):
+        run_ids, numbers = zip(*(line.split() for line in together), strict=True)
+        assert len(set(run_ids)) == 1
+        assert sorted(numbers) == ["1", "2", "3"]
+
+
+def test_a_run_id_stays_and_a_damaged_one_is_refused(tmp_path: Path) -> None:
+    run_id = PersistentStore(tmp_path).run_id()
+    assert PersistentStore(tmp_path).run_id() == run_id
+    (tmp_path / "emergency_ckpt/run_id").write_text("")
+    with pytest.raises(CorruptDataError, match="should hold a UUID"):
+        PersistentStore(tmp_path).run_id()
+
+
+def test_a_generation_is_above_all_that_was_seen_and_keeps_its_parent(tmp_path: Path) -> None:
+    store = PersistentStore(tmp_path)
+    assert store.newest_generation() is None
+    first = store.mint_generation(0, None)
+    second = store.mint_generation(7, StepId(1, 40))
+    third = store.mint_generation(2, StepId(0, 40))
+    assert [g.number for g in (first, second, third)] == [1, 8, 9]
+    assert store.newest_generation() == third
+    assert len({first.nonce, second.nonce, third.nonce}) == 3
+
+
+def test_a_damaged_generation_record_is_refused(tmp_path: Path) -> None:
+    store = PersistentStore(tmp_path)
+    store.mint_generation(0, None)
+    path = tmp_path / "emergency_ckpt/generations/00000001.json"
+    path.write_bytes(path.read_bytes().replace(b'"number":1', b'"number":9'))
+    with pytest.raises(CorruptDataError, match=r"00000001.json is damaged"):
+        store.newest_generation()
+
+
+def test_an_activation_is_recorded_once(tmp_path: Path) -> None:
+    store = PersistentStore(tmp_path)
+    for activation in (Activation(3, 20), Activation(1, None), Activation(3, 20)):
+        store.record_activation(activation)
+    assert store.activations() == (Activation(1, None), Activation(3, 20))
+    with pytest.raises(PersistentStoreError, match="generation 3 began from step 20, not 30"):
+        store.record_activation(Activation(3, 30))
+
+
+def test_void_steps_are_listed_until_they_are_filtered_out(tmp_path: Path) -> None:
+    store = PersistentStore(tmp_path)
+    first = store.mint_generation(0, None)
+    for step in (10, 20, 30):
+        save(store, Attempt(first, step, "default"), small_state(step))
+    second = store.mint_generation(1, StepId(1, 10))
+    store.record_activation(Activation(2, 10))
+    save(store, Attempt(second, 15, "default"), small_state(15))
+    assert [s.step_id for s in store.steps()] == [StepId(1, 10), StepId(1, 20), StepId(1, 30), StepId(2, 15)]
+    left = without_void(store.steps(), store.activations())
+    assert [s.step_id for s in left] == [StepId(1, 10), StepId(2, 15)]
+    store.delete_step(left[0])
+    store.delete_step(left[0])
+    assert not left[0].path.exists()
+    assert [s.step_id.step for s in store.steps()] == [20, 30, 15]
+
+
+def test_a_void_step_is_replaced_and_a_valid_one_is_not(tmp_path: Path) -> None:
+    store = PersistentStore(tmp_path)
+    first = store.mint_generation(0, None)
+    save(store, Attempt(first, 10, "default"), small_state(1))
+    save(store, Attempt(first, 20, "default"), small_state(2))
+    second = store.mint_generation(1, StepId(1, 10))
+    with pytest.raises(
+        PersistentStoreError, match=r"holds step 20 \(generation 1\), which no restore made void"
+    ):
+        save(store, Attempt(second, 20, "default"), small_state(3))
+    store.record_activation(Activation(2, 10))
+    save(store, Attempt(second, 20, "default", ordinal=1), small_state(3))
+    assert [s.step_id for s in store.steps()] == [StepId(1, 10), StepId(2, 20)]
+    assert_same(read_shards(StepReader(tmp_path / "20")), small_state(3))
+    with pytest.raises(PersistentStoreError, match="which no restore made void"):
+        save(store, Attempt(second, 10, "default"), small_state(4))
+    assert_same(read_shards(StepReader(tmp_path / "10")), small_state(1))
+
+
+def test_a_generation_that_was_replaced_cannot_commit(tmp_path: Path) -> None:
+    store = PersistentStore(tmp_path)
+    old = store.mint_generation(0, None)
+    store.mint_generation(1, None)
+    with pytest.raises(StaleGenerationError, match=r"of generation 1 .* the newest in .* is 2"):
+        save(store, Attempt(old, 10, "default"), small_state())
+    assert store.steps() == []
+
+
+def test_leftovers_of_older_generations_go_and_everything_else_stays(tmp_path: Path) -> None:
+    store = PersistentStore(tmp_path)
+    old = store.mint_generation(0, None)
+    save(store, Attempt(old, 1, "default"), small_state())
+    store.begin(Attempt(old, 10, "default"))
+    new = store.mint_generation(1, None)
+    store.begin(Attempt(new, 10, "default"))
+    (tmp_path / "11.orbax-checkpoint-tmp").mkdir()
+    (tmp_path / "7.orbax-checkpoint-tmp-removed-0abc").mkdir()
+    removed = store.remove_leftovers(new)
+    assert sorted(removed) == [
+        f"10.orbax-checkpoint-tmp-g1-{old.nonce}-0",
+        "7.orbax-checkpoint-tmp-removed-0abc",
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "1",
+        f"10.orbax-checkpoint-tmp-g2-{new.nonce}-0",
+        "11.orbax-checkpoint-tmp",
+        "emergency_ckpt",
+    ]
+    store.abandon(Attempt(new, 10, "default"))
+    assert not (tmp_path / f"10.orbax-checkpoint-tmp-g2-{new.nonce}-0").exists()
+
+
+@given(st.integers(0, 10**9), st.sampled_from([None, "step", "a_b"]), st.sampled_from([None, 1, 6]))
+def test_a_step_is_found_under_the_name_it_was_given(step: int, prefix: str | None, digits: int | None) -> None:
+    names = StepNames(prefix, digits)
+    assert names.step(names.name(step)) == step
+    assert names.step(names.name(step) + ".orbax-checkpoint-tmp") is None
+
+
+@given(st.text(max_size=12))
+def test_only_its_own_name_is_a_steps_name(name: str) -> None:
+    for names in (StepNames(), StepNames("step"), StepNames(None, 4)):
+        step = names.step(name)
+        assert step is None or names.name(step) == name
+
+
+def test_create_gives_the_file_to_one_and_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    files = LocalFiles(tmp_path)
+    assert files.create("a/b", b"one")
+    assert not files.create("a/b", b"two")
+    assert files.read("a/b") == b"one"
+    files.write("a/b", b"three")
+    assert files.read("a/b") == b"three"
+    assert [entry.name for entry in files.entries("a")] == ["b"]
+
+
+def test_a_directory_is_committed_only_to_a_free_name(tmp_path: Path) -> None:
+    files = LocalFiles(tmp_path)
+    files.write("new/x", b"1")
+    files.write("old/x", b"2")
+    with pytest.raises(FileExistsError):
+        files.commit("new", "old")
+    with pytest.raises(FileNotFoundError):
+        files.commit("nothing", "other")
+    files.commit("new", "other")
+    assert files.read("other/x") == b"1"
+    assert files.entries("new") == []
+
+
+def test_a_store_that_cannot_be_written_is_an_error_that_says_where(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    store = PersistentStore(tmp_path / "file" / "root")
+    with pytest.raises(
+        PersistentStoreError, match=f"could not create {tmp_path}/file/root/emergency_ckpt/run_id"
+    ):
+        store.run_id()
