@@ -20,7 +20,7 @@ from emergency_ckpt.jaxio.lanes import Ends, ReadWindow, Transfer, WriteWindow, 
 __all__ = ["DEFAULT_WINDOW_BYTES", "ReadWindow", "Transfer", "WriteWindow", "broadcast_regions"]
 
 Device = Any  # jax.Device, which type checkers do not take for a type
-DEFAULT_WINDOW_BYTES = 64 * 1024 * 1024
+DEFAULT_WINDOW_BYTES = 16 * 1024 * 1024
 _WORD_BYTES = 4
 
 

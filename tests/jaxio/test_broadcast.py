@@ -1,0 +1,45 @@
+"""What broadcast does in one process: nothing, or refuse. Real broadcasts are in the integration tests."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from emergency_ckpt.errors import TopologyError
+from emergency_ckpt.jaxio.broadcast import Transfer, broadcast_regions
+
+
+def never(*_: object) -> np.ndarray:
+    raise AssertionError("nothing is read or written")
+
+
+@pytest.fixture
+def mesh() -> Mesh:
+    return Mesh(np.array(jax.devices()).reshape(2, -1), ("replica", "fsdp"))
+
+
+@pytest.mark.parametrize("transfers", [[], [Transfer(0, (), 5, 0)]])
+def test_without_bytes_to_send_nothing_happens(mesh: Mesh, transfers: list[Transfer]) -> None:
+    broadcast_regions(mesh, "replica", transfers, never, never)
+
+
+def test_a_transfer_without_receivers_changes_nothing(mesh: Mesh) -> None:
+    broadcast_regions(mesh, 0, [Transfer(0, (), 0, 10)], lambda _, n: np.ones(n, np.uint8), never, 4)
+
+
+@pytest.mark.parametrize("axis", ["data", 2, -1])
+def test_an_axis_that_the_mesh_does_not_have_is_refused(mesh: Mesh, axis: int | str) -> None:
+    with pytest.raises(TopologyError, match=r"no axis .*\['replica', 'fsdp'\]"):
+        broadcast_regions(mesh, axis, [], never, never)
+
+
+def test_a_receiver_outside_the_job_is_refused(mesh: Mesh) -> None:
+    with pytest.raises(TopologyError, match="process 1 has no device in the mesh"):
+        broadcast_regions(mesh, "replica", [Transfer(0, (1,), 0, 10)], never, never)
+
+
+def test_a_window_without_room_for_a_word_is_refused(mesh: Mesh) -> None:
+    with pytest.raises(ValueError, match="window_bytes is 3, at least 4"):
+        broadcast_regions(mesh, "replica", [Transfer(0, (), 0, 10)], never, never, window_bytes=3)
