@@ -7,8 +7,9 @@ is refused with the name of the leaf.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -27,13 +28,16 @@ from emergency_ckpt.jaxio.state import (
 )
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class ShardBuffer:
-    """One shard of this process: a single-device array, or a numpy array that its owner may still change."""
+class ShardBuffer(NamedTuple):
+    """One shard of this process: a single-device array, or a numpy array that its owner may still change.
+
+    A tuple because thousands are made at every save. `on_cpu`: host memory, which can be viewed and held.
+    """
 
     shard: int
     leaf: str
     data: jax.Array | np.ndarray
+    on_cpu: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +62,6 @@ class StateBinder:
             shards.setdefault(layout.shards[index].leaf, {})[layout.shards[index].box] = index
         self.process_index = process_index
         self._treedef = flat.treedef
-        self._position = {shard: position for position, shard in enumerate(held)}
         self._leaves = [
             _ValueLeaf(leaf)
             if leaf.kind is LeafKind.VALUE
@@ -82,7 +85,7 @@ class StateBinder:
                 values[expected.name] = expected.encode(leaf)
             else:
                 found += expected.buffers(leaf)
-        found.sort(key=lambda buffer: self._position[buffer.shard])
+        found.sort(key=operator.itemgetter(0))
         return Binding(found, values)
 
     def _accept_structure(self, state: Any, treedef: Any) -> None:
@@ -123,6 +126,7 @@ class _ArrayLeaf:
         self._dtype: Any = None
         self._sharding: jax.sharding.Sharding | None = None
         self._places: tuple[tuple[int, int], ...] = ()
+        self._on_cpu = False
 
     def buffers(self, leaf: Any) -> list[ShardBuffer]:
         """Each distinct shard that this process holds, once."""
@@ -137,7 +141,7 @@ class _ArrayLeaf:
         except RuntimeError as error:
             raise_if_deleted(self.name, leaf, error)
             raise
-        return [ShardBuffer(shard, self.name, addressable[at].data) for at, shard in self._places]
+        return [ShardBuffer(shard, self.name, addressable[at].data, self._on_cpu) for at, shard in self._places]
 
     def _accept(self, leaf: jax.Array) -> None:
         """Checks an array of a sharding that was not seen before, and finds its shards."""
@@ -148,10 +152,11 @@ class _ArrayLeaf:
             places.setdefault(self._shards[Box.from_slices(shard.index, found.shape)], at)
         self._dtype, self._sharding = leaf.dtype, leaf.sharding
         self._places = tuple((at, shard) for shard, at in places.items())
+        self._on_cpu = all(device.platform == "cpu" for device in leaf.sharding.addressable_devices)
 
     def _numpy_buffer(self, leaf: np.ndarray) -> list[ShardBuffer]:
         self._check(describe_leaf(self.name, leaf), leaf)
-        return [ShardBuffer(shard, self.name, leaf) for shard in self._shards.values()]
+        return [ShardBuffer(shard, self.name, leaf, True) for shard in self._shards.values()]
 
     def _check(self, found: Leaf, leaf: Any) -> None:
         wanted = self._leaf

@@ -63,13 +63,11 @@ class Snapshot:
 
 
 def _hold(buffer: ShardBuffer) -> ShardBuffer:
-    """The shard as host memory, where that is at hand at once; on accelerators the buffer as it is."""
-    data = buffer.data
+    """The shard in host memory that nobody changes, where that is at hand; on accelerators as it is."""
+    shard, leaf, data, on_cpu = buffer
     if isinstance(data, np.ndarray):
-        return ShardBuffer(buffer.shard, buffer.leaf, np.array(data, order="C", copy=True, subok=False))
-    if next(iter(data.devices())).platform != "cpu":
-        return buffer
-    return ShardBuffer(buffer.shard, buffer.leaf, _to_host(buffer))
+        return ShardBuffer(shard, leaf, np.array(data, order="C", copy=True, subok=False), True)
+    return ShardBuffer(shard, leaf, _to_host(buffer), True) if on_cpu else buffer
 
 
 def _stream(held: collections.deque[ShardBuffer], window_bytes: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -102,7 +100,7 @@ def _start_copy(buffer: ShardBuffer) -> ShardBuffer:
     except (RuntimeError, ValueError) as error:
         raise_if_deleted(buffer.leaf, data, error)
         raise
-    return ShardBuffer(buffer.shard, buffer.leaf, alias)
+    return buffer._replace(data=alias)
 
 
 def _to_host(buffer: ShardBuffer) -> np.ndarray:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -182,16 +183,23 @@ def _asked_layout(leaf: jax.ShapeDtypeStruct) -> Any:
 
 def stored_dtype(name: str, dtype: Any) -> str:
     """The dtype's name, if slots can hold it; raises UnsupportedStateError naming the leaf otherwise."""
-    try:
-        storable = dtype_of(dtype.name) == dtype and dtype.kind not in "mMSU"
-    except (ValueError, AttributeError):
-        storable = False
-    if not storable:
+    stored = _storable(dtype)
+    if stored is None:
         raise UnsupportedStateError(
             f"leaf {name!r} has dtype {dtype}, which cannot be checkpointed; expected numbers or bools in "
             "native byte order. Convert the array, or keep it out of the saved state."
         )
-    return dtype.name
+    return stored
+
+
+@functools.lru_cache(maxsize=256)
+def _storable(dtype: Any) -> str | None:
+    """The name from which `core` makes the very same dtype again, None where there is none."""
+    try:
+        again = dtype_of(dtype.name)
+    except (ValueError, AttributeError):
+        return None
+    return dtype.name if again == dtype and dtype.kind not in "mMSU" else None
 
 
 def encode_value(name: str, value: Any) -> Any:
