@@ -1,13 +1,15 @@
 """Who uploads which shard: every shard once, by a live holder, balanced by bytes.
 
 Deterministic, so that all processes derive the same plan from the same layout and the same set of live holders.
-Time grows with the number of (holder, shard) pairs, which is the size of the layout itself.
+Time is near-linear in the layout: shards with the same holders share one heap of loads.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+import heapq
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 from emergency_ckpt.core.layout import Layout
 
@@ -28,24 +30,36 @@ class UploadPlan:
     reason: str
 
 
+class _Load(NamedTuple):
+    """What a process has to upload so far; the order is that in which processes are chosen."""
+
+    nbytes: int
+    shards: int
+    process: int
+
+
 def assign_uploads(layout: Layout, holders: Collection[int]) -> UploadPlan:
     """Spreads the shards of `layout` over the processes `holders`, which hold what the layout says.
 
     Largest shards first, each to its least loaded live holder; replicas make every slice take part.
     """
     live = set(holders)
-    loads = [(0, 0)] * layout.process_count
-    assigned: list[list[int]] = [[] for _ in range(layout.process_count)]
+    loads = [_Load(0, 0, process) for process in range(layout.process_count)]
+    heaps: dict[tuple[int, ...], list[_Load]] = {}
+    assigned: list[list[int]] = [[] for _ in loads]
     missing: list[int] = []
     nbytes = layout.shard_nbytes
     for shard in sorted(range(len(layout.shards)), key=lambda i: (-nbytes[i], i)):
-        candidates = [p for p in layout.shard_holders[shard] if p in live]
-        if not candidates:
+        held_by = layout.shard_holders[shard]
+        if held_by not in heaps:
+            heaps[held_by] = [loads[p] for p in held_by if p in live]
+            heapq.heapify(heaps[held_by])
+        least = _least(heaps[held_by], loads)
+        if least is None:
             missing.append(shard)
             continue
-        process = min(candidates, key=lambda p: loads[p])
-        assigned[process].append(shard)
-        loads[process] = (loads[process][0] + nbytes[shard], loads[process][1] + 1)
+        assigned[least.process].append(shard)
+        loads[least.process] = _Load(least.nbytes + nbytes[shard], least.shards + 1, least.process)
     if missing:
         named = ", ".join(str(layout.shards[i]) for i in sorted(missing)[:3])
         return UploadPlan(
@@ -54,10 +68,18 @@ def assign_uploads(layout: Layout, holders: Collection[int]) -> UploadPlan:
             f"{len(missing)} of {len(layout.shards)} shards have no live holder among {len(live)} processes"
             f" (first: {named})",
         )
-    used = [loads[p][0] for p in sorted(live) if p < layout.process_count]
+    used = [loads[p].nbytes for p in sorted(live) if p < layout.process_count]
     return UploadPlan(
         tuple(tuple(sorted(shards)) for shards in assigned),
         (),
         f"{len(layout.shards)} shards, {sum(used)} bytes over {len(used)} processes,"
         f" {min(used, default=0)} to {max(used, default=0)} bytes each",
     )
+
+
+def _least(heap: list[_Load], loads: Sequence[_Load]) -> _Load | None:
+    """The least loaded process of a heap whose entries may be out of date: loads only grow, so the top is
+    right once it is up to date."""
+    while heap and heap[0] != loads[heap[0].process]:
+        heapq.heapreplace(heap, loads[heap[0].process])
+    return heap[0] if heap else None

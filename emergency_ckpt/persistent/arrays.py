@@ -36,14 +36,15 @@ class WriteOptions:
 
     Attributes:
       concurrent_bytes: at most this many bytes of shards are being written at a time (one shard at least).
-      max_chunk_bytes: upper bound of a chunk, which is the smallest piece that can be read.
+      max_chunk_bytes: upper bound of a chunk, which is the smallest piece that can be read. Reading chunks of
+        over 32 MiB is slower by half, since the C library gives their memory back after each.
       compression: "none" or "zstd".
       target_data_file_bytes: size at which OCDBT starts another data file; None for TensorStore's default.
       timeout_seconds: limit for each single wait for the store.
     """
 
     concurrent_bytes: int = 1024**3
-    max_chunk_bytes: int = 64 * 1024**2
+    max_chunk_bytes: int = 16 * 1024**2
     compression: str = "none"
     target_data_file_bytes: int | None = None
     timeout_seconds: float = 1800.0

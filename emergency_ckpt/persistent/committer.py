@@ -92,7 +92,7 @@ def commit_stages(
     parts: Sequence[PartReport],
     content: StepContent | None = None,
     options: WriteOptions | None = None,
-) -> Generator[str]:
+) -> Generator[str, None, None]:
     """Everything of `commit` but the rename; yields the name of each stage when it is done."""
     content = content or StepContent()
     options = options or WriteOptions()
