@@ -203,6 +203,11 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         newest = self._pipeline.newest_complete or self._newest
         return newest.step if newest else None
 
+    def latest_complete_step(self) -> int | None:
+        """The newest step saved in this generation that all processes agreed to be complete. Local."""
+        newest = self._pipeline.newest_complete
+        return newest.step if newest else None
+
     def best_step(self) -> int | None:
         """The newest step: this manager has no `best_fn` (as Orbax's without one)."""
         return self.latest_step()

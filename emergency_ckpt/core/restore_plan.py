@@ -143,34 +143,37 @@ class Planner:
         if not holders and not persistent:
             return None, f"step {step.step}: {'; '.join(notes) or 'no usable copy'}"
         extras_from, lost_extras = self._extras(step, holders, struck)
-        if lost_extras:
+        if lost_extras and not self._uncovered(holders):
             # Data position and arrays belong together: half a step is no step.
             notes.append(f"extras of {_processes(lost_extras)} have no survivor")
             holders, extras_from = {}, (None,) * self.layout.process_count
-        sources: list[Source | None] = [None] * self.layout.process_count
-        uncovered = []
-        for group in self.groups:
-            have = [p for p in group if p in holders]
-            if have:
-                for p in group:
-                    own = p in holders
-                    sources[p] = Source(SourceKind.OWN_SLOT) if own else Source(SourceKind.BROADCAST, have[0])
-            elif persistent:
-                first = min(group, key=lambda p: (self.layout.process_slice[p], p))
-                for p in group:
-                    reads = p == first or not self.single_replica
-                    sources[p] = Source(SourceKind.PERSISTENT) if reads else Source(SourceKind.BROADCAST, first)
-            else:
-                uncovered.append(group)
+        uncovered = [] if persistent else self._uncovered(holders)
         if uncovered:
             lost = "; ".join(f"the shards of {_processes(group)} have no survivor" for group in uncovered)
             tier = "the persistent tier is unusable" if None in struck else "the persistent tier lacks it"
             return None, f"step {step.step}: {'; '.join([lost, tier, *notes])}"
-        chosen = [source for source in sources if source is not None]
+        chosen = self._sources(holders)
         reason = f"step {step.step}: {self._summary(chosen)}"
         if notes:
             reason += f" ({'; '.join(notes)})"
         return RestorePlan(step, tuple(chosen), extras_from, reason), reason
+
+    def _uncovered(self, holders: Collection[int]) -> list[tuple[int, ...]]:
+        """Groups of processes whose shards nobody holds."""
+        return [group for group in self.groups if not any(p in holders for p in group)]
+
+    def _sources(self, holders: Collection[int]) -> list[Source]:
+        """Per process its source; groups that nobody holds read the persistent tier."""
+        sources = [Source(SourceKind.OWN_SLOT)] * self.layout.process_count
+        for group in self.groups:
+            have = [p for p in group if p in holders]
+            first = have[0] if have else min(group, key=lambda p: (self.layout.process_slice[p], p))
+            for p in group:
+                if p in holders:
+                    continue
+                reads = not have and (p == first or not self.single_replica)
+                sources[p] = Source(SourceKind.PERSISTENT) if reads else Source(SourceKind.BROADCAST, first)
+        return sources
 
     def _holders(self, step: StepId, struck: Collection[int | None]) -> tuple[dict[int, Holding], list[str]]:
         """Processes whose own slot is usable for this step; and what speaks against the others."""

@@ -1,0 +1,190 @@
+"""The main job: real processes train, lose what one can lose, and come back bit for bit.
+
+Most stories are told by one job of four processes that opens one manager after the other, because starting JAX
+takes far longer than a life of this small job; `check_state` holds every bit of every restored state.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.processes import Job, run_job
+from tests.integration.training_job import live_through, train
+
+NO_LOCAL_TIER = {
+    "enable_emergency_checkpoint": False,
+    "local_checkpoint_directory": "",
+    "local_checkpoint_period": 0,
+}
+ALL = [0, 1, 2, 3]
+
+# Two slices of two processes were trained to step 14: local steps 12 and 14, persistent steps 1 and 10.
+STORIES: dict[str, list[dict[str, Any]]] = {
+    "nothing_lost": [{"until": 20}],
+    "slice_wiped": [{"wipe": [2, 3], "until": 16}, {"wipe": [0, 1], "until": 18}],
+    "slice_wiped_twice_without_a_save": [{"wipe": [2, 3], "until": 14}, {"wipe": [0, 1], "until": 14}],
+    "half_of_each_slice": [{"wipe": [1, 2], "until": 15}],
+    "all_wiped": [{"wipe": ALL, "until": 12}],
+    "all_wiped_single_replica": [
+        {"wipe": ALL, "until": 12, "flags": {"enable_single_replica_ckpt_restoring": True}}
+    ],
+    "flipped_bit": [{"flip": [3], "until": 15}],
+    "flipped_in_all_copies": [{"flip": [1, 3], "until": 20}, {"until": 21}],
+    "older_on_request": [{"wanted": 10, "until": 11}, {"until": 12}, {"until": 14}],
+    "nowhere": [{"wanted": 11, "until": 20}],
+    "persistent_damaged": [{"wipe": ALL, "flip_persistent": True, "until": 12}],
+    "one_process_fails": [{"block_lock": [2], "until": 15}],
+    "every_step": [
+        {"until": 60, "flags": {"local_checkpoint_period": 1, "checkpoint_period": 20}},
+        {"until": 61},
+    ],
+    "synchronous": [{"until": 21, "flags": {"async_checkpointing": False}}],
+}
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[dict[str, Any]]]]:
+    """Per story, per life, what each process says."""
+    trained, root = tmp_path_factory.mktemp("trained"), tmp_path_factory.mktemp("stories")
+    first = run_job(train, 4, str(trained), 2, 14, {})
+    assert [r["start"] for r in first] == [0] * 4
+    assert {r["counters"]["saves_skipped"] for r in first} == {0}
+    limit = timedelta(seconds=300)
+    answers = run_job(live_through, 4, str(trained), str(root), 2, STORIES, limit=limit)
+    return {name: [list(life) for life in zip(*(a[name] for a in answers), strict=True)] for name in STORIES}
+
+
+def sources(life: list[dict[str, Any]]) -> list[tuple[int, str]]:
+    assert not [r for r in life if "error" in r], life
+    return [(r["start"], r["source"]) for r in life]
+
+
+Told = dict[str, list[list[dict[str, Any]]]]
+
+
+def test_a_restart_with_nothing_lost_reads_only_the_own_ramdisk(told: Told) -> None:
+    (life,) = told["nothing_lost"]
+    assert sources(life) == [(14, "own slot")] * 4
+    assert [r["extras"]["data"]["position"] for r in life] == [1400, 1401, 1402, 1403]
+    assert all(r["steps"][-1] == 20 for r in life)
+
+
+def test_a_slice_that_lost_its_ramdisk_gets_the_state_by_broadcast(told: Told) -> None:
+    first, second = told["slice_wiped"]
+    assert sources(first) == [(14, "own slot")] * 2 + [(14, "broadcast from slice 0")] * 2
+    assert [r["extras"]["data"]["position"] for r in first] == [1400, 1401, 1402, 1403]
+    assert sources(second) == [(16, "broadcast from slice 1")] * 2 + [(16, "own slot")] * 2
+
+
+def test_a_restored_slice_is_redundant_before_its_first_save(told: Told) -> None:
+    second = told["slice_wiped_twice_without_a_save"][1]
+    assert sources(second) == [(14, "broadcast from slice 1")] * 2 + [(14, "own slot")] * 2
+
+
+def test_half_of_each_slice_is_enough(told: Told) -> None:
+    (life,) = told["half_of_each_slice"]
+    assert sources(life) == [
+        (14, "own slot"),
+        (14, "broadcast from slice 1"),
+        (14, "broadcast from slice 0"),
+        (14, "own slot"),
+    ]
+
+
+def test_with_all_ramdisks_lost_the_persistent_tier_is_read(told: Told) -> None:
+    (life,) = told["all_wiped"]
+    assert sources(life) == [(10, "persistent")] * 4
+    assert [r["extras"]["data"]["position"] for r in life] == [1000, 1001, 1002, 1003]
+
+
+def test_a_single_replica_reads_the_persistent_tier_and_broadcasts(told: Told) -> None:
+    (life,) = told["all_wiped_single_replica"]
+    assert sources(life) == [(10, "persistent")] * 2 + [(10, "broadcast from slice 0")] * 2
+    assert [r["extras"]["data"]["position"] for r in life] == [1000, 1001, 1002, 1003]
+
+
+def test_a_flipped_bit_is_replaced_by_the_other_slice(told: Told) -> None:
+    (life,) = told["flipped_bit"]
+    assert sources(life) == [(14, "own slot")] * 3 + [(14, "broadcast from slice 0")]
+
+
+def test_damage_in_all_copies_walks_back_and_the_step_is_trained_again(told: Told) -> None:
+    first, second = told["flipped_in_all_copies"]
+    assert [start for start, _ in sources(first)] == [12] * 4
+    assert "step 14: the shards of processes 1, 3 have no survivor" in first[0]["reason"]
+    assert sources(second) == [(20, "own slot")] * 4
+
+
+def test_an_older_step_on_request_voids_the_newer_ones(told: Told) -> None:
+    asked, after, later = told["older_on_request"]
+    assert [start for start, _ in sources(asked)] == [10] * 4
+    # 12 and 14 of the old generation are void: the run goes on from 10, until 12 is saved anew.
+    assert [start for start, _ in sources(after)] == [10] * 4
+    assert [start for start, _ in sources(later)] == [12] * 4
+
+
+def test_a_step_that_is_nowhere_is_refused_with_the_newest_that_is(told: Told) -> None:
+    for answer in told["nowhere"][0]:
+        assert answer["error"].startswith("NoRestorableStepError: Step 11 cannot be restored")
+        assert answer["error"].endswith("The newest restorable step is 14.")
+
+
+def test_a_damaged_persistent_step_is_refused_not_half_restored(told: Told) -> None:
+    for answer in told["persistent_damaged"][0]:
+        assert answer["error"].startswith("NoRestorableStepError: No step can be restored: step 10:")
+
+
+def test_an_error_of_one_process_is_told_to_all(told: Told) -> None:
+    errors = [answer["error"] for answer in told["one_process_fails"][0]]
+    assert errors[2].startswith("LocalDirectoryError: cannot write below")
+    for process in (0, 1, 3):
+        assert errors[process].startswith("PeerFailedError: process 2: cannot write below")
+
+
+def test_saving_at_every_step_keeps_up(told: Told) -> None:
+    first, second = told["every_step"]
+    assert [start for start, _ in sources(first)] == [14] * 4
+    assert sources(second) == [(60, "own slot")] * 4
+
+
+def test_synchronous_saves_are_sealed_when_the_call_returns(told: Told) -> None:
+    assert [r["steps"][-1] for r in told["synchronous"][0]] == [20] * 4
+
+
+def test_one_slice_of_two_hosts_and_no_local_tier_work_as_well(tmp_path: Path) -> None:
+    stories = {
+        "one_slice": [{"until": 12}, {"until": 13}, {"wipe": [1], "until": 13}],
+        "no_local_tier": [{"until": 25, "flags": NO_LOCAL_TIER}, {"until": 26, "flags": NO_LOCAL_TIER}],
+    }
+    answers = run_job(live_through, 2, str(tmp_path / "none"), str(tmp_path), 1, stories)
+    one_slice, off = ([list(life) for life in zip(*(a[n] for a in answers), strict=True)] for n in stories)
+    assert sources(one_slice[1]) == [(12, "own slot")] * 2
+    # Nobody else has the shards of process 1; process 0 still holds the very step that is persistent.
+    assert sources(one_slice[2]) == [(10, "own slot"), (10, "persistent")]
+    assert off[0][0]["steps"] == [1, 10, 20]
+    assert sources(off[1]) == [(20, "persistent")] * 2
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_sigkill_of_a_slice_at_any_moment_loses_no_complete_step(ramdisk: Path, seed: int) -> None:
+    """Whatever step any process said to be complete is restored at least, without the slice that was lost."""
+    chance = random.Random(seed)
+    victims = chance.choice([(0, 1), (2, 3)])
+    with Job(train, 4, str(ramdisk), 2, 10_000, {}) as running:
+        running.wait_for_line(0, f"step {chance.randrange(3, 40)} ")
+        for victim in victims:
+            running.signal(victim, signal.SIGKILL)
+        running.wait()
+        said = [line.split()[-1] for p in ALL for line in running.lines(p) if line.startswith("step")]
+    for victim in victims:
+        shutil.rmtree(ramdisk / f"ramdisk_{victim}")
+    results = run_job(train, 4, str(ramdisk), 2, 0, {})
+    assert results[0]["start"] >= max((int(step) for step in said if step != "None"), default=0)
+    assert len({r["start"] for r in results}) == 1

@@ -1,0 +1,185 @@
+"""A training job whose right state at every step is known, run in each process of the tests' jobs.
+
+The state at step n is a closed function of n, so whatever comes back can be checked bit for bit, on every
+process, without a reference run.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from emergency_ckpt import CheckpointManager, Config
+from emergency_ckpt.errors import EmergencyCheckpointError
+
+ROWS = 16
+
+
+def make_mesh(slices: int) -> Mesh:
+    return Mesh(np.array(jax.devices()).reshape(slices, -1), ("replica", "fsdp"))
+
+
+def make_state(mesh: Mesh, step: int, rows: int = ROWS) -> dict[str, Any]:
+    """The state after `step` steps."""
+    sharded, replicated = NamedSharding(mesh, P("fsdp")), NamedSharding(mesh, P())
+    weights = np.arange(rows * 3, dtype=np.float32).reshape(rows, 3) / 7 + np.float32(step)
+    half = (np.arange(rows * 5) % 11 + step % 64).astype(jnp.bfloat16)
+    values = {
+        "params": {"w": (weights, sharded), "half": (half, sharded)},
+        "count": (np.full((3,), step, np.int32), replicated),
+    }
+    return jax.tree.map(
+        lambda pair: jax.make_array_from_callback(pair[0].shape, pair[1], lambda index: pair[0][index]),
+        values,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+
+
+def check_state(state: dict[str, Any], mesh: Mesh, step: int) -> None:
+    """Every shard of this process has the bits that belong to `step`."""
+    wanted = make_state(mesh, step)
+    for (path, found), right in zip(
+        jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(wanted), strict=True
+    ):
+        for a, b in zip(found.addressable_shards, right.addressable_shards, strict=True):
+            assert np.asarray(a.data).tobytes() == np.asarray(b.data).tobytes(), (
+                f"{jax.tree_util.keystr(path)}{a.index} does not belong to step {step}"
+            )
+
+
+def make_config(root: str, **flags: Any) -> Config:
+    """Flags of a job below `root`; each process has a ramdisk directory of its own there."""
+    local = Path(root) / f"ramdisk_{jax.process_index()}"
+    local.mkdir(parents=True, exist_ok=True)
+    defaults = {
+        "run_name": "job",
+        "base_output_directory": str(Path(root) / "bucket"),
+        "enable_checkpointing": True,
+        "enable_emergency_checkpoint": True,
+        "local_checkpoint_directory": str(local),
+        "local_checkpoint_period": 2,
+        "checkpoint_period": 10,
+        "checkpoint_coordination_timeout_seconds": 30,
+        "checkpoint_drain_timeout_seconds": 60,
+    }
+    return Config(**{**defaults, **flags})
+
+
+def train(
+    root: str, slices: int, until: int, flags: dict[str, Any], wanted: int | None = None
+) -> dict[str, Any]:
+    """Restores (step `wanted`, or the newest), checks, trains to step `until`, and tells what happened."""
+    mesh = make_mesh(slices)
+    process = jax.process_index()
+    state = make_state(mesh, 0)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    manager = CheckpointManager.from_config(make_config(root, **flags), mesh, abstract)
+    listed, latest = list(manager.all_steps()), manager.latest_step()
+    if wanted is None:
+        restored = manager.restore_or_init(lambda: state)
+        state, start, extras = restored.state, restored.step or 0, dict(restored.extras)
+    else:
+        state, start, extras = manager.restore(wanted)["state"], wanted, {}
+    check_state(state, mesh, start)
+    if extras:
+        assert extras == {"data": {"position": 100 * start + process}}, extras
+    step_fn = jax.jit(_step, donate_argnums=0)
+    for step in range(start + 1, until + 1):
+        state = step_fn(state, _increments(mesh, step))
+        manager.save(step, state, extras={"data": {"position": 100 * step + process}})
+        print(f"step {step} complete {manager.latest_complete_step()}", flush=True)
+    manager.wait_until_finished()
+    manager.check_for_errors()
+    report = manager.last_restore
+    result = {
+        "listed": listed,
+        "latest": latest,
+        "start": start,
+        "source": report.source if report else "scratch",
+        "reason": report.reason if report else "",
+        "extras": extras,
+        "steps": list(manager.all_steps()),
+        "generation": manager.generation,
+        "counters": manager.metrics_snapshot(),
+    }
+    manager.close()
+    return result
+
+
+def _increments(mesh: Mesh, step: int) -> dict[str, Any]:
+    return make_state(mesh, step)
+
+
+def _step(state: dict[str, Any], following: dict[str, Any]) -> dict[str, Any]:
+    """Takes every bit from `following`, but through the donated buffers of `state`."""
+    return jax.tree.map(lambda old, new: jnp.where(old == old, new, old), state, following)
+
+
+def live(root: str, slices: int, life: dict[str, Any]) -> dict[str, Any]:
+    """One life of a job: each process damages its own ramdisk as told, then all train; errors become text."""
+    process = jax.process_index()
+    if process in life.get("wipe", ()):
+        shutil.rmtree(Path(root) / f"ramdisk_{process}")
+    if process in life.get("flip", ()):
+        flip_newest(Path(root), process)
+    if process in life.get("block_lock", ()):
+        lock = Path(root) / f"ramdisk_{process}/emergency_ckpt/0/lock"
+        lock.unlink()
+        lock.mkdir()
+    if life.get("flip_persistent") and process == 0:
+        for path in Path(root).glob("bucket/job/checkpoints/*/*/**/d/*"):
+            flip_byte(path)
+    try:
+        return train(root, slices, life["until"], life.get("flags", {}), life.get("wanted"))
+    except EmergencyCheckpointError as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def live_through(
+    trained: str, root: str, slices: int, stories: dict[str, list[dict[str, Any]]]
+) -> dict[str, list[dict[str, Any]]]:
+    """Every story is a job of its own: a copy of the trained one, then one life after the other."""
+    told = {}
+    for name, lives in stories.items():
+        place = Path(root) / name
+        mine = Path(trained) / f"ramdisk_{jax.process_index()}"
+        if mine.exists():
+            shutil.copytree(mine, place / mine.name)
+        if jax.process_index() == 0 and (Path(trained) / "bucket").exists():
+            shutil.copytree(Path(trained) / "bucket", place / "bucket")
+        multihost_utils.sync_global_devices(name)
+        told[name] = [live(str(place), slices, life) for life in lives]
+    return told
+
+
+def flip_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def flip_newest(root: Path, process: int) -> None:
+    """Flips one bit in the newest step of a process."""
+    path = newest_slot(root, process)
+    with path.open("r+b") as file:
+        first = file.read(1)[0]
+        file.seek(0)
+        file.write(bytes([first ^ 1]))
+
+
+def newest_slot(root: Path, process: int) -> Path:
+    """Data file of the newest sealed slot of a process."""
+    steps = {}
+    for manifest in (root / f"ramdisk_{process}").glob("emergency_ckpt/*/slot_*.manifest"):
+        body = json.loads(manifest.read_bytes().partition(b"\n")[2])
+        steps[tuple(body["step"])] = manifest.with_suffix(".data")
+    return steps[max(steps)]
