@@ -6,6 +6,7 @@ verified before it is written, and a store that fails makes noise but never stop
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import queue
 import threading
@@ -167,8 +168,7 @@ class DrainWorker:
                 job.local.unpin(request.slot)
                 pinned = False
                 return self._await_verdict(request.step), report.nbytes
-            parts = self._await_parts(attempt, range(slot.layout.process_count))
-            commit(job.persistent, attempt, slot.layout, parts, _content(slot), job.options)
+            self._commit(attempt, slot)
             verdict = job.board.announce(request.step, Verdict("committed"))
             job.on_commit()
             return verdict, report.nbytes
@@ -194,6 +194,18 @@ class DrainWorker:
             extras,
         )
 
+    def _commit(self, attempt: Attempt, slot: SealedSlot) -> None:
+        job = self._job
+        try:
+            parts = self._await_parts(attempt, range(slot.layout.process_count))
+            commit(job.persistent, attempt, slot.layout, parts, _content(slot), job.options)
+        except EmergencyCheckpointError:
+            # What was written so far is invisible and of no use; where even this fails, the next life of the
+            # run removes it.
+            with contextlib.suppress(PersistentStoreError):
+                job.persistent.abandon(attempt)
+            raise
+
     def _await_parts(self, attempt: Attempt, parts: range) -> list[PartReport]:
         def stop() -> str | None:
             stands = self._job.board.peek(attempt.step_id)
@@ -212,9 +224,13 @@ class DrainWorker:
 
     def _failed(self, step: StepId, error: EmergencyCheckpointError) -> Verdict:
         """Tells the others, so that nobody waits, and keeps the error for `check_for_errors`."""
-        with self._idle:
-            self._errors.append(error)
-        result: DrainResult = "superseded" if isinstance(error, StaleGenerationError) else "failed"
+        superseded = isinstance(error, StaleGenerationError)
+        if not superseded:
+            told = PersistentStoreError(f"{step} did not reach the persistent tier: {error}")
+            told.__cause__ = error
+            with self._idle:
+                self._errors.append(told)
+        result: DrainResult = "superseded" if superseded else "failed"
         said = Verdict(result, f"process {self._job.process}: {error}")
         if isinstance(error, CoordinationTimeoutError):
             return said
