@@ -30,10 +30,9 @@ from emergency_ckpt.errors import (
 )
 from emergency_ckpt.jaxio.binding import StateBinder
 from emergency_ckpt.jaxio.preemption import PreemptionQuery
-from emergency_ckpt.persistent.reader import StepReader
-from emergency_ckpt.persistent.store import PersistentStep, without_void
 from emergency_ckpt.runtime import extras as extras_room
 from emergency_ckpt.runtime.agreement import agree, tell
+from emergency_ckpt.runtime.catalog import Catalog
 from emergency_ckpt.runtime.disabled import DisabledCheckpointManager
 from emergency_ckpt.runtime.loading import load_parameters, load_state
 from emergency_ckpt.runtime.restored_state import RestoredState
@@ -144,6 +143,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         self._job, self._restorer, survey = start_job(settings, mesh, abstract_state)
         self._survey = survey
         self._survey_is_fresh = True
+        self._catalog = Catalog(self._job)
         self._binder = StateBinder(abstract_state, self._job.layout, self._job.process)
         self._drain = start_drains(self._job)
         self._pipeline = SavePipeline(self._job, self._binder, self._drain)
@@ -193,10 +193,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
     def all_steps(self, read: bool | None = None) -> Sequence[int]:
         """Step numbers that are restorable on any tier, ascending. Local; reads the persistent directory."""
         del read
-        persistent = {step.step_id.step for step in self._persistent_steps()}
-        if not self._began:
-            return sorted(persistent | {step.step for step in self._survey.restorable})
-        return sorted(persistent | {step.step for step in self._job.local.complete_steps()})
+        return self._catalog.numbers(() if self._began else self._survey.restorable)
 
     def latest_step(self) -> int | None:
         """The newest step that can be restored, on any tier. Local."""
@@ -396,13 +393,13 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
 
     def metrics(self, step: int) -> PyTree | None:
         """The metrics that were saved with `step`, None if there were none. Local."""
-        return self._saved_with(step).get("metrics") or None
+        return self._catalog.saved_with(step).get("metrics") or None
 
     def metadata(self, step: int | None = None) -> Any:
         """Orbax's `StepMetadata` of `step`, or `RootMetadata` for None. Local."""
         if step is None:
             return RootMetadata()
-        saved = self._saved_with(step)
+        saved = self._catalog.saved_with(step)
         return StepMetadata(
             item_metadata=self.item_metadata(step),
             metrics=saved.get("metrics") or {},
@@ -413,40 +410,21 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
 
     def item_metadata(self, step: int) -> Any:
         """`Composite(state=…)` of the abstract state: shapes, dtypes and shardings of `step`. Local."""
-        self._saved_with(step)
+        self._catalog.saved_with(step)
         return ocp.args.Composite(state=self._abstract_state)
-
-    def _saved_with(self, step: int) -> Mapping[str, Any]:
-        for held in reversed(self._job.local.sealed_steps(listed_only=False)):
-            slot = self._job.local.sealed(held) if held.step == step else None
-            if slot is not None:
-                return slot.manifest.metadata
-        for persistent in self._persistent_steps():
-            if persistent.step_id.step == step:
-                side = StepReader(persistent.path, persistent.item).side
-                return {"custom_metadata": side.custom_metadata, "metrics": side.metrics} if side else {}
-        raise NoRestorableStepError(f"step {step} is on no tier; the steps that are: {self.all_steps()}")
-
-    def _persistent_steps(self) -> list[PersistentStep]:
-        return without_void(self._job.persistent.steps(), self._job.local.activations)
 
     def delete(self, step: int) -> None:
         """Deletes `step` on all tiers. Collective. Raises NoRestorableStepError when it is on none."""
-        job = self._job
         self.wait_until_finished()
         if step not in self.all_steps():
             raise NoRestorableStepError(f"step {step} is on no tier; the steps that are: {self.all_steps()}")
-
-        def remove() -> None:
-            for persistent in self._persistent_steps():
-                if persistent.step_id.step == step:
-                    job.persistent.delete_step(persistent)
-
-        key = f"delete/{next(self._collectives)}"
-        tell(job.coordinator, key, remove, self._settings.coordination_timeout)
-        for held in job.local.sealed_steps(listed_only=False):
-            if held.step == step:
-                job.local.give_up(held)
+        tell(
+            self._job.coordinator,
+            f"delete/{next(self._collectives)}",
+            lambda: self._catalog.delete_persistent(step),
+            self._settings.coordination_timeout,
+        )
+        self._catalog.delete_local(step)
         self._survey_is_fresh = False
 
     def reload(self) -> None:

@@ -172,6 +172,11 @@ def _inactive(config: Config) -> Iterator[str]:
             f"{_said(config, 'enable_checkpoint_cloud_logger')} does nothing yet: events go to the log; "
             "with checkpoint_log_format=json a log agent can collect them."
         )
+    if config.enable_emergency_checkpoint and config.local_save_during_drain != "pause":
+        yield (
+            f"{_said(config, 'local_save_during_drain')} does nothing yet: local saves that find no free slot "
+            "while one is drained are skipped, as with pause."
+        )
     for flag in ("checkpoint_storage_use_ocdbt", "checkpoint_storage_use_zarr3"):
         if not getattr(config, flag):
             yield f"{_said(config, flag)} does nothing: checkpoints are always written as zarr3 in OCDBT."
