@@ -168,7 +168,7 @@ def _finish(leaf: Leaf, pieces: Sequence[_Piece], values: Mapping[str, Any]) -> 
         for piece in pieces
         for position, device in enumerate(piece.devices)
     ]
-    if leaf.sharding is None or not leaf.committed:
+    if leaf.sharding is None or (leaf.is_process_local and not leaf.committed):
         return _uncommitted(leaf, *parts[0])
     kind = leaf.sharding.memory_kind
     places = [jax.sharding.SingleDeviceSharding(device, memory_kind=kind) for _, device in parts]

@@ -29,6 +29,8 @@ def make_state(mesh):
 
         return jax.jit(fill, out_shardings=NamedSharding(mesh, spec))()
 
+    last = jax.devices()[-1:]
+    elsewhere = NamedSharding(Mesh(np.array(last), ("one",)), P())
     keys = jax.jit(
         lambda: jax.random.split(jax.random.key(1), 4), out_shardings=NamedSharding(mesh, P("model"))
     )()
@@ -37,6 +39,9 @@ def make_state(mesh):
         "replicated": over(P(), (3,)),
         "scalar": over(P(), ()),
         "keys": keys,
+        "last_process_only": jax.make_array_from_callback(
+            (2, 3), elsewhere, lambda index: np.ones((2, 3), np.float32)[index], dtype=jnp.float32
+        ),
         "numpy": np.arange(5),
         "step": jnp.int32(7),
         "count": 7,
@@ -104,6 +109,8 @@ def test_replicas_of_a_shard_have_equal_checksums_on_all_their_holders(results):
     checksums = [dict(result["checksums"]) for result in results]
     for index, holders in enumerate(layout.shard_holders):
         assert all(checksums[holder][index] == checksums[holders[0]][index] for holder in holders)
+    alone = {layout.shards[i].leaf for i, h in enumerate(layout.shard_holders) if h == (len(results) - 1,)}
+    assert "last_process_only" in alone
     everywhere = {layout.shards[i].leaf for i, h in enumerate(layout.shard_holders) if len(h) == len(results)}
     assert everywhere >= {"replicated", "scalar", "numpy", "step"}
 

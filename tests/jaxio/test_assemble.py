@@ -69,6 +69,11 @@ def test_an_uncommitted_scalar_still_meets_arrays_that_are_spread_over_a_mesh():
         jax.block_until_ready(jax.jit(lambda s: s["w"] * s["step"])(restored))
 
 
+def test_abstract_keys_without_a_place_come_back_as_typed_keys():
+    state = {"k": jax.random.key(5, impl="rbg")}
+    assert same(save(state).restore(jax.eval_shape(lambda: state)), state)
+
+
 def test_an_abstract_leaf_may_ask_for_a_device_layout():
     from jax.experimental.layout import Format, Layout
 

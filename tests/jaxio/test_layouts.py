@@ -15,6 +15,7 @@ from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.shards import Box, Shard, covers
 from emergency_ckpt.errors import TopologyError, UnsupportedStateError
 from emergency_ckpt.jaxio.layouts import build_layout, describe_mismatch
+from emergency_ckpt.jaxio.orbax_metadata import layout_metadata_files
 from emergency_ckpt.jaxio.state import flatten, process_boxes
 from emergency_ckpt.jaxio.topology import Topology
 from tests.jaxio.memory_slot import abstract
@@ -94,6 +95,16 @@ def test_differences_are_named_with_what_was_saved_and_what_is_wanted():
         "new: saved nothing, wanted a value",
         "step: saved a value, wanted float32[]",
         "w: saved float32[8, 4], wanted bfloat16[8, 4]",
+    ]
+
+
+def test_another_implementation_of_typed_keys_is_a_difference_although_their_bytes_look_alike():
+    layouts = [
+        build_layout({"k": key}, ONE, layout_metadata_files({"k": key}, "state"))
+        for key in (jax.random.key(0, impl="rbg"), jax.random.key(0, impl="unsafe_rbg"))
+    ]
+    assert describe_mismatch(*layouts) == [
+        "k: saved uint32[4] of rbg keys, wanted uint32[4] of unsafe_rbg keys"
     ]
 
 
