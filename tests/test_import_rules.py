@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "manager": ALL_BELOW_MANAGER | {"runtime"},
     "deploy": ALL_BELOW_MANAGER | {"runtime", "manager"},
     "demo": ALL_BELOW_MANAGER | {"runtime", "manager", "deploy", "cli", "__init__"},
-    "cli": ALL_BELOW_MANAGER | {"runtime", "manager", "deploy", "demo"},
+    "cli": ALL_BELOW_MANAGER | {"runtime", "manager", "deploy", "demo", "__init__"},
     "__init__": {"config", "manager", "options"},
 }
 
@@ -45,9 +45,9 @@ ORBAX_ALLOWED = {"manager", "options", "runtime", "jaxio", "demo"}
 
 
 def room_of(module: str) -> str:
-    """'emergency_ckpt.local.slot_file' -> 'local'; the package itself -> '__init__'."""
+    """'emergency_ckpt.local.slot_file' -> 'local'; the package itself and its public names -> '__init__'."""
     parts = module.split(".")
-    return parts[1] if len(parts) > 1 else "__init__"
+    return parts[1] if len(parts) > 1 and parts[1] not in emergency_ckpt.__all__ else "__init__"
 
 
 def modules() -> Iterator[tuple[str, Path]]:
