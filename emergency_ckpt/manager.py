@@ -345,7 +345,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         """
         if self._newest is not None:
             restored = self._restore(None)
-            values = extras_room.deliver(restored.extras, extras)
+            values = extras_room.deliver(restored.extras, extras, restored.why_no_extras)
             report = restored.report
             return RestoredState(restored.state, report.step, values, report.source)
         state, source = self._fresh_state(init)

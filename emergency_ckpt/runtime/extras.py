@@ -41,19 +41,20 @@ def capture(extras: Mapping[str, Any] | None) -> str | None:
     return text
 
 
-def deliver(saved: str | None, wanted: Mapping[str, Any] | None) -> dict[str, Any]:
+def deliver(saved: str | None, wanted: Mapping[str, Any] | None, why_missing: str) -> dict[str, Any]:
     """The saved extras as data; those for which `wanted` has an object with `set_state()` are put back into it.
 
-    Raises ExtrasError when something wanted was not saved.
+    `why_missing` says why there are none, if so. Raises ExtrasError when something wanted is not there.
     """
     values = {name: _decode(value) for name, value in json.loads(saved).items()} if saved else {}
     for name, target in (wanted or {}).items():
         if not hasattr(target, "set_state"):
             continue
         if name not in values:
+            found = f"the checkpoint holds {sorted(values)}" if values else why_missing
             raise ExtrasError(
-                f"extras {name!r} are wanted, but the checkpoint holds {sorted(values) or 'none'}; it was "
-                "saved without them. Restore without these extras and position the iterator yourself."
+                f"extras {name!r} are wanted, but {found}. Restore without these extras, and put what they "
+                "were for (a data iterator, say) into its place yourself."
             )
         target.set_state(values[name])
     return values

@@ -58,11 +58,11 @@ class RestoreReport:
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """The state, this process's extras as JSON text, the metadata saved with the step, and the report."""
+    """The state, this process's extras as JSON text (or why there are none), and the report."""
 
     state: Any
     extras: str | None
-    metadata: dict[str, Any]
+    why_no_extras: str
     report: RestoreReport
 
 
@@ -162,7 +162,7 @@ class Restorer:
         )
         job.log.emit(event)
         report = RestoreReport(plan.step.step, plan.step.generation, plan.reason, source, event.seconds, nbytes)
-        return Restored(restored.state, restored.extras, restored.metadata, report)
+        return Restored(restored.state, restored.extras, restored.why_no_extras, report)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +171,7 @@ class _Held:
 
     state: Any
     extras: str | None
-    metadata: dict[str, Any]
+    why_no_extras: str
 
 
 class _Attempt:
@@ -189,6 +189,7 @@ class _Attempt:
         self._whole: Hydrated | None = None
         self._receiving: Hydration | None = None
         self._extras: str | None = None
+        self._why_no_extras = f"{plan.step} was saved without any"
 
     def run(self, key: str) -> list[Strike]:
         """Makes this process's slot whole. Returns the sources that turned out bad, alike on all processes."""
@@ -282,8 +283,7 @@ class _Attempt:
         except BaseException:
             hydration.discard()
             raise
-        saved = {int(owner): text.decode() for owner, text in reader.extras.items()}
-        self._extras = _own_extras(saved, job.process, job.topology.process_count)
+        self._take_persistent_extras(reader)
         own = {job.process: self._extras} if self._extras is not None else {}
         metadata = {}
         if reader.side is not None:
@@ -331,8 +331,7 @@ class _Attempt:
         if self._plan.extras_from[job.process] is not None:
             extras[job.process] = self._receive_extras(key)
         elif self._plan.sources[sender].kind is SourceKind.PERSISTENT:
-            saved = {int(o): t.decode() for o, t in self._reader().extras.items()}
-            self._extras = _own_extras(saved, job.process, job.topology.process_count)
+            self._take_persistent_extras(self._reader())
             if self._extras is not None:
                 extras[job.process] = self._extras
         manifest = make_manifest(job, step, sent.checksums, sent.values, extras, sent.metadata)
@@ -372,6 +371,17 @@ class _Attempt:
                 )
             job.coordinator.put(f"{key}/extras/{ward}", text.encode())
 
+    def _take_persistent_extras(self, reader: StepReader) -> None:
+        """Extras belong to a process of a job of one size; those of another size fit nobody."""
+        saved, count = reader.extras, self._job.topology.process_count
+        if len(saved) == count:
+            self._extras = saved[str(self._job.process)].decode()
+        elif saved:
+            self._why_no_extras = (
+                f"{self._plan.step} was saved by {len(saved)} processes and this job has {count}, so that no "
+                "process can tell which of them are its own"
+            )
+
     def _receive_extras(self, key: str) -> str:
         job = self._job
         found = job.coordinator.get(f"{key}/extras/{job.process}", job.settings.coordination_timeout)
@@ -393,7 +403,7 @@ class _Attempt:
             lambda shard: StoredShard(slot.shard(shard), slot.checksums(shard)),
             slot.manifest.values,
         )
-        return _Held(state, self._extras, dict(slot.manifest.metadata))
+        return _Held(state, self._extras, self._why_no_extras)
 
     def _own_strike(self) -> Strike:
         """The source that this process's bytes came from."""
@@ -405,11 +415,6 @@ class _Attempt:
             sender = self._plan.sources[self._source.process or 0]
             return Strike(step, self._source.process if sender.kind is SourceKind.OWN_SLOT else None)
         return Strike(step, None)
-
-
-def _own_extras(saved: dict[int, str], process: int, process_count: int) -> str | None:
-    """This process's extras of a step from the persistent tier; None where the process count has changed."""
-    return saved.get(process) if len(saved) in (0, process_count) else None
 
 
 def _source_name(job: Job, plan: RestorePlan) -> str:
