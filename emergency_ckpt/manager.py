@@ -7,6 +7,7 @@ to the rooms behind it. All processes of the job make the same calls in the same
 from __future__ import annotations
 
 import itertools
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -37,7 +38,7 @@ from emergency_ckpt.runtime.disabled import DisabledCheckpointManager
 from emergency_ckpt.runtime.loading import load_parameters, load_state
 from emergency_ckpt.runtime.restored_state import RestoredState
 from emergency_ckpt.runtime.restoring import Restored, RestoreReport
-from emergency_ckpt.runtime.saving import SavePipeline, SaveRequest
+from emergency_ckpt.runtime.saving import SaveContent, SavePipeline
 from emergency_ckpt.runtime.settings import Settings, settings_from_config, settings_from_orbax
 from emergency_ckpt.runtime.start import mint_generation, start_drains, start_job
 
@@ -255,19 +256,19 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
             return self._save_again(step, due)
         if not self._began:
             self._begin_without_restore()
-        request = SaveRequest(
-            step,
-            due,
-            extras_room.capture(extras),
-            {
+        self._newest = StepId(self._job.generation.number, step)
+        self._survey_is_fresh = False
+
+        def prepare() -> SaveContent:
+            metadata = {
                 "custom_metadata": dict(custom_metadata or {}),
                 "metrics": dict(metrics or {}),
                 "started_nanoseconds": time.time_ns(),
-            },
-        )
-        self._newest = StepId(self._job.generation.number, step)
-        self._survey_is_fresh = False
-        return self._pipeline.save(request, _state_of(args))
+            }
+            json.dumps(metadata)
+            return SaveContent(_state_of(args), extras_room.capture(extras), metadata)
+
+        return self._pipeline.save(step, due, prepare)
 
     def finish(self, step: int, state: PyTree, *, extras: Mapping[str, Any] | None = None) -> None:
         """Call after the last step: saves it persistently if the flags say so, and waits. Collective."""

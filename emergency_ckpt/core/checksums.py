@@ -22,7 +22,10 @@ def block_seed(generation: int, shard: Shard, dtype: str) -> int:
 
 def checksum_blocks(data: Any, seed: int, block_bytes: int = BLOCK_BYTES) -> tuple[int, ...]:
     """One checksum per block of a contiguous buffer (bytes, memoryview or uint8 array)."""
-    view = memoryview(data).cast("B") if not isinstance(data, memoryview) else data
+    view = memoryview(data)
+    if not view.nbytes:
+        return ()  # A view without elements cannot be cast.
+    view = view.cast("B")
     return tuple(
         xxhash.xxh3_64_intdigest(view[at : at + length], seed)
         for at, length in block_ranges(view.nbytes, block_bytes)
@@ -46,13 +49,13 @@ def copy_and_checksum(
 
     Releases the GIL while copying and while hashing. Returns one checksum per block.
     """
-    checksums = []
+    checksums: list[int] = []
     for at, length in block_ranges(source.nbytes, block_bytes):
         digest = xxhash.xxh3_64(seed=seed)
         for piece in range(at, at + length, _PIECE_BYTES):
             end = min(piece + _PIECE_BYTES, at + length)
             np.copyto(target[piece:end], source[piece:end])
-            digest.update(memoryview(target[piece:end]))
+            digest.update(target[piece:end].data)
         checksums.append(digest.intdigest())
     return tuple(checksums)
 

@@ -120,7 +120,8 @@ class Layout:
 
     def slot_entries(self, process: int) -> tuple[SlotEntry, ...]:
         """Where each shard of `process` lies in its slot; equal shard sets give equal offsets."""
-        entries, at = [], 0
+        entries: list[SlotEntry] = []
+        at = 0
         for shard in self.process_shards[process]:
             nbytes = self.shard_nbytes[shard]
             entries.append(SlotEntry(shard, at, nbytes))

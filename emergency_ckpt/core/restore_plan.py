@@ -118,7 +118,7 @@ class Planner:
 
         Returns the plan (None if there is none) and the reason: what was chosen, and why newer steps were not.
         """
-        passed_over = []
+        passed_over: list[str] = []
         for step in self.candidates():
             if wanted is not None and step.step != wanted:
                 continue
@@ -179,7 +179,7 @@ class Planner:
         """Processes whose own slot is usable for this step; and what speaks against the others."""
         notes: list[str] = []
         usable: dict[int, Holding] = {}
-        foreign = []
+        foreign: list[int] = []
         for inventory in self.inventories:
             for holding in inventory.holdings:
                 if holding.step != step:
@@ -191,7 +191,7 @@ class Planner:
                 else:
                     usable[inventory.process] = holding
         if foreign:
-            notes.append(f"{_processes(foreign)} hold it in the layout of another job shape")
+            notes.append(f"{_processes(foreign)} hold other shards of it than they need now")
         for group in self.groups:
             digests = collections.Counter(usable[p].digest for p in group if p in usable)
             if len(digests) > 1:
@@ -235,7 +235,7 @@ class Planner:
     def _summary(self, sources: Sequence[Source]) -> str:
         by_kind = collections.Counter(source.kind for source in sources)
         total = len(sources)
-        parts = []
+        parts: list[str] = []
         if count := by_kind[SourceKind.OWN_SLOT]:
             parts.append(f"{count} of {total} processes have it on their own ramdisk")
         if by_kind[SourceKind.BROADCAST]:

@@ -29,9 +29,9 @@ class Hydration:
     def __init__(self, job: Job, step: StepId) -> None:
         self._job = job
         self.step = step
-        # What is here of this step was found unusable, or the plan would not fetch it from elsewhere.
-        job.local.give_up(step)
-        self._slot, _ = job.local.begin(step, timedelta(0))
+        # What may be here of this step is not to be used, but it may be all that is left of some shard.
+        here = job.local.sealed(step) is not None
+        self._slot = None if here else job.local.begin(step, timedelta(0))[0]
         if self._slot is not None:
             self._slot.wait_ready()
             self.data = self._slot.data
@@ -94,6 +94,7 @@ class Hydrated:
         """Moves waiting bytes into a slot. Call when all processes hold the state and old steps are void."""
         if not self.waits or not self.local.directory:
             return
+        self.local.give_up(self.slot.manifest.step)
         slot, _ = self.local.begin(self.slot.manifest.step, timedelta(0))
         if slot is not None:
             slot.wait_ready()

@@ -11,7 +11,7 @@ import dataclasses
 import queue
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -34,17 +34,16 @@ from emergency_ckpt.telemetry.metrics import Metric
 
 
 @dataclasses.dataclass(frozen=True)
-class SaveRequest:
-    """One save that is due, alike on all processes but for `extras`.
+class SaveContent:
+    """What is to be saved.
 
     Attributes:
-      step: the step number. due: the tiers it is due for.
+      state: the live state.
       extras: this process's extras as JSON text, None on all processes or on none.
       metadata: custom metadata and metrics, JSON.
     """
 
-    step: int
-    due: Due
+    state: Any
     extras: str | None
     metadata: Mapping[str, Any]
 
@@ -54,9 +53,10 @@ class _Task:
     """A save on its way through the writer thread."""
 
     ordinal: int
-    request: SaveRequest
     step: StepId
+    due: Due
     called_at: float
+    content: SaveContent | None = None
     slot: OpenSlot | None = None
     snapshot: Snapshot | None = None
     checksums: tuple[tuple[int, ...], ...] | None = None
@@ -97,19 +97,20 @@ class SavePipeline:
         """The newest step of this generation that all processes agreed to be complete."""
         return self._newest_complete
 
-    def save(self, request: SaveRequest, state: Any) -> bool:
+    def save(self, step: int, due: Due, prepare: Callable[[], SaveContent]) -> bool:
         """Takes the snapshot and returns; the rest follows in the background. False when the save was skipped.
 
-        Raises StateMismatchError or UnsupportedStateError for a state that does not fit; the save is then
-        abandoned on all processes.
+        Raises what `prepare` raises, and StateMismatchError or UnsupportedStateError for a state that does not
+        fit; the save is then abandoned on all processes, and this one stays in step with the others.
         """
         job = self._job
-        task = _Task(self._next_ordinal, request, StepId(job.generation.number, request.step), time.monotonic())
+        task = _Task(self._next_ordinal, StepId(job.generation.number, step), due, time.monotonic())
         self._next_ordinal += 1
         try:
-            task.snapshot = take_snapshot(self._binder, state)
+            task.content = prepare()
+            task.snapshot = take_snapshot(self._binder, task.content.state)
             # The pin keeps the slot for the drain, which begins when the outcome is known.
-            pins = 1 if request.due.persistent else 0
+            pins = 1 if due.persistent else 0
             task.slot, task.abandon_reason = job.local.begin(task.step, job.settings.slot_wait, pins)
             if task.slot is not None:
                 job.log.metrics.add(Metric.SAVES_STARTED)
@@ -123,6 +124,8 @@ class SavePipeline:
         if task.slot is None:
             task.snapshot.release()
             task.snapshot = None
+        # The snapshot has what is needed; holding on to the state would keep its memory.
+        task.content = dataclasses.replace(task.content, state=None)
         task.blocked_seconds = time.monotonic() - task.called_at
         self._submit(task)
         if task.slot is not None and not job.settings.asynchronous:
@@ -182,7 +185,8 @@ class SavePipeline:
             except (EmergencyCheckpointError, OSError, RuntimeError) as error:
                 task.abandon_reason = str(error)
                 self._give_up_slot(task)
-                self._note(_as_ours(error, task.step), task)
+                if not isinstance(error, PeerFailedError):  # The peer notes its own error.
+                    self._note(_as_ours(error, task.step), task)
         if task.slot is not None:
             self._agreement.report_sealed(task.ordinal)
         else:
@@ -209,9 +213,9 @@ class SavePipeline:
             checksums=task.checksums,
             values=snapshot.values,
             extras=self._exchange_extras(task),
-            listed=task.request.due.local,
+            listed=task.due.local,
             activations=job.local.activations,
-            metadata=task.request.metadata,
+            metadata=task.content.metadata if task.content else {},
         )
         job.local.seal(slot, manifest)
 
@@ -226,7 +230,7 @@ class SavePipeline:
 
     def _exchange_extras(self, task: _Task) -> dict[int, str]:
         """This process's extras and those it keeps for others. The keys go with the save's own."""
-        own = task.request.extras
+        own = task.content.extras if task.content else None
         if own is None:
             return {}
         job = self._job
@@ -244,14 +248,14 @@ class SavePipeline:
 
     def _withhold_extras(self, task: _Task) -> None:
         """Tells the process that keeps our extras not to wait for them."""
-        if task.request.extras is not None and self._keepers[self._job.process] is not None:
+        if self._keepers[self._job.process] is not None:
             prefix = f"{self._agreement.keys_of(task.ordinal)}/extras"
             # Extras that were given before the save failed may stand: they are as good as these.
             self._job.coordinator.put_once(f"{prefix}/{self._job.process}", _WITHHELD)
 
     def _settle(self, task: _Task, outcome: Outcome) -> None:
         job = self._job
-        drains = task.request.due.persistent and task.slot is not None
+        drains = task.due.persistent and task.slot is not None
         if outcome is Outcome.COMPLETE:
             self._newest_complete = task.step
             job.local.settle(task.step, outcome)
@@ -275,7 +279,7 @@ class SavePipeline:
         if task.slot is None:
             job.log.emit(
                 SkippedSaveEvent(
-                    step=task.request.step,
+                    step=task.step.step,
                     blocked_seconds=task.blocked_seconds,
                     reason=task.abandon_reason,
                 )
@@ -283,7 +287,7 @@ class SavePipeline:
             return
         job.log.emit(
             SaveEvent(
-                step=task.request.step,
+                step=task.step.step,
                 bytes=sum(entry.nbytes for entry in self._targets.values()),
                 blocked_seconds=task.blocked_seconds,
                 sealed_seconds=sealed_seconds,
@@ -296,7 +300,7 @@ class SavePipeline:
     def _note(self, error: EmergencyCheckpointError, task: _Task) -> None:
         with self._idle:
             self._errors.append(error)
-        self._job.log.error("save", task.request.step, str(error))
+        self._job.log.error("save", task.step.step, str(error))
 
 
 _WITHHELD = b"withheld"

@@ -41,6 +41,7 @@ STORIES: dict[str, list[dict[str, Any]]] = {
     "nowhere": [{"wanted": 11, "until": 20}],
     "persistent_damaged": [{"wipe": ALL, "flip_persistent": True, "until": 12}],
     "one_process_fails": [{"block_lock": [2], "until": 15}],
+    "one_save_refused": [{"until": 20, "refused_at": {"process": 1, "step": 18}}, {"until": 20}],
     "every_step": [
         {"until": 60, "flags": {"local_checkpoint_period": 1, "checkpoint_period": 20}},
         {"until": 61},
@@ -146,6 +147,13 @@ def test_an_error_of_one_process_is_told_to_all(told: Told) -> None:
     assert errors[2].startswith("LocalDirectoryError: cannot write below")
     for process in (0, 1, 3):
         assert errors[process].startswith("PeerFailedError: process 2: cannot write below")
+
+
+def test_a_save_that_one_process_refuses_is_abandoned_by_all_and_the_next_one_is_whole(told: Told) -> None:
+    first, second = told["one_save_refused"]
+    assert [r["counters"]["saves_complete"] for r in first] == [2, 2, 2, 2]
+    assert [r["counters"]["saves_abandoned"] + r["counters"]["saves_skipped"] for r in first] == [1] * 4
+    assert sources(second) == [(20, "own slot")] * 4
 
 
 def test_saving_at_every_step_keeps_up(told: Told) -> None:

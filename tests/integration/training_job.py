@@ -6,6 +6,7 @@ process, without a reference run.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -19,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from emergency_ckpt import CheckpointManager, Config
-from emergency_ckpt.errors import EmergencyCheckpointError
+from emergency_ckpt.errors import EmergencyCheckpointError, ExtrasError
 
 ROWS = 16
 
@@ -75,7 +76,12 @@ def make_config(root: str, **flags: Any) -> Config:
 
 
 def train(
-    root: str, slices: int, until: int, flags: dict[str, Any], wanted: int | None = None
+    root: str,
+    slices: int,
+    until: int,
+    flags: dict[str, Any],
+    wanted: int | None = None,
+    refused_at: dict[str, int] | None = None,
 ) -> dict[str, Any]:
     """Restores (step `wanted`, or the newest), checks, trains to step `until`, and tells what happened."""
     mesh = make_mesh(slices)
@@ -95,6 +101,11 @@ def train(
     step_fn = jax.jit(_step, donate_argnums=0)
     for step in range(start + 1, until + 1):
         state = step_fn(state, _increments(mesh, step))
+        if refused_at == {"process": process, "step": step}:
+            with contextlib.suppress(ExtrasError):
+                manager.save(step, state, extras={"data": object()})
+                raise AssertionError("an object without a state was accepted")
+            continue
         manager.save(step, state, extras={"data": {"position": 100 * step + process}})
         print(f"step {step} complete {manager.latest_complete_step()}", flush=True)
     manager.wait_until_finished()
@@ -139,7 +150,9 @@ def live(root: str, slices: int, life: dict[str, Any]) -> dict[str, Any]:
         for path in Path(root).glob("bucket/job/checkpoints/*/*/**/d/*"):
             flip_byte(path)
     try:
-        return train(root, slices, life["until"], life.get("flags", {}), life.get("wanted"))
+        return train(
+            root, slices, life["until"], life.get("flags", {}), life.get("wanted"), life.get("refused_at")
+        )
     except EmergencyCheckpointError as error:
         return {"error": f"{type(error).__name__}: {error}"}
 
