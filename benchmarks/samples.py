@@ -1,0 +1,55 @@
+"""Samples: one number per round and process, and what is made of them.
+
+A job is as slow as its slowest process, so the value of a round is the largest over the processes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Sequence
+
+
+@dataclasses.dataclass
+class Samples:
+    """By contender and measurement, one value per round. None: this process has no part in that round."""
+
+    values: dict[str, dict[str, list[float | None]]] = dataclasses.field(default_factory=dict)
+
+    def add(self, contender: str, measurement: str, value: float | None) -> None:
+        self.values.setdefault(contender, {}).setdefault(measurement, []).append(value)
+
+    def of(self, contender: str, measurement: str) -> list[float]:
+        """The rounds' values; empty where this was not measured."""
+        found = self.values.get(contender, {}).get(measurement, [])
+        return [value for value in found if value is not None]
+
+
+def slowest(processes: Sequence[Samples]) -> Samples:
+    """The job's samples: in each round, the largest value of all processes that have one."""
+    job = Samples()
+    for contender, measurements in processes[0].values.items():
+        for measurement in measurements:
+            rounds = zip(*(each.values[contender][measurement] for each in processes), strict=True)
+            for values in rounds:
+                job.add(contender, measurement, max((v for v in values if v is not None), default=None))
+    return job
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """The median of some rounds, with the smallest and the largest value."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread | None:
+        return cls(statistics.median(values), min(values), max(values)) if values else None
+
+    @classmethod
+    def of_ratios(cls, above: Sequence[float], below: Sequence[float]) -> Spread | None:
+        """Of `above / below` round by round: what slows a whole round down does not count."""
+        pairs = zip(above, below, strict=False)
+        return cls.of([a / b for a, b in pairs if a > 0 and b > 0])

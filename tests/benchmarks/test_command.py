@@ -1,0 +1,69 @@
+"""The benchmark command runs to its end and measures everything, for both managers. No figure is judged."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.facts import REPOSITORY
+from benchmarks.plan import Plan
+from benchmarks.report import LENGTHENING, ORBAX, OURS
+
+BOTH = {
+    "first_open_seconds",
+    "first_save_sealed_seconds",
+    "save_blocked_seconds",
+    "save_sealed_seconds",
+    "save_complete_seconds",
+    "idle_call_seconds",
+    "restore_seconds",
+    "restart_seconds",
+    LENGTHENING,
+}
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks", *arguments],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_small_run_measures_everything_for_both_managers(tmp_path: Path):
+    written = tmp_path / "figures.json"
+    done = run("--size-mib", "2", "--repeats", "1", "--loop-steps", "1", "--json", str(written))
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(written.read_text())
+    for contender in (OURS, ORBAX):
+        assert figures["summary"][contender].keys() >= BOTH
+        assert figures["samples_of_the_job"][contender]["loop_incomplete_saves"] == [0.0]
+    assert len(figures["samples_by_process"]) == 2
+    assert figures["environment"]["packages"]["orbax-checkpoint"]
+    assert f"again: {figures['command']}" in done.stdout
+
+
+def test_an_unknown_section_is_refused_by_name():
+    done = run("--only", "save,speed")
+    assert done.returncode == 2
+    assert "speed" in done.stderr
+
+
+def test_a_size_that_does_not_fit_is_refused_before_anything_starts():
+    done = run("--size-mib", str(2**30))
+    assert done.returncode == 1
+    assert "choose a smaller size" in done.stderr
+
+
+def test_a_plan_comes_through_the_command_line_of_the_processes():
+    plan = Plan(16, 3, ("save", "restore"), 5, "/dev/shm/somewhere")
+    assert Plan.from_json(plan.to_json()) == plan
