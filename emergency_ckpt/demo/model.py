@@ -1,6 +1,6 @@
 """The demo's model: a small byte-level transformer (flax nnx), trained with AdamW (optax).
 
-The whole training state is one pytree of arrays, `TrainState`; a train step is a pure function of it and a batch.
+The whole training state is one pytree of arrays, `TrainState`; a train step is a pure function of it.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 
 from emergency_ckpt import CheckpointManager, load_config
@@ -32,6 +33,8 @@ EXIT_PREEMPTED = 42
 
 def main(argv: Sequence[str]) -> int:
     """Runs this process of the job; returns its exit code."""
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.INFO)
     config = load_config(argv)
     options = DemoOptions.from_keys(config.other_keys)
     started = time.time()
@@ -65,8 +68,8 @@ def train(config: Config, options: DemoOptions, mesh: Mesh, journal: Journal) ->
     while step < options.steps:
         step += 1
         state, loss = trainer.train_step(state, trainer.place(next(data)))
-        manager.save(step, state, extras={"data": data})
         journal.write(Trained(time.time(), step, float(loss)))
+        manager.save(step, state, extras={"data": data})
         report_step(step)
         if manager.reached_preemption(step):
             break

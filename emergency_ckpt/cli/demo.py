@@ -1,0 +1,90 @@
+"""`emergency-ckpt demo`: train, lose a slice, restore, and compare with a run that nothing happened to."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from emergency_ckpt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+STEPS = 60
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of this subcommand."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the summary as JSON, too")
+    parser.add_argument(
+        "--steps", type=int, default=STEPS, metavar="N", help="steps to train (default: %(default)s)"
+    )
+    parser.add_argument("--slices", type=int, default=2, metavar="S", help="slices (default: %(default)s)")
+    parser.add_argument(
+        "--processes-per-slice",
+        type=int,
+        default=2,
+        metavar="P",
+        help="processes of each (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--kill-step",
+        type=int,
+        metavar="K",
+        help="step after which the last slice is killed (default: seven tenths of the steps)",
+    )
+    parser.add_argument(
+        "--directory",
+        type=Path,
+        help="a new or empty directory for checkpoints, journals and logs, kept afterwards (default: a "
+        "temporary one, removed when all went well)",
+    )
+    parser.add_argument("--keep", action="store_true", help="keep the temporary directory in any case")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the demo; 0 when the two runs agree in every bit, 1 otherwise."""
+    from rich.console import Console
+
+    from emergency_ckpt.demo.run import DemoPlan, run_demo
+
+    console = Console()
+    with _directory(args.directory, args.keep, console) as directory:
+        plan = DemoPlan(
+            steps=args.steps,
+            slices=args.slices,
+            processes_per_slice=args.processes_per_slice,
+            kill_step=args.steps * 7 // 10 if args.kill_step is None else args.kill_step,
+            directory=directory,
+        )
+        summary = run_demo(plan, console)
+        if args.json is not None:
+            args.json.write_text(json.dumps(summary.to_json(), indent=2) + "\n")
+    return 0 if summary.agrees else 1
+
+
+@contextlib.contextmanager
+def _directory(wanted: Path | None, keep: bool, console: Console) -> Iterator[Path]:
+    """Where the runs write. A temporary directory stays when something failed, so that one can look at it."""
+    if wanted is not None:
+        if wanted.exists() and (not wanted.is_dir() or any(wanted.iterdir())):
+            raise ConfigError(f"--directory {wanted} is in use; name a new directory or an empty one")
+        wanted.mkdir(parents=True, exist_ok=True)
+        yield wanted.absolute()
+        return
+    directory = Path(tempfile.mkdtemp(prefix="emergency-ckpt-demo-"))
+    done = False
+    try:
+        yield directory
+        done = True
+    finally:
+        if done and not keep:
+            shutil.rmtree(directory)
+        else:
+            console.print(f"Checkpoints, journals and logs of both runs: {directory}", soft_wrap=True)
