@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 def extras_keepers(process_slice: Sequence[int]) -> tuple[int | None, ...]:
@@ -26,3 +26,26 @@ def extras_keepers(process_slice: Sequence[int]) -> tuple[int | None, ...]:
         else:
             keepers.append(None)
     return tuple(keepers)
+
+
+def assign_directories(held: Mapping[int, int | None], processes: Sequence[int]) -> dict[int, int]:
+    """Which directory (by ordinal) each process of one host takes.
+
+    Each takes the one with its own shards where there is one, so that after a restart everybody finds what it
+    sealed; the others share what is left, lowest ordinals first.
+
+    Args:
+      held: the directories that exist: ordinal → the process index whose shards are in it (None: nobody's).
+      processes: the process indices on this host.
+    """
+    assigned: dict[int, int] = {}
+    for ordinal in sorted(held):
+        position = held[ordinal]
+        if position is not None and position in processes and position not in assigned:
+            assigned[position] = ordinal
+    taken = set(assigned.values())
+    free = (o for o in range(len(held) + len(processes)) if o not in taken)
+    for process in sorted(processes):
+        if process not in assigned:
+            assigned[process] = next(free)
+    return assigned

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
 import threading
 from pathlib import Path
 
@@ -35,17 +36,13 @@ class Claim:
                 os.close(self._fd)
 
 
-def claim_directory(root: Path) -> Claim:
-    """Claims the first free directory below `root` (one per process on this host).
+def claim_directory(root: Path, preferred: int = 0) -> Claim:
+    """Claims one directory below `root` for this process: ordinal `preferred`, or the first free one.
 
     A directory that this very process holds already is handed over: the manager that held it before may not
     save any more. Raises LocalDirectoryError when `root` is missing or not writable.
     """
-    if not root.is_dir():
-        raise LocalDirectoryError(
-            f"the local checkpoint directory {root} does not exist. Mount the ramdisk there (or create the "
-            "directory) before the job starts, or correct local_checkpoint_directory."
-        )
+    check_root(root)
     base = root.resolve() / SUBDIRECTORY
     with _guard:
         for path, claim in list(_held_here.items()):
@@ -54,13 +51,40 @@ def claim_directory(root: Path) -> Claim:
                 taken = Claim(path, claim._fd)
                 _held_here[path] = taken
                 return taken
-        for ordinal in range(_MAX_ORDINALS):
+        for ordinal in (preferred, *range(_MAX_ORDINALS)):
             path = base / str(ordinal)
             fd = _try_lock(path)
             if fd is not None:
                 _held_here[path] = Claim(path, fd)
                 return _held_here[path]
     raise LocalDirectoryError(f"{_MAX_ORDINALS} processes hold directories below {base} already")
+
+
+def check_root(root: Path) -> None:
+    """Raises LocalDirectoryError unless the ramdisk directory is there."""
+    if not root.is_dir():
+        raise LocalDirectoryError(
+            f"the local checkpoint directory {root} does not exist. Mount the ramdisk there (or create the "
+            "directory) before the job starts, or correct local_checkpoint_directory."
+        )
+
+
+def directory_identity(root: Path) -> str:
+    """The same for all processes that share this very directory, and for no others."""
+    check_root(root)
+    status = root.stat()
+    return f"{socket.gethostname()} {_boot_id()} {status.st_dev} {status.st_ino}"
+
+
+def directories(root: Path) -> dict[int, Path]:
+    """The directories below `root` by ordinal, claimed or not."""
+    found = (root.resolve() / SUBDIRECTORY).glob("*")
+    return {int(path.name): path for path in found if path.name.isdigit() and path.is_dir()}
+
+
+def _boot_id() -> str:
+    path = Path("/proc/sys/kernel/random/boot_id")
+    return path.read_text().strip() if path.exists() else ""
 
 
 def _try_lock(path: Path) -> int | None:

@@ -6,6 +6,7 @@ overwritten, and appears by rename after the last one. Nothing here talks to oth
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import re
@@ -29,7 +30,7 @@ from emergency_ckpt.errors import (
     LocalDirectoryError,
 )
 from emergency_ckpt.local.capacity import measure_room, slots_that_fit
-from emergency_ckpt.local.claim import Claim, claim_directory
+from emergency_ckpt.local.claim import Claim, claim_directory, directories
 from emergency_ckpt.local.manifest import Manifest, find_damage, read_manifest, write_manifest
 from emergency_ckpt.local.slot_file import SlotFile
 
@@ -43,6 +44,7 @@ class StoreOptions:
 
     Attributes:
       directory: the ramdisk directory; None keeps the slots in anonymous memory (no local tier).
+      ordinal: which of the directories below it this process should take (see `held_positions`).
       max_to_keep: complete steps that stay available locally; 0 without a local tier.
       wanted_slots: slots for full speed; least_slots: without these no step can be kept safely.
       foreign_run: what to do with another run's data in the directory: 'evict' it or raise an 'error'.
@@ -53,6 +55,7 @@ class StoreOptions:
     wanted_slots: int
     least_slots: int
     foreign_run: Literal["evict", "error"] = "evict"
+    ordinal: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +131,9 @@ class LocalStore:
         self._changed = threading.Condition()
         self._layouts: dict[str, Layout] = {layout.hash: layout}
         self._slot_bytes = layout.data_bytes(process)
-        self._claim: Claim | None = claim_directory(options.directory) if options.directory else None
+        self._claim: Claim | None = (
+            claim_directory(options.directory, options.ordinal) if options.directory else None
+        )
         try:
             found = self._find_manifests()
             count = max(self._count_slots(found), 1 + max((i for i, m in found.items() if m), default=-1))
@@ -437,6 +442,20 @@ class LocalStore:
         temporary = path.with_suffix(".tmp")
         temporary.write_bytes(self.layout.to_bytes())
         temporary.rename(path)
+
+
+def held_positions(root: Path, run: str) -> dict[int, int | None]:
+    """Per directory below `root`, the process index whose newest step of this run is in it. Takes no lock."""
+    found: dict[int, int | None] = {}
+    for ordinal, path in directories(root).items():
+        newest: Manifest | None = None
+        for candidate in path.glob("slot_*.manifest"):
+            with contextlib.suppress(CorruptDataError):
+                manifest = read_manifest(candidate)
+                if manifest and manifest.run == run and (newest is None or manifest.step > newest.step):
+                    newest = manifest
+        found[ordinal] = newest.position if newest else None
+    return found
 
 
 def _prepare_all(files: list[SlotFile]) -> None:

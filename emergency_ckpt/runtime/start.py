@@ -10,13 +10,15 @@ import jax
 from emergency_ckpt.agent.drain import DrainJob, DrainWorker
 from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.lineage import StepId
+from emergency_ckpt.core.placement import assign_directories
 from emergency_ckpt.core.retention import superseded_steps
 from emergency_ckpt.errors import StateMismatchError
 from emergency_ckpt.jaxio.coordination import Coordinator, open_coordinator
 from emergency_ckpt.jaxio.layouts import build_layout
 from emergency_ckpt.jaxio.orbax_metadata import layout_metadata_files
 from emergency_ckpt.jaxio.topology import Topology
-from emergency_ckpt.local.store import LocalStore, StoreOptions
+from emergency_ckpt.local.claim import directory_identity
+from emergency_ckpt.local.store import LocalStore, StoreOptions, held_positions
 from emergency_ckpt.persistent.store import Generation, PersistentStore, without_void
 from emergency_ckpt.runtime.agreement import agree, tell
 from emergency_ckpt.runtime.board import CoordinatedBoard
@@ -142,9 +144,11 @@ def _open_local(
 ) -> LocalStore:
     """Opens this process's slots; no process goes on before all have theirs and agree on the layout."""
     opened: list[LocalStore] = []
+    ordinal = _choose_directory(coordinator, settings, run)
 
     def mine() -> str:
         options = StoreOptions(
+            ordinal=ordinal,
             directory=settings.local_directory,
             max_to_keep=settings.local_max_to_keep if settings.local_directory else 0,
             wanted_slots=settings.wanted_slots,
@@ -177,6 +181,23 @@ def _open_local(
             store.close()
         raise
     return opened[0]
+
+
+def _choose_directory(coordinator: Coordinator, settings: Settings, run: str) -> int:
+    """The directory of this process below the ramdisk directory, which several processes may share."""
+    root = settings.local_directory
+    if root is None:
+        return 0
+    identities: list[str] = agree(
+        coordinator,
+        "start/host",
+        lambda: directory_identity(root),
+        lambda found: found,
+        settings.coordination_timeout,
+    )
+    process = coordinator.process_index
+    here = [p for p, identity in enumerate(identities) if identity == identities[process]]
+    return assign_directories(held_positions(root, run), here)[process]
 
 
 def _replica_count(mesh: jax.sharding.Mesh, replica_axis: int | str) -> int:

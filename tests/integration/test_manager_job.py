@@ -169,13 +169,17 @@ def test_synchronous_saves_are_sealed_when_the_call_returns(told: Told) -> None:
 def test_one_slice_of_two_hosts_and_no_local_tier_work_as_well(tmp_path: Path) -> None:
     stories = {
         "one_slice": [{"until": 12}, {"until": 13}, {"wipe": [1], "until": 13}],
+        "one_ramdisk_for_both": [{"until": n, "flags": {"shared_ramdisk": True}} for n in (12, 16, 20)],
         "no_local_tier": [{"until": 25, "flags": NO_LOCAL_TIER}, {"until": 26, "flags": NO_LOCAL_TIER}],
     }
     answers = run_job(live_through, 2, str(tmp_path / "none"), str(tmp_path), 1, stories)
-    one_slice, off = ([list(life) for life in zip(*(a[n] for a in answers), strict=True)] for n in stories)
+    one_slice, shared, off = (
+        [list(life) for life in zip(*(a[n] for a in answers), strict=True)] for n in stories
+    )
     assert sources(one_slice[1]) == [(12, "own slot")] * 2
     # Nobody else has the shards of process 1; process 0 still holds the very step that is persistent.
     assert sources(one_slice[2]) == [(10, "own slot"), (10, "persistent")]
+    assert [sources(life) for life in shared[1:]] == [[(n, "own slot")] * 2 for n in (12, 16)]
     assert off[0][0]["steps"] == [1, 10, 20]
     assert sources(off[1]) == [(20, "persistent")] * 2
 

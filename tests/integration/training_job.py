@@ -57,9 +57,11 @@ def check_state(state: dict[str, Any], mesh: Mesh, step: int) -> None:
             )
 
 
-def make_config(root: str, **flags: Any) -> Config:
-    """Flags of a job below `root`; each process has a ramdisk directory of its own there."""
-    local = Path(root) / f"ramdisk_{jax.process_index()}"
+def make_config(root: str, flags: dict[str, Any]) -> Config:
+    """Flags of a job below `root`; each process has its own ramdisk directory there, or all share one."""
+    flags = dict(flags)
+    shared = flags.pop("shared_ramdisk", False)
+    local = Path(root) / ("ramdisk" if shared else f"ramdisk_{jax.process_index()}")
     local.mkdir(parents=True, exist_ok=True)
     defaults = {
         "run_name": "job",
@@ -88,7 +90,7 @@ def train(
     process = jax.process_index()
     state = make_state(mesh, 0)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-    manager = CheckpointManager.from_config(make_config(root, **flags), mesh, abstract)
+    manager = CheckpointManager.from_config(make_config(root, flags), mesh, abstract)
     listed, latest = list(manager.all_steps()), manager.latest_step()
     if wanted is None:
         restored = manager.restore_or_init(lambda: state)

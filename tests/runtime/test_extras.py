@@ -14,7 +14,7 @@ from emergency_ckpt.runtime.extras import MAX_BYTES, capture, deliver
 
 plain = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text().filter(lambda key: "__" not in key), inner),
     max_leaves=20,
 )
 
