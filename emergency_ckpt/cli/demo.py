@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
+import importlib.util
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from emergency_ckpt.errors import ConfigError
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from emergency_ckpt.errors import ConfigError, EmergencyCheckpointError
 
 STEPS = 60
+
+_NEEDED = ("flax", "grain", "optax", "rich")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,41 +47,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the demo; 0 when the two runs agree in every bit, 1 otherwise."""
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise EmergencyCheckpointError(
+            f"The demo needs {', '.join(missing)}; install it with: pip install 'emergency_ckpt[demo]'"
+        )
     from rich.console import Console
 
     from emergency_ckpt.demo.run import DemoPlan, run_demo
 
-    console = Console()
-    with _directory(args.directory, args.keep, console) as directory:
-        plan = DemoPlan(
-            steps=args.steps,
-            slices=args.slices,
-            processes_per_slice=args.processes_per_slice,
-            kill_step=args.steps * 7 // 10 if args.kill_step is None else args.kill_step,
-            directory=directory,
-        )
-        summary = run_demo(plan, console)
+    plan = DemoPlan(
+        steps=args.steps,
+        slices=args.slices,
+        processes_per_slice=args.processes_per_slice,
+        kill_step=args.steps * 7 // 10 if args.kill_step is None else args.kill_step,
+    )
+    if args.json is not None and not args.json.absolute().parent.is_dir():
+        raise ConfigError(f"--json {args.json} cannot be written: there is no directory {args.json.parent}")
+    directory = _working_directory(args.directory)
+    console, remove = Console(), False
+    try:
+        summary = run_demo(plan, directory, console)
         if args.json is not None:
             args.json.write_text(json.dumps(summary.to_json(), indent=2) + "\n")
-    return 0 if summary.agrees else 1
-
-
-@contextlib.contextmanager
-def _directory(wanted: Path | None, keep: bool, console: Console) -> Iterator[Path]:
-    """Where the runs write. A temporary directory stays when something failed, so that one can look at it."""
-    if wanted is not None:
-        if wanted.exists() and (not wanted.is_dir() or any(wanted.iterdir())):
-            raise ConfigError(f"--directory {wanted} is in use; name a new directory or an empty one")
-        wanted.mkdir(parents=True, exist_ok=True)
-        yield wanted.absolute()
-        return
-    directory = Path(tempfile.mkdtemp(prefix="emergency-ckpt-demo-"))
-    done = False
-    try:
-        yield directory
-        done = True
+        remove = summary.agrees and args.directory is None and not args.keep
     finally:
-        if done and not keep:
+        # What failed stays, so that one can look at it.
+        if remove:
             shutil.rmtree(directory)
         else:
             console.print(f"Checkpoints, journals and logs of both runs: {directory}", soft_wrap=True)
+    return 0 if summary.agrees else 1
+
+
+def _working_directory(wanted: Path | None) -> Path:
+    """Where the runs write: the directory that is wanted, new or empty, or a temporary one."""
+    if wanted is None:
+        return Path(tempfile.mkdtemp(prefix="emergency-ckpt-demo-"))
+    if wanted.exists() and (not wanted.is_dir() or any(wanted.iterdir())):
+        raise ConfigError(f"--directory {wanted} is in use; name a new directory or an empty one")
+    wanted.mkdir(parents=True, exist_ok=True)
+    return wanted.absolute()

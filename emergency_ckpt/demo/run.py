@@ -43,7 +43,6 @@ class DemoPlan:
     slices: int
     processes_per_slice: int
     kill_step: int
-    directory: Path
 
     def __post_init__(self) -> None:
         for flag in ("steps", "slices", "processes_per_slice"):
@@ -60,13 +59,14 @@ class DemoPlan:
         return self.slices - 1
 
 
-def run_demo(plan: DemoPlan, console: Console) -> Summary:
-    """Runs both jobs below `plan.directory`, shows them live, and shows the summary at the end.
+def run_demo(plan: DemoPlan, directory: Path, console: Console) -> Summary:
+    """Runs both jobs below `directory`, shows them live, and shows the summary at the end.
 
     Raises DemoError when a job fails in a way that was not asked for; what it wrote lies in the directory.
     """
-    reference = _Run(plan, "uninterrupted", kills=())
-    interrupted = _Run(plan, "interrupted", kills=(KillSpec("slice", (plan.killed_slice,), plan.kill_step),))
+    kill = KillSpec("slice", (plan.killed_slice,), plan.kill_step)
+    reference = _Run(plan, directory, "uninterrupted", kills=())
+    interrupted = _Run(plan, directory, "interrupted", kills=(kill,))
     reference.go(console)
     interrupted.go(console)
     config = interrupted.config
@@ -85,8 +85,8 @@ def run_demo(plan: DemoPlan, console: Console) -> Summary:
 class _Run:
     """One of the two jobs."""
 
-    def __init__(self, plan: DemoPlan, name: str, kills: tuple[KillSpec, ...]) -> None:
-        root = plan.directory / name
+    def __init__(self, plan: DemoPlan, directory: Path, name: str, kills: tuple[KillSpec, ...]) -> None:
+        root = directory / name
         self._logs = root / "logs"
         self._plan, self._name, self._kills = plan, name, kills
         self._journals = root / "journals"

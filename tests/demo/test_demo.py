@@ -40,6 +40,7 @@ def test_the_demo_loses_a_slice_and_comes_to_the_same_end(
         (["--kill-step", "0"], "--kill-step is 0"),
         (["--steps", "0"], "--steps is 0"),
         (["--processes-per-slice", "0"], "--processes-per-slice is 0"),
+        (["--json", "/nowhere/summary.json"], "there is no directory /nowhere"),
     ],
 )
 def test_impossible_plans_are_refused_before_anything_starts(
