@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--size-mib", type=_count, default=256, help="state in each process (default: 256)")
     parser.add_argument("--repeats", type=_count, default=5, help="rounds, beside the first use (default: 5)")
-    parser.add_argument("--loop-steps", type=_count, default=5, help="train steps per round (default: 5)")
+    parser.add_argument("--loop-steps", type=_count, default=4, help="train steps per round (default: 4)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="writes everything that was measured")
     parser.add_argument(
         "--only",

@@ -19,7 +19,7 @@ _ROWS = (
     ("save: call to sealed", "save_sealed_seconds"),
     ("save: call to complete", "save_complete_seconds"),
     ("nothing due: one call", "idle_call_seconds"),
-    ("train loop saving at every step: longer by", LENGTHENING),
+    ("train loop, saves at each step: longer by", LENGTHENING),
     ("restart: open the manager again", "reopen_seconds"),
     ("restart: restore the local step", "restore_seconds"),
     ("restart: both", "restart_seconds"),
@@ -45,7 +45,7 @@ def add_derived(job: Samples, plan: Plan) -> None:
 
 def print_report(result: Result, plan: Plan, facts: dict[str, Any], command: str) -> None:
     """Writes the table and how to get it again to standard output."""
-    console = Console(width=150, highlight=False)
+    console = Console(width=170, highlight=False)
     job = result.job
     size = f"{result.state_bytes / MIB:.0f} MiB"
     console.print(
@@ -54,7 +54,7 @@ def print_report(result: Result, plan: Plan, facts: dict[str, Any], command: str
     )
     table = Table()
     table.add_column("measurement")
-    for heading in ("emergency_ckpt", "Orbax", "Orbax / emergency_ckpt", "speed, of memcpy's"):
+    for heading in ("emergency_ckpt", "Orbax", "Orbax / emergency_ckpt", "memcpy / emergency_ckpt"):
         table.add_column(heading, justify="right")
     for title, measurement in _ROWS:
         ours, orbax = job.of(OURS, measurement), job.of(ORBAX, measurement)

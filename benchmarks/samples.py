@@ -12,27 +12,26 @@ from collections.abc import Sequence
 
 @dataclasses.dataclass
 class Samples:
-    """By contender and measurement, one value per round. None: this process has no part in that round."""
+    """By contender and measurement, one value per round."""
 
-    values: dict[str, dict[str, list[float | None]]] = dataclasses.field(default_factory=dict)
+    values: dict[str, dict[str, list[float]]] = dataclasses.field(default_factory=dict)
 
-    def add(self, contender: str, measurement: str, value: float | None) -> None:
+    def add(self, contender: str, measurement: str, value: float) -> None:
         self.values.setdefault(contender, {}).setdefault(measurement, []).append(value)
 
     def of(self, contender: str, measurement: str) -> list[float]:
         """The rounds' values; empty where this was not measured."""
-        found = self.values.get(contender, {}).get(measurement, [])
-        return [value for value in found if value is not None]
+        return self.values.get(contender, {}).get(measurement, [])
 
 
 def slowest(processes: Sequence[Samples]) -> Samples:
-    """The job's samples: in each round, the largest value of all processes that have one."""
+    """The job's samples: in each round, the largest value of all processes."""
     job = Samples()
     for contender, measurements in processes[0].values.items():
         for measurement in measurements:
             rounds = zip(*(each.values[contender][measurement] for each in processes), strict=True)
             for values in rounds:
-                job.add(contender, measurement, max((v for v in values if v is not None), default=None))
+                job.add(contender, measurement, max(values))
     return job
 
 

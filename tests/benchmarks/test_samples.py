@@ -5,18 +5,13 @@ from __future__ import annotations
 from benchmarks.samples import Samples, Spread, slowest
 
 
-def samples(**measurements: list[float | None]) -> Samples:
+def samples(**measurements: list[float]) -> Samples:
     return Samples({"someone": measurements})
 
 
 def test_the_value_of_a_round_is_that_of_its_slowest_process():
     job = slowest([samples(save=[1.0, 5.0]), samples(save=[2.0, 4.0])])
     assert job.of("someone", "save") == [2.0, 5.0]
-
-
-def test_a_process_without_a_part_in_a_round_does_not_count():
-    job = slowest([samples(save=[None, None]), samples(save=[2.0, None])])
-    assert job.of("someone", "save") == [2.0]
 
 
 def test_what_was_not_measured_is_empty():
