@@ -11,7 +11,7 @@ SECTIONS = ("memcpy", "save", "idle", "loop", "restore")
 """In the order in which they run."""
 
 # Copies of one process's bytes in memory at the worst moment, which is Orbax's restore: the state and what was
-# restored, three slots, Orbax's files and what it broadcasts, a share of the persistent checkpoint. Measured: 8.
+# restored, three slots, Orbax's files and what it broadcasts, a share of the persistent step. Measured: 8.
 _COPIES = 9
 _BARE_PROCESS_BYTES = 700 * MIB
 
