@@ -79,6 +79,8 @@ class Ours:
             local_checkpoint_directory=str(local),
             local_checkpoint_period=PERIOD,
             checkpoint_period=10**9,
+            # Orbax asks for a preemption at every step as well.
+            enable_autocheckpoint=True,
             checkpoint_log_format="json",
         )
         # The manager writes one line about each save; when it was sealed cannot be seen from outside.
