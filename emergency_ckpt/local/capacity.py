@@ -63,10 +63,19 @@ def slots_that_fit(
 
 
 def _cgroup_room(cgroup: Path) -> int | None:
-    """Room within the memory limit of cgroup v2 or v1; None where there is no limit."""
-    for limit_name, usage_name in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    """Room within the memory limit of cgroup v2 or v1; None where there is no limit.
+
+    Page cache that nothing used lately counts as room: the kernel drops it before it refuses memory. Pages of a
+    tmpfs are not among it.
+    """
+    for limit_name, usage_name, stat_name, cache_key in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        (
+            "memory/memory.limit_in_bytes",
+            "memory/memory.usage_in_bytes",
+            "memory/memory.stat",
+            "total_inactive_file",
+        ),
     ):
         try:
             limit_text = (cgroup / limit_name).read_text().strip()
@@ -75,8 +84,21 @@ def _cgroup_room(cgroup: Path) -> int | None:
             continue
         if not limit_text.isdigit() or int(limit_text) > 2**60:
             return None
-        return max(0, int(limit_text) - int(usage_text))
+        usage = int(usage_text)
+        reclaimable = min(usage, _statistic(cgroup / stat_name, cache_key))
+        return max(0, int(limit_text) - usage + reclaimable)
     return None
+
+
+def _statistic(path: Path, key: str) -> int:
+    """One figure of a file of `key value` lines; 0 where it is not there."""
+    if not path.exists():
+        return 0
+    for line in path.read_text().splitlines():
+        name, _, value = line.partition(" ")
+        if name == key and value.isdigit():
+            return int(value)
+    return 0
 
 
 def _mib(nbytes: int) -> str:
