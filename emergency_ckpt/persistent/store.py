@@ -35,6 +35,7 @@ _TEMPORARY = ".orbax-checkpoint-tmp"
 _ATTEMPT = re.compile(r".+\.orbax-checkpoint-tmp-(?:g(\d+)-[0-9a-f]+-\d+|removed-[0-9a-f]+)")
 _MINT_TRIES = 1000
 _REPLACE_TRIES = 10
+UNKNOWN_NONCE = "unknown"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -111,8 +112,14 @@ class PersistentStore:
     # Run, generations, activations.
 
     def run_id(self) -> str:
-        """The id of the run in this root, made if there is none; all callers get the same one."""
-        self.files.create(_RUN_ID, f"{uuid.uuid4()}\n".encode())
+        """The id of the run in this root, made if there is none; all callers get the same one.
+
+        An empty file is what a crash left on a file system without hard links: no job has got an id from it.
+        """
+        fresh = f"{uuid.uuid4()}\n".encode()
+        if not self.files.create(_RUN_ID, fresh) and not self.files.read(_RUN_ID).strip():
+            logging.warning("%s is empty and is written again.", self.files.locate(_RUN_ID))
+            self.files.write(_RUN_ID, fresh)
         text = self.files.read(_RUN_ID).decode(errors="replace").strip()
         try:
             return str(uuid.UUID(text))
@@ -141,30 +148,67 @@ class PersistentStore:
         )
 
     def newest_generation(self) -> Generation | None:
-        """The generation that was minted last."""
+        """The generation that was minted last.
+
+        A newest record that cannot be read is one whose writer died: its number is used up, its nonce unknown.
+        """
         names = self._record_names(_GENERATIONS)
         if not names:
             return None
         path = f"{_GENERATIONS}/{names[-1]}"
-        raw = unseal(self.files.read(path), self.files.locate(path))
-        return Generation(raw["number"], raw["nonce"], StepId(*raw["parent"]) if raw["parent"] else None)
+        try:
+            raw = unseal(self.files.read(path), self.files.locate(path))
+            return Generation(raw["number"], raw["nonce"], StepId(*raw["parent"]) if raw["parent"] else None)
+        except (CorruptDataError, KeyError, TypeError) as error:
+            logging.warning("%s is unreadable; its number is passed over: %s", self.files.locate(path), error)
+            return Generation(_number(names[-1]), UNKNOWN_NONCE)
 
     def record_activation(self, activation: Activation) -> None:
         """Records that all processes hold the state from which this generation begins. Repeating it is fine."""
         path = f"{_ACTIVATIONS}/{activation.generation:08d}.json"
         content = {"generation": activation.generation, "step": activation.step}
+        self._withdraw_unreadable_activation()
         if self.files.create(path, seal(content)):
             return
         found = self._activation(path)
-        if found != activation:
+        if found is None:
+            self.files.write(path, seal(content))
+        elif found != activation:
             raise PersistentStoreError(
                 f"{self.files.locate(path)} says that generation {found.generation} began from step"
                 f" {found.step}, not {activation.step}: two jobs use the same generation. Start the job again."
             )
 
     def activations(self) -> tuple[Activation, ...]:
-        """All activations, oldest first."""
-        return tuple(self._activation(f"{_ACTIVATIONS}/{name}") for name in self._record_names(_ACTIVATIONS))
+        """All activations, oldest first.
+
+        A newest record that cannot be read is one whose writer died before it was done: it does not count.
+        """
+        found: list[Activation] = []
+        names = self._record_names(_ACTIVATIONS)
+        for name in names:
+            path = f"{_ACTIVATIONS}/{name}"
+            try:
+                activation = self._activation(path)
+            except CorruptDataError as error:
+                if name != names[-1]:
+                    raise
+                logging.warning("%s is unreadable and does not count: %s", self.files.locate(path), error)
+                continue
+            if activation is not None:
+                found.append(activation)
+        return tuple(found)
+
+    def _withdraw_unreadable_activation(self) -> None:
+        """Marks an unreadable newest record as withdrawn, before a newer one makes it look like damage."""
+        names = self._record_names(_ACTIVATIONS)
+        if not names:
+            return
+        path = f"{_ACTIVATIONS}/{names[-1]}"
+        try:
+            self._activation(path)
+        except CorruptDataError:
+            self.files.write(path, seal({"generation": _number(names[-1]), "withdrawn": True}))
 
     # Committed steps.
 
@@ -296,11 +340,18 @@ class PersistentStore:
 
     def _record_names(self, directory: str) -> list[str]:
         names = [e.name for e in self.files.entries(directory) if _RECORD.fullmatch(e.name)]
-        return sorted(names, key=lambda name: int(name.partition(".")[0]))
+        return sorted(names, key=_number)
 
-    def _activation(self, path: str) -> Activation:
+    def _activation(self, path: str) -> Activation | None:
+        """The activation in a record; None where the record was withdrawn."""
         raw = unseal(self.files.read(path), self.files.locate(path))
+        if raw.get("withdrawn"):
+            return None
         return Activation(raw["generation"], raw["step"])
+
+
+def _number(record_name: str) -> int:
+    return int(record_name.partition(".")[0])
 
 
 def without_void(steps: Iterable[PersistentStep], activations: Collection[Activation]) -> list[PersistentStep]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,7 @@ def test_racing_processes_get_one_run_id_and_different_generations(tmp_path: Pat
 def test_a_run_id_stays_and_a_damaged_one_is_refused(tmp_path: Path) -> None:
     run_id = PersistentStore(tmp_path).run_id()
     assert PersistentStore(tmp_path).run_id() == run_id
-    (tmp_path / "emergency_ckpt/run_id").write_text("")
+    (tmp_path / "emergency_ckpt/run_id").write_text(run_id[:8])
     with pytest.raises(CorruptDataError, match="should hold a UUID"):
         PersistentStore(tmp_path).run_id()
 
@@ -58,13 +59,61 @@ def test_a_generation_is_above_all_that_was_seen_and_keeps_its_parent(tmp_path: 
     assert len({first.nonce, second.nonce, third.nonce}) == 3
 
 
-def test_a_damaged_generation_record_is_refused(tmp_path: Path) -> None:
+def test_a_run_id_that_a_crash_left_empty_is_written_again(tmp_path: Path) -> None:
+    (tmp_path / "emergency_ckpt").mkdir()
+    (tmp_path / "emergency_ckpt/run_id").write_text("")
+    run_id = PersistentStore(tmp_path).run_id()
+    assert str(uuid.UUID(run_id)) == run_id
+    assert PersistentStore(tmp_path).run_id() == run_id
+
+
+def cut_short(path: Path, left: int) -> None:
+    """What a writer leaves that dies between opening the file's final name and its last byte."""
+    path.write_bytes(path.read_bytes()[:left])
+
+
+@pytest.mark.parametrize("left", [0, 1, 20])
+def test_a_generation_whose_record_was_cut_short_is_burnt(tmp_path: Path, left: int) -> None:
     store = PersistentStore(tmp_path)
-    store.mint_generation(0, None)
-    path = tmp_path / "emergency_ckpt/generations/00000001.json"
-    path.write_bytes(path.read_bytes().replace(b'"number":1', b'"number":9'))
+    first = store.mint_generation(0, None)
+    store.mint_generation(1, None)
+    cut_short(tmp_path / "emergency_ckpt/generations/00000002.json", left)
+    with pytest.raises(StaleGenerationError, match=r"the newest in .* is 2 \(unknown\)"):
+        store.check_generation(Attempt(first, 10, "default"))
+    third = store.mint_generation(0, None)
+    assert third.number == 3
+    store.check_generation(Attempt(third, 10, "default"))
+
+
+@pytest.mark.parametrize("left", [0, 1, 20])
+def test_an_activation_that_was_cut_short_was_not_written(tmp_path: Path, left: int) -> None:
+    store = PersistentStore(tmp_path)
+    store.record_activation(Activation(1, None))
+    store.record_activation(Activation(2, 10))
+    cut_short(tmp_path / "emergency_ckpt/activations/00000002.json", left)
+    assert store.activations() == (Activation(1, None),)
+    store.record_activation(Activation(2, 20))
+    assert store.activations() == (Activation(1, None), Activation(2, 20))
+
+
+def test_the_next_generation_starts_after_an_activation_that_was_cut_short(tmp_path: Path) -> None:
+    store = PersistentStore(tmp_path)
+    store.record_activation(Activation(1, None))
+    store.record_activation(Activation(2, 10))
+    cut_short(tmp_path / "emergency_ckpt/activations/00000002.json", 0)
+    store.record_activation(Activation(3, 5))
+    assert store.activations() == (Activation(1, None), Activation(3, 5))
+    store.record_activation(Activation(4, 6))
+    assert store.activations() == (Activation(1, None), Activation(3, 5), Activation(4, 6))
+
+
+def test_a_damaged_older_activation_is_refused(tmp_path: Path) -> None:
+    store = PersistentStore(tmp_path)
+    for activation in (Activation(1, None), Activation(2, 10)):
+        store.record_activation(activation)
+    cut_short(tmp_path / "emergency_ckpt/activations/00000001.json", 20)
     with pytest.raises(CorruptDataError, match=r"00000001.json is damaged"):
-        store.newest_generation()
+        store.activations()
 
 
 def test_an_activation_is_recorded_once(tmp_path: Path) -> None:
