@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from emergency_ckpt.core.lineage import Activation, StepId, is_void
 
@@ -24,11 +24,15 @@ class Outcome(enum.Enum):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Slot:
-    """One slot: empty (`step` None), being written (`sealed` False) or sealed; `pins` counts running drains."""
+    """One slot: empty (`step` None), being written (`sealed` False) or sealed; `pins` counts running drains.
+
+    `foreign` marks an empty slot whose file still has another run's step.
+    """
 
     step: StepId | None = None
     sealed: bool = False
     pins: int = 0
+    foreign: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -52,10 +56,17 @@ class SlotTable:
 
     @classmethod
     def recovered(
-        cls, held: Sequence[StepId | None], max_to_keep: int, activations: Iterable[Activation] = ()
+        cls,
+        held: Sequence[StepId | None],
+        max_to_keep: int,
+        activations: Iterable[Activation] = (),
+        foreign: Collection[int] = (),
     ) -> SlotTable:
-        """The table after a start: sealed slots as found on the ramdisk, no outcome known."""
-        slots = tuple(Slot(step, sealed=step is not None) for step in held)
+        """The table after a start: sealed slots as found on the ramdisk, no outcome known.
+
+        `foreign` names the slots that hold another run's step; `held` is None there.
+        """
+        slots = tuple(Slot(step, sealed=step is not None, foreign=i in foreign) for i, step in enumerate(held))
         return cls(slots, max_to_keep, activations=frozenset(activations))
 
     # Questions.
@@ -105,14 +116,18 @@ class SlotTable:
         return best, f"slot {best} takes {step}"
 
     def _reluctance(self, index: int) -> tuple[int, int, int]:
-        """Sort key: empty slots first, then given-up steps, then superseded ones, oldest first."""
+        """Sort key: empty slots first, given-up steps, superseded ones (oldest first), another run's last."""
         step = self.slots[index].step
         if step is None:
-            return (0, 0, 0)
+            return (3 if self.slots[index].foreign else 0, 0, 0)
         return (1 if self._given_up(step) else 2, step.generation, step.step)
 
     def _given_up(self, step: StepId) -> bool:
         return step in self.abandoned or is_void(step, self.activations)
+
+    def unsettled(self) -> int:
+        """Slots that are being written or drained."""
+        return sum(s.step is not None and (not s.sealed or s.pins > 0) for s in self.slots)
 
     # Transitions.
 
@@ -142,10 +157,23 @@ class SlotTable:
         return self._with_slot(index, Slot())
 
     def settle(self, step: StepId, outcome: Outcome) -> SlotTable:
-        """Learns the agreed outcome of `step`."""
+        """Learns the agreed outcome of `step`, or COMPLETE from a restore whose plan covers it.
+
+        COMPLETE stands: a restore may choose an abandoned step that was sealed everywhere after all, and the
+        older outcome may arrive late.
+        """
         if outcome is Outcome.COMPLETE:
-            return dataclasses.replace(self, complete=self.complete | {step})._pruned()
+            complete, abandoned = self.complete | {step}, self.abandoned - {step}
+            return dataclasses.replace(self, complete=complete, abandoned=abandoned)._pruned()
+        if step in self.complete:
+            return self
         return dataclasses.replace(self, abandoned=self.abandoned | {step})._pruned()
+
+    def forget(self, step: StepId) -> SlotTable:
+        """`step` was deleted: what was known about it no longer speaks for overwriting older ones."""
+        return dataclasses.replace(
+            self, complete=self.complete - {step}, abandoned=self.abandoned - {step}
+        )._pruned()
 
     def activate(self, activation: Activation) -> SlotTable:
         """Learns that all processes hold the state of a restore: what it left behind is void."""
