@@ -10,54 +10,131 @@ import fcntl
 import os
 import socket
 import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 from emergency_ckpt.errors import LocalDirectoryError
+from emergency_ckpt.local.recovery import newest_of_run
 
 SUBDIRECTORY = "emergency_ckpt"
+LOCK_WAIT = timedelta(seconds=10)
+TAKEOVER_WAIT = timedelta(seconds=60)
 _MAX_ORDINALS = 256
+_POLL_SECONDS = 0.1
 _held_here: dict[Path, Claim] = {}
+# One claim at a time is made in this process; `_guard` is for the registry and is never held while waiting.
+# Where both are needed, a claim's `changed` is taken before `_guard`.
+_claiming = threading.Lock()
 _guard = threading.Lock()
 
 
 class Claim:
-    """A directory that this process owns until `release`."""
+    """A directory that this process owns, until it is released or a newer manager of the process takes it over.
+
+    Attributes:
+      changed: the lock of everything that the owner does to the directory, so that a takeover is atomic with
+        respect to it; notified at every change.
+      superseded: a newer manager has the directory, or waits for it: begin nothing new, write nothing but what
+        was begun.
+    """
 
     def __init__(self, path: Path, fd: int) -> None:
         self.path = path
-        self._fd = fd
+        self.changed = threading.Condition()
         self.superseded = False
+        self._fd = fd
+        self._unsettled = 0
+
+    def count_unsettled(self, unsettled: int) -> None:
+        """How many slots are being written or drained now. The caller holds `changed`."""
+        self._unsettled = unsettled
+        self.changed.notify_all()
 
     def release(self) -> None:
         """Gives the directory back, unless a newer manager of this process has taken it over."""
-        with _guard:
+        with self.changed, _guard:
             if _held_here.get(self.path) is self:
                 del _held_here[self.path]
                 os.close(self._fd)
 
+    def hand_over(self, limit: timedelta) -> Claim | None:
+        """A claim on the same directory for a newer manager, as soon as nothing unsettled is left here.
 
-def claim_directory(root: Path, preferred: int = 0) -> Claim:
+        None where the directory was given back in the meantime. Raises LocalDirectoryError after `limit`; this
+        claim then stands as before.
+        """
+        with self.changed:
+            self.superseded = True
+            self.changed.notify_all()
+            if not self.changed.wait_for(lambda: self._unsettled == 0, limit.total_seconds()):
+                self.superseded = False
+                raise LocalDirectoryError(
+                    f"another manager of this process is still writing or draining {self._unsettled} slots in "
+                    f"{self.path} after {limit.total_seconds():.0f} s. Close it before opening a new one."
+                )
+            with _guard:
+                if _held_here.get(self.path) is not self:
+                    return None
+                _held_here[self.path] = Claim(self.path, self._fd)
+                return _held_here[self.path]
+
+
+def claim_directory(
+    root: Path,
+    preferred: int,
+    log: Callable[[str], None],
+    *,
+    run: str,
+    lock_wait: timedelta = LOCK_WAIT,
+    takeover_wait: timedelta = TAKEOVER_WAIT,
+) -> Claim:
     """Claims one directory below `root` for this process: ordinal `preferred`, or the first free one.
 
-    A directory that this very process holds already is handed over: the manager that held it before may not
-    save any more. Raises LocalDirectoryError when `root` is missing or not writable.
+    A directory that this very process holds already is handed over, once what the manager that held it before
+    had begun is settled (at most `takeover_wait`); that one may not save any more. Where another process has
+    locked the preferred directory and it holds steps of `run`, an earlier trainer may be about to exit: its
+    lock is waited for, at most `lock_wait`.
+
+    Raises LocalDirectoryError when `root` is missing or not writable, or an earlier manager is still writing.
     """
     check_root(root)
     base = root.resolve() / SUBDIRECTORY
-    with _guard:
-        for path, claim in list(_held_here.items()):
-            if path.parent == base:
-                claim.superseded = True
-                taken = Claim(path, claim._fd)
-                _held_here[path] = taken
-                return taken
-        for ordinal in (preferred, *range(_MAX_ORDINALS)):
-            path = base / str(ordinal)
-            fd = _try_lock(path)
-            if fd is not None:
-                _held_here[path] = Claim(path, fd)
-                return _held_here[path]
+    with _claiming:
+        with _guard:
+            earlier = next((claim for path, claim in _held_here.items() if path.parent == base), None)
+        if earlier is not None and (taken := earlier.hand_over(takeover_wait)):
+            return taken
+        claim = _claim_preferred(base / str(preferred), run, lock_wait, log)
+        if claim is not None:
+            return claim
+        for ordinal in range(_MAX_ORDINALS):
+            claim = _try_claim(base / str(ordinal))
+            if claim is not None:
+                return claim
     raise LocalDirectoryError(f"{_MAX_ORDINALS} processes hold directories below {base} already")
+
+
+def _claim_preferred(path: Path, run: str, limit: timedelta, log: Callable[[str], None]) -> Claim | None:
+    claim = _try_claim(path)
+    if claim is not None or (held := newest_of_run(path, run)) is None:
+        return claim
+    seconds = limit.total_seconds()
+    log(
+        f"{path} holds {held.step} of this run, but another process has locked it, an earlier trainer perhaps "
+        f"that has not ended: waiting up to {seconds:.0f} s for it"
+    )
+    deadline = time.monotonic() + seconds
+    while (claim := _try_claim(path)) is None and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+    if claim is None:
+        log(
+            f"{path} is still locked after {seconds:.0f} s and is passed over: this process does not use "
+            f"{held.step} in it. If an earlier trainer or a process that it started hangs there, end it and "
+            "start this one again."
+        )
+    return claim
 
 
 def check_root(root: Path) -> None:
@@ -87,6 +164,15 @@ def _boot_id() -> str:
     return path.read_text().strip() if path.exists() else ""
 
 
+def _try_claim(path: Path) -> Claim | None:
+    with _guard:  # A fork waits for it: no child inherits a lock that is not in the registry.
+        fd = _try_lock(path)
+        if fd is None:
+            return None
+        _held_here[path] = Claim(path, fd)
+        return _held_here[path]
+
+
 def _try_lock(path: Path) -> int | None:
     try:
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -102,3 +188,19 @@ def _try_lock(path: Path) -> int | None:
         os.close(fd)
         return None
     return fd
+
+
+def _forget_inherited_claims() -> None:
+    """In a forked child: a lock belongs to all who have its file open, so it would outlive the parent here."""
+    global _claiming
+    _claiming = threading.Lock()  # Another thread of the parent may have held it.
+    for claim in _held_here.values():
+        claim.superseded = True
+        os.close(claim._fd)
+    _held_here.clear()
+    _guard.release()
+
+
+os.register_at_fork(
+    before=_guard.acquire, after_in_parent=_guard.release, after_in_child=_forget_inherited_claims
+)

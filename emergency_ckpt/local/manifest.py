@@ -39,6 +39,7 @@ class Manifest:
       listed: whether the step counts as a local step (False: it was due for the persistent tier only).
       activations: the restores this process knew of.
       metadata: custom metadata and metrics of the save.
+      promised: the newest step that this process knew to be complete when it sealed.
     """
 
     run: str
@@ -53,6 +54,7 @@ class Manifest:
     listed: bool = True
     activations: tuple[Activation, ...] = ()
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    promised: StepId | None = None
 
     @property
     def digest(self) -> str:
@@ -75,6 +77,7 @@ class Manifest:
                 "listed": self.listed,
                 "activations": [[a.generation, a.step] for a in self.activations],
                 "metadata": self.metadata,
+                "promised": [self.promised.generation, self.promised.step] if self.promised else None,
             },
             separators=(",", ":"),
         ).encode()
@@ -99,7 +102,7 @@ class Manifest:
         return cls(
             run=str(raw["run"]),
             nonce=str(raw["nonce"]),
-            step=StepId(int(raw["step"][0]), int(raw["step"][1])),
+            step=_step_id(raw["step"]),
             layout=str(raw["layout"]),
             position=int(raw["position"]),
             process_count=int(raw["process_count"]),
@@ -109,6 +112,8 @@ class Manifest:
             listed=bool(raw["listed"]),
             activations=tuple(Activation(int(g), None if s is None else int(s)) for g, s in raw["activations"]),
             metadata=dict(raw["metadata"]),
+            # Manifests of earlier versions do not say it.
+            promised=_step_id(promised) if (promised := raw.get("promised")) is not None else None,
         )
 
     def check_against(self, layout: Layout, data_bytes: int) -> None:
@@ -122,6 +127,13 @@ class Manifest:
                 f"the manifest of {self.step} does not fit its layout: {len(self.checksums)} shards listed, "
                 f"{len(entries)} expected, in a slot of {data_bytes} bytes"
             )
+
+
+def _step_id(raw: Any) -> StepId:
+    generation, step = (int(number) for number in raw)
+    if generation < 0 or step < 0:
+        raise ValueError(f"{raw} is no step: expected a generation and a step number, none of them negative")
+    return StepId(generation, step)
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:

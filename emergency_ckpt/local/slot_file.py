@@ -45,7 +45,14 @@ class SlotFile:
                 "Check that local_checkpoint_directory exists and is writable for this user."
             ) from error
         self._map = mmap.mmap(self._fd, size)
-        self.data: np.ndarray = np.frombuffer(self._map, dtype=np.uint8, count=size)[:nbytes]
+        self._data: np.ndarray | None = np.frombuffer(self._map, dtype=np.uint8, count=size)[:nbytes]
+
+    @property
+    def data(self) -> np.ndarray:
+        """Raises LocalDirectoryError once the slot is closed."""
+        if self._data is None:
+            raise LocalDirectoryError(f"slot {self.path} is closed: its manager was closed; use a newer one")
+        return self._data
 
     def prepare(self) -> None:
         """Allocates and maps every page, releasing the GIL; keeps the content. One thread calls this once."""
@@ -78,10 +85,12 @@ class SlotFile:
             raise self._error
 
     def close(self) -> None:
-        """Unmaps the slot. Views that are still alive keep the mapping until they go."""
+        """Unmaps the slot. Views that are still alive keep the mapping until they go. Repeating it is fine."""
+        if self._data is None:
+            return
         self._stop.set()
         self._ready.wait()
-        self.data = np.empty(0, np.uint8)
+        self._data = None
         with contextlib.suppress(BufferError):  # A reader still holds a view: the mapping goes with it.
             self._map.close()
         os.close(self._fd)

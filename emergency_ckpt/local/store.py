@@ -6,10 +6,8 @@ overwritten, and appears by rename after the last one. Nothing here talks to oth
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import re
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -22,20 +20,24 @@ import numpy as np
 from emergency_ckpt.core.checksums import block_seed
 from emergency_ckpt.core.inventory import Holding
 from emergency_ckpt.core.layout import Layout, SlotEntry
-from emergency_ckpt.core.lineage import Activation, StepId
+from emergency_ckpt.core.lineage import Activation, StepId, is_void
 from emergency_ckpt.core.slots import Outcome, SlotTable
-from emergency_ckpt.errors import (
-    CorruptDataError,
-    ForeignRunError,
-    LocalDirectoryError,
+from emergency_ckpt.errors import CorruptDataError, LocalDirectoryError
+from emergency_ckpt.local.claim import LOCK_WAIT, TAKEOVER_WAIT, Claim, claim_directory, directories
+from emergency_ckpt.local.layout_files import LayoutFiles
+from emergency_ckpt.local.manifest import Manifest, find_damage, write_manifest
+from emergency_ckpt.local.recovery import (
+    Found,
+    data_path,
+    evict,
+    find_slots,
+    make_room,
+    manifest_path,
+    newest_of_run,
 )
-from emergency_ckpt.local.capacity import measure_room, slots_that_fit
-from emergency_ckpt.local.claim import Claim, claim_directory, directories
-from emergency_ckpt.local.manifest import Manifest, find_damage, read_manifest, write_manifest
 from emergency_ckpt.local.slot_file import SlotFile
 
 READY_TIMEOUT = timedelta(minutes=10)
-_SLOT_NAME = re.compile(r"slot_(\d+)\.(?:data|manifest|tmp)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +49,10 @@ class StoreOptions:
       ordinal: which of the directories below it this process should take (see `held_positions`).
       max_to_keep: complete steps that stay available locally; 0 without a local tier.
       wanted_slots: slots for full speed; least_slots: without these no step can be kept safely.
-      foreign_run: what to do with another run's data in the directory: 'evict' it or raise an 'error'.
+      foreign_run: what to do with another run's data in the directory: 'evict' it when its room is needed, or
+        raise an 'error' at start.
+      lock_wait: how long to wait for another process that has locked the directory with this run's steps.
+      takeover_wait: how long to wait for another manager of this process to finish what it has begun.
     """
 
     directory: Path | None
@@ -56,6 +61,8 @@ class StoreOptions:
     least_slots: int
     foreign_run: Literal["evict", "error"] = "evict"
     ordinal: int = 0
+    lock_wait: timedelta = LOCK_WAIT
+    takeover_wait: timedelta = TAKEOVER_WAIT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,27 +135,28 @@ class LocalStore:
         self._options = options
         self._run = run
         self._log = log
-        self._changed = threading.Condition()
-        self._layouts: dict[str, Layout] = {layout.hash: layout}
+        self._closed = False
         self._slot_bytes = layout.data_bytes(process)
-        self._claim: Claim | None = (
-            claim_directory(options.directory, options.ordinal) if options.directory else None
-        )
+        self._claim = self._make_claim()
+        self._changed = self._claim.changed if self._claim else threading.Condition()
+        self._layouts = LayoutFiles(self.directory, layout)
         try:
-            found = self._find_manifests()
-            count = max(self._count_slots(found), 1 + max((i for i, m in found.items() if m), default=-1))
-            self._manifests: list[Manifest | None] = [found.get(i) for i in range(count)]
+            found, count = self._find()
+            self._manifests: list[Manifest | None] = [found.own.get(i) for i in range(count)]
+            self._foreign = {i: m for i, m in found.foreign.items() if i < count}
+            self._promises = frozenset(found.promises)
+            self._deleted: set[StepId] = set()
             self._files = [self._open_file(i) for i in range(count)]
             held = [m.step if m else None for m in self._manifests]
             activations = {a for m in self._manifests if m for a in m.activations}
-            self._table = SlotTable.recovered(held, options.max_to_keep, activations)
-            self._write_layout()
+            self._table = SlotTable.recovered(held, options.max_to_keep, activations, self._foreign)
+            self._layouts.write_own({m.layout for m in found.foreign.values()})
         except BaseException:
             if self._claim:
                 self._claim.release()
             raise
         # Empty slots first: they are the ones that the first saves take.
-        order = sorted(range(count), key=lambda i: self._manifests[i] is not None)
+        order = sorted(range(count), key=lambda i: (self._manifests[i] is not None, i in self._foreign))
         self._preparer = threading.Thread(
             target=_prepare_all,
             args=([self._files[i] for i in order],),
@@ -177,6 +185,15 @@ class LocalStore:
         generations += [a.generation for a in self._table.activations]
         return max(generations, default=0)
 
+    def promised(self) -> StepId | None:
+        """The newest step of which a manifest found at start says that it was complete, and which is not void.
+
+        What became of that manifest's own data plays no part.
+        """
+        with self._changed:
+            known = self._table.activations
+        return max((step for step in self._promises if not is_void(step, known)), default=None)
+
     def verify(self) -> tuple[Holding, ...]:
         """Verifies every sealed slot against its checksums; damaged ones are emptied, and said.
 
@@ -187,7 +204,7 @@ class LocalStore:
             if manifest is None or not self._table.slots[index].sealed:
                 continue
             try:
-                layout = self._layout(manifest.layout)
+                layout = self._layouts.get(manifest.layout)
                 manifest.check_against(layout, self._files[index].nbytes)
                 damage = SealedSlot(index, manifest, layout, self._files[index].data).find_damage()
             except CorruptDataError as error:
@@ -212,7 +229,7 @@ class LocalStore:
     def sealed_steps(self, listed_only: bool = True) -> tuple[StepId, ...]:
         """Sealed steps that are neither void nor abandoned, oldest first."""
         with self._changed:
-            listed = {m.step for m in self._manifests if m and (m.listed or not listed_only)}
+            listed = {m.step for m in self._manifests if m and (m.listed or not listed_only)} - self._deleted
             return tuple(step for step in self._table.sealed_steps() if step in listed)
 
     def complete_steps(self) -> tuple[StepId, ...]:
@@ -228,234 +245,241 @@ class LocalStore:
             manifest = self._manifests[index] if index is not None else None
             if index is None or manifest is None:
                 return None
-            return SealedSlot(index, manifest, self._layout(manifest.layout), self._files[index].data)
+            return SealedSlot(index, manifest, self._layouts.get(manifest.layout), self._files[index].data)
 
     # Writing a step.
 
     def begin(self, step: StepId, timeout: timedelta, pins: int = 0) -> tuple[OpenSlot | None, str]:
         """Takes a slot for `step`, waiting up to `timeout` for one to become free.
 
-        Returns the slot, or None and the reason why no slot may be overwritten.
+        Returns the slot, or None and the reason why no slot may be overwritten. Raises LocalDirectoryError when
+        this store is closed or was taken over by a newer manager of the process.
         """
         deadline = time.monotonic() + timeout.total_seconds()
         with self._changed:
             while True:
-                if self._claim and self._claim.superseded:
-                    raise LocalDirectoryError(
-                        f"{self.directory} was taken over by a newer manager of this process; close this one"
-                    )
+                self._check_usable()
                 table, index, reason = self._table.begin(step, pins)
                 if index is not None:
-                    break
+                    return self._take(index, step, table, reason)
                 remaining = deadline - time.monotonic()
-                if remaining <= 0 or not self._changed.wait(remaining):
-                    table, index, reason = self._table.begin(step, pins)
-                    if index is None:
-                        return None, reason
-                    break
-            self._remove_manifest(index)
-            self._table = table
-            self._resize(index)
+                if remaining <= 0:
+                    return None, reason
+                self._changed.wait(remaining)
+
+    def _take(self, index: int, step: StepId, table: SlotTable, reason: str) -> tuple[OpenSlot | None, str]:
+        """Empties slot `index` and opens it; whatever interrupts this, table and manifests still agree."""
+        before = self._table
+        try:
+            self._empty_for(index)
+            self._update(table)
             return OpenSlot(index, step, self._files[index]), reason
+        except BaseException as error:
+            path = self._manifest_path(index)
+            if path is not None and path.exists():
+                self._update(before)
+            else:
+                self._manifests[index] = None
+                self._foreign.pop(index, None)
+                self._update(before.empty(index))
+            if isinstance(error, OSError):
+                return None, f"slot {index} of {self.directory} cannot be used: {error}"
+            raise
+
+    def _empty_for(self, index: int) -> None:
+        """Removes the manifest, ours or another run's, and gives the file the size of a slot of this layout."""
+        if self.directory and (foreign := self._foreign.get(index)):
+            evict(self.directory, index, foreign, self._log)
+            del self._foreign[index]
+        self._remove_manifest(index)
+        if self._files[index].nbytes != self._slot_bytes:
+            resized = self._open_file(index)
+            _start_preparing(resized)
+            self._files[index].close()
+            self._files[index] = resized
 
     def seal(self, slot: OpenSlot, manifest: Manifest) -> None:
-        """Puts the manifest of a completely written slot in place."""
+        """Puts the manifest of a completely written slot in place. Raises LocalDirectoryError once closed.
+
+        A newer manager that takes the directory over waits for the slots that were begun before.
+        """
         path = self._manifest_path(slot.index)
-        if path:
-            write_manifest(path, manifest)
         with self._changed:
+            self._check_open()
+            table = self._table.seal(slot.index)
+            if path:
+                write_manifest(path, manifest)
             self._manifests[slot.index] = manifest
-            self._table = self._table.seal(slot.index)
-            self._changed.notify_all()
+            self._update(table)
 
     def discard(self, slot: OpenSlot) -> None:
         """Gives up a slot that was begun and not sealed."""
         with self._changed:
-            self._table = self._table.fail(slot.index)
-            self._changed.notify_all()
+            self._update(self._table.fail(slot.index))
 
-    # What becomes of a step.
+    # What becomes of a step. Of a store that is closed or was taken over, these change the memory only.
 
     def settle(self, step: StepId, outcome: Outcome) -> None:
         """Learns the agreed outcome; the slot of an abandoned step is emptied."""
         with self._changed:
-            self._table = self._table.settle(step, outcome)
-            self._changed.notify_all()
-        if outcome is Outcome.ABANDONED:
-            self.give_up(step)
+            self._update(self._table.settle(step, outcome))
+            if step in self._table.abandoned:
+                self.give_up(step)
 
     def give_up(self, step: StepId) -> None:
-        """Empties the slot of `step`, if it is sealed here."""
+        """Empties the slot of `step`, if it is sealed here and not pinned."""
         with self._changed:
             index = self._table.find(step)
             if index is not None and not self._table.slots[index].pins:
                 self._remove_manifest(index)
-                self._table = self._table.empty(index)
-                self._changed.notify_all()
+                self._update(self._table.empty(index))
+
+    def delete(self, step: int) -> None:
+        """Gives up and forgets the sealed steps of this number, of every generation.
+
+        A pinned slot stays readable for whoever pinned it and is emptied at the last `unpin`.
+        """
+        with self._changed:
+            for index, slot in enumerate(self._table.slots):
+                if slot.step is None or slot.step.step != step or not slot.sealed:
+                    continue
+                if slot.pins:
+                    self._deleted.add(slot.step)
+                    self._unlink_manifest(index)
+                else:
+                    self.give_up(slot.step)
+            writing = {slot.step for slot in self._table.slots if not slot.sealed}
+            known = self._table.complete | self._table.abandoned
+            for saved in (s for s in known if s.step == step and s not in writing):
+                self._update(self._table.forget(saved))
 
     def activate(self, activations: Iterable[Activation]) -> None:
         """Learns of restores that all processes hold; what they left behind no longer occupies slots."""
         with self._changed:
             for activation in activations:
-                self._table = self._table.activate(activation)
-            self._changed.notify_all()
+                self._update(self._table.activate(activation))
 
     def pin(self, step: StepId) -> SealedSlot | None:
-        """Keeps the slot of `step` from being overwritten until `unpin`; None where it is not sealed here."""
+        """Keeps the slot of `step` from being overwritten until `unpin`; None where it is not sealed here.
+
+        Raises LocalDirectoryError when this store is closed or was taken over.
+        """
         with self._changed:
+            self._check_usable()
             index = self._table.find(step)
-            if index is None:
+            if index is None or step in self._deleted:
                 return None
-            self._table = self._table.pin(index)
-        return self.sealed(step)
+            self._update(self._table.pin(index))
+            return self.sealed(step)
 
     def unpin(self, index: int) -> None:
         with self._changed:
-            self._table = self._table.unpin(index)
-            self._changed.notify_all()
+            self._update(self._table.unpin(index))
+            slot = self._table.slots[index]
+            if slot.step in self._deleted and not slot.pins:
+                self._deleted.discard(slot.step)
+                self.give_up(slot.step)
 
     def close(self) -> None:
-        """Unmaps the slots and releases the directory. The data stays."""
+        """Unmaps the slots and releases the directory; sealed data stays. Repeating it is fine.
+
+        The files of slots that are still being written are removed: whoever writes there keeps the memory to
+        himself, and the next owner of the directory gets fresh one.
+        """
+        with self._changed:
+            if self._closed:
+                return
+            for index, slot in enumerate(self._table.slots):
+                if self.directory and slot.step is not None and not slot.sealed:
+                    data_path(self.directory, index).unlink(missing_ok=True)
+            self._closed = True
+            self._update(self._table)
         for file in self._files:
             file.close()
         self._preparer.join()
         if self._claim:
             self._claim.release()
 
+    def _update(self, table: SlotTable) -> None:
+        self._table = table
+        if self._claim:
+            # Once closed, nobody can seal any more, and a drain verifies what it reads.
+            self._claim.count_unsettled(0 if self._closed else table.unsettled())
+        else:
+            self._changed.notify_all()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise LocalDirectoryError(
+                f"the store of slots in {self.directory or 'memory'} is closed: its manager was closed; "
+                "use a newer one"
+            )
+
+    def _check_usable(self) -> None:
+        self._check_open()
+        if self._claim and self._claim.superseded:
+            raise LocalDirectoryError(
+                f"{self.directory} was taken over by a newer manager of this process; close this one"
+            )
+
     # Files.
 
+    def _make_claim(self) -> Claim | None:
+        options = self._options
+        if options.directory is None:
+            return None
+        return claim_directory(
+            options.directory,
+            options.ordinal,
+            self._log,
+            run=self._run,
+            lock_wait=options.lock_wait,
+            takeover_wait=options.takeover_wait,
+        )
+
+    def _find(self) -> tuple[Found, int]:
+        """What is in the directory, and the number of slots to be used."""
+        options = self._options
+        if self.directory is None:
+            return Found(), options.wanted_slots
+        found = find_slots(self.directory, self._run, self._layouts, options.foreign_run, self._log)
+        count = make_room(
+            self.directory, found, self._slot_bytes, options.wanted_slots, options.least_slots, self._log
+        )
+        return found, count
+
     def _manifest_path(self, index: int) -> Path | None:
-        return self._claim.path / f"slot_{index}.manifest" if self._claim else None
+        return manifest_path(self.directory, index) if self.directory else None
 
     def _remove_manifest(self, index: int) -> None:
+        self._unlink_manifest(index)
         self._manifests[index] = None
+
+    def _unlink_manifest(self, index: int) -> None:
+        """Raises LocalDirectoryError; does nothing where the directory is no longer this store's."""
         path = self._manifest_path(index)
-        if path:
+        if path is None or self._closed or (self._claim and self._claim.superseded):
+            return
+        try:
             path.unlink(missing_ok=True)
+        except OSError as error:
+            raise LocalDirectoryError(
+                f"cannot remove the manifest {path}: {error.strerror}. Check the owner of the local checkpoint "
+                "directory and that it is not mounted read-only."
+            ) from error
 
     def _open_file(self, index: int) -> SlotFile:
-        if self._claim is None:
+        if self.directory is None:
             return SlotFile(None, self._slot_bytes)
-        path = self._claim.path / f"slot_{index}.data"
-        kept = self._manifests[index] is not None and path.exists()
+        path = data_path(self.directory, index)
+        kept = (self._manifests[index] is not None or index in self._foreign) and path.exists()
         return SlotFile(path, path.stat().st_size if kept else self._slot_bytes)
-
-    def _resize(self, index: int) -> None:
-        """Gives a slot that held a step of another job shape the size of this one."""
-        if self._files[index].nbytes == self._slot_bytes:
-            return
-        self._files[index].close()
-        self._files[index] = self._open_file(index)
-        _start_preparing(self._files[index])
-
-    def _find_manifests(self) -> dict[int, Manifest | None]:
-        """Manifests of our run by slot number; removes foreign and damaged ones as the options say."""
-        if self._claim is None:
-            return {}
-        found: dict[int, Manifest | None] = {}
-        for path in sorted(self._claim.path.iterdir()):
-            name = _SLOT_NAME.fullmatch(path.name)
-            if not name:
-                continue
-            found.setdefault(int(name[1]), None)
-            if path.suffix == ".tmp":
-                path.unlink()
-            elif path.suffix == ".manifest":
-                found[int(name[1])] = self._accept(path)
-        return found
-
-    def _accept(self, path: Path) -> Manifest | None:
-        try:
-            manifest = read_manifest(path)
-            if manifest is not None and manifest.run == self._run:
-                self._layout(manifest.layout)
-                return manifest
-        except CorruptDataError as error:
-            self._log(f"{error}")
-            path.unlink()
-            return None
-        if manifest is None:
-            return None
-        if self._options.foreign_run == "error":
-            raise ForeignRunError(
-                f"{path} belongs to run {manifest.run}, this run is {self._run}. Empty the directory, choose "
-                "another local_checkpoint_directory, or set local_checkpoint_foreign_run=evict."
-            )
-        self._log(f"evicting {manifest.step} of the foreign run {manifest.run} from {path.parent}")
-        path.unlink()
-        return None
-
-    def _count_slots(self, found: dict[int, Manifest | None]) -> int:
-        options = self._options
-        if self._claim is None:
-            return options.wanted_slots
-        present = 0
-        for index, manifest in found.items():
-            path = self._claim.path / f"slot_{index}.data"
-            if not path.exists():
-                continue
-            if manifest is None and index >= options.wanted_slots:
-                path.unlink()
-            else:
-                present += path.stat().st_blocks * 512
-        count = slots_that_fit(
-            measure_room(self._claim.path),
-            self._slot_bytes,
-            present,
-            options.wanted_slots,
-            options.least_slots,
-            self._claim.path,
-        )
-        if count < options.wanted_slots:
-            self._log(
-                f"the ramdisk has room for {count} slots of {self._slot_bytes} bytes instead of "
-                f"{options.wanted_slots}: a save waits while the slot it needs is drained"
-            )
-        return count
-
-    def _layout(self, layout_hash: str) -> Layout:
-        layout = self._layouts.get(layout_hash)
-        if layout is None:
-            path = self._layout_path(layout_hash)
-            if path is None or not path.is_file():
-                raise CorruptDataError(
-                    f"the layout {layout_hash} named by a manifest is missing in {self.directory}"
-                )
-            layout = Layout.from_bytes(path.read_bytes())
-            if layout.hash != layout_hash:
-                raise CorruptDataError(f"the layout file {path} does not have the content that its name says")
-            self._layouts[layout_hash] = layout
-        return layout
-
-    def _layout_path(self, layout_hash: str) -> Path | None:
-        if self._claim is None or not re.fullmatch(r"[0-9a-f]{32}", layout_hash):
-            return None
-        return self._claim.path / f"layout_{layout_hash}.json"
-
-    def _write_layout(self) -> None:
-        path = self._layout_path(self.layout.hash)
-        if path is None:
-            return
-        for other in path.parent.glob("layout_*.json"):
-            if other.stem.removeprefix("layout_") not in self._layouts:
-                other.unlink()
-        temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(self.layout.to_bytes())
-        temporary.rename(path)
 
 
 def held_positions(root: Path, run: str) -> dict[int, int | None]:
     """Per directory below `root`, the process index whose newest step of this run is in it. Takes no lock."""
-    found: dict[int, int | None] = {}
-    for ordinal, path in directories(root).items():
-        newest: Manifest | None = None
-        for candidate in path.glob("slot_*.manifest"):
-            with contextlib.suppress(CorruptDataError):
-                manifest = read_manifest(candidate)
-                if manifest and manifest.run == run and (newest is None or manifest.step > newest.step):
-                    newest = manifest
-        found[ordinal] = newest.position if newest else None
-    return found
+    newest = {ordinal: newest_of_run(path, run) for ordinal, path in directories(root).items()}
+    return {ordinal: manifest.position if manifest else None for ordinal, manifest in newest.items()}
 
 
 def _prepare_all(files: list[SlotFile]) -> None:

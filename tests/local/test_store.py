@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -13,15 +14,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 
 from emergency_ckpt.core.checksums import block_seed, copy_and_checksum
 from emergency_ckpt.core.layout import Layout, LeafSpec
 from emergency_ckpt.core.lineage import Activation, StepId
 from emergency_ckpt.core.shards import Box, Shard
 from emergency_ckpt.core.slots import Outcome
-from emergency_ckpt.errors import ForeignRunError, LocalCapacityError, LocalDirectoryError
+from emergency_ckpt.errors import CorruptDataError, ForeignRunError, LocalCapacityError, LocalDirectoryError
 from emergency_ckpt.local.capacity import Room, slots_that_fit
-from emergency_ckpt.local.manifest import Manifest
+from emergency_ckpt.local.manifest import FORMAT, Manifest
+from emergency_ckpt.local.recovery import Found, data_path, make_room
 from emergency_ckpt.local.store import LocalStore, OpenSlot, StoreOptions
 
 NO_WAIT = timedelta(0)
@@ -241,24 +244,73 @@ def test_another_job_shape_takes_over_the_slots(directory: Directory) -> None:
         assert_restorable(store, StepId(2, step))
 
 
-def test_a_foreign_run_is_evicted_loudly_or_refused(directory: Directory) -> None:
+def test_a_foreign_run_is_refused_where_that_is_wanted(directory: Directory) -> None:
     save(directory.open(), StepId(1, 1))
     with pytest.raises(ForeignRunError, match="belongs to run run-a, this run is run-b"):
         directory.open(run="run-b", foreign_run="error")
-    store = directory.open(run="run-b")
+
+
+def test_a_foreign_run_is_evicted_loudly_when_its_room_is_needed_and_not_before(directory: Directory) -> None:
+    save(directory.open(), StepId(1, 1))
+    store = directory.open(make_layout(2 * SIZE), run="run-b")
     assert store.verify() == ()
-    assert "evicting" in directory.messages[-1]
-    assert save(store, StepId(1, 1), run="run-b")
+    assert store.sealed_steps() == ()
+    for step in (1, 2):
+        assert save(store, StepId(1, step), outcome=None, run="run-b")
+    assert directory.messages == []
+    assert save(store, StepId(1, 3), outcome=None, run="run-b")
+    (message,) = directory.messages
+    assert "evicting step 1 (generation 1) of the foreign run run-a from slot" in message
+    assert_restorable(store, StepId(1, 3))
+    assert {h.step.step for h in directory.open(make_layout(2 * SIZE), run="run-b").verify()} == {1, 2, 3}
 
 
-def test_a_second_manager_of_the_process_takes_the_directory_over(directory: Directory, tmp_path: Path) -> None:
-    first = directory.open()
-    save(first, StepId(1, 1))
-    second = LocalStore(StoreOptions(tmp_path, 1, 3, 2), "run-a", make_layout(), 0, print)
-    assert [h.step for h in second.verify()] == [StepId(1, 1)]
-    with pytest.raises(LocalDirectoryError, match="taken over by a newer manager"):
-        first.begin(StepId(1, 2), NO_WAIT)
-    second.close()
+@pytest.mark.parametrize("size", [SIZE // 2, SIZE, 3 * SIZE])
+def test_a_run_finds_its_steps_after_another_one_started_by_mistake(directory: Directory, size: int) -> None:
+    save(directory.open(), StepId(1, 1))
+    sizes = {
+        path: path.stat().st_size
+        for path in store_files(directory.path)
+        if path.with_suffix(".manifest").exists()
+    }
+    store = directory.open(make_layout(size), run="run-b")
+    for step in range(5):
+        assert save(store, StepId(1, step), run="run-b")
+    assert {path: path.stat().st_size for path in sizes} == sizes
+    store = directory.open()
+    assert [h.step for h in store.verify()] == [StepId(1, 1)]
+    assert_restorable(store, StepId(1, 1))
+    assert save(store, StepId(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("slot_blocks", "capacity_blocks", "kept", "evicted"),
+    [
+        (8, 64, {0, 3}, set()),  # 0 and 3 stay beside a new slot 1: 8 + 8 + 8 blocks.
+        (16, 41, {0, 3}, set()),  # 0 grows to 16, 1 is new: 16 + 16 + 8.
+        (16, 39, {0}, {3}),
+        (6, 16, {0}, {3}),
+        (6, 13, set(), {0, 3}),  # 0 is larger than a slot: only without it two fit.
+    ],
+)
+def test_foreign_steps_give_way_at_start_where_the_slots_do_not_fit_beside_them(
+    tmp_path: Path, slot_blocks: int, capacity_blocks: int, kept: set[int], evicted: set[int]
+) -> None:
+    found = Found(
+        {0, 3, 4}, foreign={i: Manifest("run-z", "n", StepId(1, i), "0" * 32, 0, 1, ()) for i in (0, 3)}
+    )
+    for index in found.numbers:
+        data_path(tmp_path, index).write_bytes(bytes(8 * 4096))
+    messages: list[str] = []
+
+    def measure(directory: Path) -> Room:
+        used = sum(path.stat().st_blocks * 512 for path in directory.iterdir())
+        return Room(max(0, capacity_blocks * 4096 - used), None)
+
+    assert make_room(tmp_path, found, slot_blocks * 4096, 2, 2, messages.append, measure) == 2
+    assert {int(path.stem[-1]) for path in tmp_path.iterdir()} == kept
+    assert set(found.foreign) == kept
+    assert {int(message.split(" from slot ")[1][0]) for message in messages} == evicted
 
 
 def test_a_missing_directory_says_so(tmp_path: Path) -> None:
@@ -284,6 +336,113 @@ def test_slots_without_a_ramdisk_serve_as_a_staging_area(directory: Directory) -
         store.settle(StepId(1, step), Outcome.COMPLETE)
         assert_restorable(store, StepId(1, step))
         store.unpin(slot.index)
+
+
+def manifests_on_disk(root: Path) -> dict[str, int]:
+    paths = root.glob("emergency_ckpt/*/slot_*.manifest")
+    return {path.name: Manifest.from_bytes(path.read_bytes(), "test").step.step for path in paths}
+
+
+def test_after_deleting_the_newest_step_the_one_before_is_protected(directory: Directory) -> None:
+    store = directory.open()
+    for step in (1, 2, 3):
+        save(store, StepId(1, step))
+    store.delete(3)
+    assert store.complete_steps() == (StepId(1, 1), StepId(1, 2))
+    assert sorted(manifests_on_disk(directory.path).values()) == [1, 2]
+    assert [save(store, StepId(1, step), outcome=None) for step in (4, 5, 6)] == [True, True, False]
+    assert_restorable(store, StepId(1, 2))
+
+
+def test_deleting_a_number_deletes_it_in_every_generation(directory: Directory) -> None:
+    store = directory.open()
+    save(store, StepId(1, 4))
+    save(store, StepId(2, 4), outcome=None)
+    store.delete(4)
+    assert store.sealed_steps() == ()
+    assert directory.open().verify() == ()
+
+
+def test_a_deleted_step_that_is_being_drained_stays_readable_for_the_drain_only(directory: Directory) -> None:
+    store = directory.open()
+    save(store, StepId(1, 1))
+    pinned = store.pin(StepId(1, 1))
+    assert pinned is not None
+    store.delete(1)
+    assert manifests_on_disk(directory.path) == {}
+    assert store.sealed_steps() == ()
+    assert store.pin(StepId(1, 1)) is None
+    assert_restorable(store, StepId(1, 1))
+    store.unpin(pinned.index)
+    assert store.sealed(StepId(1, 1)) is None
+
+
+def test_what_was_known_to_be_complete_is_remembered_in_manifests(directory: Directory) -> None:
+    store = directory.open()
+    assert store.promised() is None
+    for step, promised in ((2, None), (3, StepId(1, 2))):
+        slot, _ = store.begin(StepId(1, step), NO_WAIT)
+        assert slot is not None
+        store.seal(slot, dataclasses.replace(fill(store, slot), promised=promised))
+    directory.close()
+    for path in store_files(directory.path):
+        path.write_bytes(b"\0" * path.stat().st_size)
+    store = directory.open()
+    assert store.verify() == ()
+    assert store.promised() == StepId(1, 2)
+    store.activate([Activation(2, 1)])
+    assert store.promised() is None
+
+
+@pytest.mark.parametrize("promised", [b"[1]", b"[1,2,3]", b"[-1,2]", b'"ab"', b"[1,null]", b"7"])
+def test_a_manifest_with_a_promise_that_is_no_step_is_refused(promised: bytes) -> None:
+    manifest = Manifest("run-a", "n", StepId(1, 1), "0" * 32, 0, 1, (), promised=StepId(4, 5))
+    body = manifest.to_bytes().partition(b"\n")[2]
+    assert Manifest.from_bytes(manifest.to_bytes(), "test") == manifest
+    changed = body.replace(b"[4,5]", promised)
+    data = f"{FORMAT} {xxhash.xxh3_128_hexdigest(changed)}\n".encode() + changed
+    with pytest.raises(CorruptDataError, match="unusable field"):
+        Manifest.from_bytes(data, "test")
+
+
+def test_a_manifest_that_cannot_be_removed_leaves_everything_as_it_was(directory: Directory) -> None:
+    store = directory.open(wanted_slots=2)
+    save(store, StepId(1, 1))
+    save(store, StepId(1, 2))
+    (name,) = (name for name, step in manifests_on_disk(directory.path).items() if step == 1)
+    path = directory.path / "emergency_ckpt/0" / name
+    content = path.read_bytes()
+    path.unlink()
+    path.mkdir()  # What no `unlink` removes.
+    slot, reason = store.begin(StepId(1, 3), NO_WAIT)
+    assert slot is None
+    assert f"cannot remove the manifest {path}" in reason
+    assert store.sealed_steps() == (StepId(1, 1), StepId(1, 2))
+    assert_restorable(store, StepId(1, 1))
+    path.rmdir()
+    path.write_bytes(content)
+    assert save(store, StepId(1, 3))
+
+
+def test_an_interrupt_while_a_slot_is_taken_leaves_the_slot_free(tmp_path: Path) -> None:
+    first = Directory(tmp_path)
+    for step in (1, 2):
+        save(first.open(wanted_slots=2), StepId(1, step), outcome=None)
+    first.close()
+    pressed: list[str] = []
+
+    def interrupt(message: str) -> None:
+        pressed.append(message)
+        if len(pressed) == 1:
+            raise KeyboardInterrupt
+
+    store = LocalStore(StoreOptions(tmp_path, 1, 2, 2), "run-b", make_layout(), 0, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        store.begin(StepId(1, 1), NO_WAIT)
+    assert len(manifests_on_disk(tmp_path)) == 2
+    for step in (1, 2):
+        assert save(store, StepId(1, step), outcome=None, run="run-b")
+    store.close()
 
 
 KILLED_WRITER = """

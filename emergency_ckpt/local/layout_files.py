@@ -1,0 +1,55 @@
+"""The layouts of one local directory: a manifest names its layout by hash, the layout lies in a file beside it.
+
+A layout is used only if it has the hash that its name says. Those that a manifest still needs are kept.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+from emergency_ckpt.core.layout import Layout
+from emergency_ckpt.errors import CorruptDataError
+
+
+class LayoutFiles:
+    """Layouts by hash; `directory` None: only those that were given."""
+
+    def __init__(self, directory: Path | None, own: Layout) -> None:
+        self._directory = directory
+        self._own = own
+        self._known = {own.hash: own}
+
+    def get(self, layout_hash: str) -> Layout:
+        """Raises CorruptDataError for a layout that is missing or damaged."""
+        layout = self._known.get(layout_hash)
+        if layout is None:
+            path = self._path(layout_hash)
+            if path is None or not path.is_file():
+                raise CorruptDataError(
+                    f"the layout {layout_hash} named by a manifest is missing in {self._directory}"
+                )
+            layout = Layout.from_bytes(path.read_bytes())
+            if layout.hash != layout_hash:
+                raise CorruptDataError(f"the layout file {path} does not have the content that its name says")
+            self._known[layout_hash] = layout
+        return layout
+
+    def write_own(self, needed: Collection[str]) -> None:
+        """Puts the own layout in place and removes those that are neither known nor `needed`."""
+        path = self._path(self._own.hash)
+        if path is None:
+            return
+        for other in path.parent.glob("layout_*.json"):
+            layout_hash = other.stem.removeprefix("layout_")
+            if layout_hash not in self._known and layout_hash not in needed:
+                other.unlink()
+        temporary = path.with_suffix(".tmp")
+        temporary.write_bytes(self._own.to_bytes())
+        temporary.rename(path)
+
+    def _path(self, layout_hash: str) -> Path | None:
+        if self._directory is None or not re.fullmatch(r"[0-9a-f]{32}", layout_hash):
+            return None
+        return self._directory / f"layout_{layout_hash}.json"
