@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         TopologyError,
         UnsupportedStateError,
     )
-    from emergency_ckpt.manager import CheckpointManager
+    from emergency_ckpt.manager import CheckpointManager, RestoredState, RestoreReport
     from emergency_ckpt.options import (
         CheckpointManagerOptions,
         LocalCheckpointOptions,
@@ -54,6 +54,8 @@ __all__ = [
     "PeerFailedError",
     "PersistentCheckpointOptions",
     "PersistentStoreError",
+    "RestoreReport",
+    "RestoredState",
     "StaleGenerationError",
     "StateMismatchError",
     "TopologyError",
@@ -67,6 +69,8 @@ _HOME = {
     "LocalCheckpointOptions": "options",
     "MultiprocessingOptions": "options",
     "PersistentCheckpointOptions": "options",
+    "RestoreReport": "manager",
+    "RestoredState": "manager",
     "Config": "config",
     "load_config": "config",
 }

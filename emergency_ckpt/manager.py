@@ -1,16 +1,14 @@
 """`CheckpointManager`: what a train step calls.
 
-It speaks Orbax's language to the outside, keeps track of which step was saved last, and hands everything else
-to the rooms behind it. All processes of the job make the same calls in the same order.
+It speaks Orbax's and MaxText's language to the outside and hands everything else to `runtime.engine`. All
+processes of the job make the same calls in the same order.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -19,28 +17,21 @@ from etils import epath, epy
 from orbax.checkpoint.checkpoint_manager import RootMetadata, StepMetadata
 from orbax.checkpoint.experimental.emergency import checkpoint_manager as orbax_emergency
 
-from emergency_ckpt.core.lineage import Activation, StepId
 from emergency_ckpt.core.schedule import Due
-from emergency_ckpt.core.slots import Outcome
 from emergency_ckpt.errors import (
     ConfigError,
-    CoordinationTimeoutError,
-    EmergencyCheckpointError,
     NoRestorableStepError,
     UnsupportedStateError,
 )
-from emergency_ckpt.jaxio.binding import StateBinder
 from emergency_ckpt.jaxio.preemption import PreemptionQuery
 from emergency_ckpt.runtime import extras as extras_room
-from emergency_ckpt.runtime.agreement import agree, tell
-from emergency_ckpt.runtime.catalog import Catalog
 from emergency_ckpt.runtime.disabled import DisabledCheckpointManager
+from emergency_ckpt.runtime.engine import Engine
 from emergency_ckpt.runtime.loading import load_parameters, load_state
 from emergency_ckpt.runtime.restored_state import RestoredState
 from emergency_ckpt.runtime.restoring import Restored, RestoreReport
-from emergency_ckpt.runtime.saving import SaveContent, SavePipeline
+from emergency_ckpt.runtime.saving import SaveContent
 from emergency_ckpt.runtime.settings import Settings, settings_from_config, settings_from_orbax
-from emergency_ckpt.runtime.start import mint_generation, start_drains, start_job
 
 if TYPE_CHECKING:
     from emergency_ckpt.config import Config
@@ -131,7 +122,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         manager._load_parameters_path = config.load_parameters_path
         manager._save_on_completion = config.save_checkpoint_on_completion
         for sentence in [*inactive_flags(config), *advice(config)]:
-            manager._job.log.warning("start", None, sentence)
+            manager._engine.job.log.warning("start", None, sentence)
         return manager
 
     def _start(self, settings: Settings, mesh: jax.sharding.Mesh, abstract_state: PyTree) -> None:
@@ -141,21 +132,9 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         self._load_full_state_path = ""
         self._load_parameters_path = ""
         self._save_on_completion = True
-        self._job, self._restorer, survey = start_job(settings, mesh, abstract_state)
-        self._survey = survey
-        self._survey_is_fresh = True
-        self._catalog = Catalog(self._job)
-        self._binder = StateBinder(abstract_state, self._job.layout, self._job.process)
-        self._drain = start_drains(self._job)
-        self._pipeline = SavePipeline(self._job, self._binder, self._drain)
+        self._engine = Engine(settings, mesh, abstract_state)
         self._preemption = PreemptionQuery()
-        self._collectives = itertools.count()
-        # The newest step that counts: restorable at the start, restored, or saved since.
-        self._newest: StepId | None = survey.newest
-        self._began = False  # whether this generation has a beginning that all agreed on
         self._last_restore: RestoreReport | None = None
-        self._errors: list[EmergencyCheckpointError] = []
-        self._closed = False
 
     # What there is.
 
@@ -171,7 +150,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
     @property
     def in_primary_slice(self) -> bool:
         """Whether this process is in slice 0. Every slice does the same here; for Orbax's callers."""
-        return self._job.topology.slice_index == 0
+        return self._engine.job.topology.slice_index == 0
 
     @property
     def last_restore(self) -> RestoreReport | None:
@@ -180,30 +159,30 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
 
     @property
     def run_id(self) -> str:
-        return self._job.run
+        return self._engine.job.run
 
     @property
     def generation(self) -> int:
         """The number of this life of the run."""
-        return self._job.generation.number
+        return self._engine.job.generation.number
 
     def metrics_snapshot(self) -> dict[str, float]:
         """Counters of this process by name (see `telemetry.metrics`)."""
-        return self._job.log.metrics.snapshot()
+        return self._engine.job.log.metrics.snapshot()
 
     def all_steps(self, read: bool | None = None) -> Sequence[int]:
         """Step numbers that are restorable on any tier, ascending. Local; reads the persistent directory."""
         del read
-        return self._catalog.numbers(() if self._began else self._survey.restorable)
+        return self._engine.step_numbers()
 
     def latest_step(self) -> int | None:
         """The newest step that can be restored, on any tier. Local."""
-        newest = self._pipeline.newest_complete or self._newest
+        newest = self._engine.newest
         return newest.step if newest else None
 
     def latest_complete_step(self) -> int | None:
         """The newest step saved in this generation that all processes agreed to be complete. Local."""
-        newest = self._pipeline.newest_complete
+        newest = self._engine.newest_complete
         return newest.step if newest else None
 
     def best_step(self) -> int | None:
@@ -212,7 +191,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
 
     def should_save(self, step: int) -> bool:
         """Whether `save(step, …)` would save: something is due and the step is newer than all saved ones."""
-        return bool(self._due(step, force=False)) and not self._is_old(step)
+        return bool(self._due(step, force=False)) and not self._engine.is_old(step)
 
     def reached_preemption(self, step: int) -> bool:
         """Whether all processes agreed to react to a preemption notice at `step`. Ask at every step."""
@@ -252,74 +231,30 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         due = self._due(step, force)
         if not due:
             return False
-        if self._is_old(step):
-            return self._save_again(step, due)
-        if not self._began:
-            self._begin_without_restore()
-        self._newest = StepId(self._job.generation.number, step)
-        self._survey_is_fresh = False
 
         def prepare() -> SaveContent:
-            metadata = {
-                "custom_metadata": dict(custom_metadata or {}),
-                "metrics": dict(metrics or {}),
-                "started_nanoseconds": time.time_ns(),
-            }
-            json.dumps(metadata)
+            metadata = _plain_metadata(custom_metadata, metrics)
             return SaveContent(_state_of(args), extras_room.capture(extras), metadata)
 
-        return self._pipeline.save(step, due, prepare)
+        return self._engine.save(step, due, prepare, self._settings.slot_wait)
 
     def finish(self, step: int, state: PyTree, *, extras: Mapping[str, Any] | None = None) -> None:
-        """Call after the last step: saves it persistently if the flags say so, and waits. Collective."""
-        if self._save_on_completion and self._settings.schedule.persistent_period:
-            self.save(step, state, force=True, extras=extras)
-        self.wait_until_finished()
+        """Call after the last step: saves it persistently if the flags say so, and waits. Collective.
+
+        Raises PersistentStoreError on all processes when the step did not reach the persistent tier.
+        """
+        if not (self._save_on_completion and self._settings.schedule.persistent_period):
+            self.wait_until_finished()
+            return
+
+        def prepare() -> SaveContent:
+            return SaveContent(_state_of(state), extras_room.capture(extras), _plain_metadata(None, None))
+
+        self._engine.finish(step, self._settings.schedule.due(step, force=True), prepare)
 
     def _due(self, step: int, force: bool) -> Due:
         preempted = self._settings.save_on_preemption and self._preemption.reached(step)
-        return self._settings.schedule.due(step, first=self._newest is None, preempted=preempted, force=force)
-
-    def _is_old(self, step: int) -> bool:
-        return self._newest is not None and step <= self._newest.step
-
-    def _save_again(self, step: int, due: Due) -> bool:
-        """A step that is on the ramdisk goes to the persistent tier from there; older ones are refused."""
-        current = StepId(self._job.generation.number, step)
-        if self._newest == current and due.persistent and self._drain is not None:
-            self._pipeline.wait(self._settings.coordination_timeout)
-            if self._pipeline.newest_complete == current and not self._is_persistent(current):
-                slot = self._job.local.pin(current)
-                if slot is not None:
-                    self._drain.submit(current, slot.index)
-                    return True
-            return False
-        if due.reason != "period":
-            self._job.log.warning(
-                "save", step, f"not saved: step {self._newest.step if self._newest else None} was saved already"
-            )
-        return False
-
-    def _is_persistent(self, step: StepId) -> bool:
-        """Whether a drain has committed the step, or is about to. The same on all processes."""
-        assert self._drain is not None
-        return self._drain.was_submitted(step)
-
-    def _begin_without_restore(self) -> None:
-        """Agrees that this generation goes on from the newest step although its state was not restored here."""
-        job = self._job
-        parent = self._survey.newest
-        activation = Activation(job.generation.number, parent.step if parent else None)
-
-        def decide(_: list[Any]) -> None:
-            job.persistent.record_activation(activation)
-
-        key = f"begin/{next(self._collectives)}"
-        agree(job.coordinator, key, lambda: None, decide, self._settings.coordination_timeout)
-        job.local.activate([activation])
-        if parent is not None:
-            job.local.settle(parent, Outcome.COMPLETE)
-        self._began = True
+        return self._settings.schedule.due(step, first=self._engine.is_first, preempted=preempted, force=force)
 
     # Restoring.
 
@@ -342,19 +277,26 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
           init: makes a fresh state, with the shapes and shardings of the abstract state.
           extras: objects with `set_state()` by name: those saved under the same name are put back into them.
 
-        Raises NoRestorableStepError when steps were there and none turned out to be whole.
+        Raises NoRestorableStepError when there were complete steps and none of them is whole any more.
         """
-        if self._newest is not None:
+        survey = self._engine.survey
+        if self._engine.base is not None:
             restored = self._restore(None)
             values = extras_room.deliver(restored.extras, extras, restored.why_no_extras)
             report = restored.report
             return RestoredState(restored.state, report.step, values, report.source)
+        if lost := survey.lost:
+            raise NoRestorableStepError(
+                f"{lost} was complete once, and now nothing can be restored: {survey.reason}. To start "
+                "from scratch all the same, use another run_name, or empty the persistent directory "
+                f"{self._settings.persistent_directory} and the ramdisks."
+            )
         state, source = self._fresh_state(init)
-        self._job.log.info("restore", None, f"starting from {source}: {self._survey.reason}")
+        self._engine.job.log.info("restore", None, f"starting from {source}: {survey.reason}")
         return RestoredState(state, None, {}, source)
 
     def _fresh_state(self, init: Callable[[], PyTree]) -> tuple[PyTree, str]:
-        topology, read_bytes = self._job.topology, self._settings.read_bytes
+        topology, read_bytes = self._engine.job.topology, self._settings.read_bytes
         if path := self._load_full_state_path:
             return load_state(path, self._abstract_state, topology, read_bytes), path
         if path := self._load_parameters_path:
@@ -363,44 +305,29 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         return init(), "scratch"
 
     def _restore(self, wanted: int | None) -> Restored:
-        job = self._job
-        if self._began:
-            self._end_generation()
-        if not self._survey_is_fresh:
-            self._survey = self._restorer.survey()
-            self._survey_is_fresh = True
-        restored = self._restorer.restore(self._survey, wanted, job.generation)
-        self._began = True
-        self._survey_is_fresh = False
-        self._newest = StepId(restored.report.generation, restored.report.step)
+        restored = self._engine.restore(wanted)
         self._last_restore = restored.report
         return restored
 
-    def _end_generation(self) -> None:
-        """Finishes all saves and begins a new generation, for a restore in the middle of a run. Collective."""
-        job = self._job
-        self.wait_until_finished()
-        self._collect_errors()
-        self._close_workers()
-        survey = self._survey = self._restorer.survey()
-        self._survey_is_fresh = True
-        key = f"generation/{next(self._collectives)}"
-        job.begin_generation(mint_generation(job, key, survey.highest_generation, survey.newest))
-        self._drain = start_drains(job)
-        self._pipeline = SavePipeline(job, self._binder, self._drain)
-        self._began = False
+    def reload(self) -> None:
+        """Looks again at what can be restored, on all tiers. Collective."""
+        self._engine.reload()
+
+    def delete(self, step: int) -> None:
+        """Deletes `step` on all tiers. Collective. Raises NoRestorableStepError when it is on none."""
+        self._engine.delete(step)
 
     # What is known about saved steps.
 
     def metrics(self, step: int) -> PyTree | None:
         """The metrics that were saved with `step`, None if there were none. Local."""
-        return self._catalog.saved_with(step).get("metrics") or None
+        return self._engine.catalog.saved_with(step).get("metrics") or None
 
     def metadata(self, step: int | None = None) -> Any:
         """Orbax's `StepMetadata` of `step`, or `RootMetadata` for None. Local."""
         if step is None:
             return RootMetadata()
-        saved = self._catalog.saved_with(step)
+        saved = self._engine.catalog.saved_with(step)
         return StepMetadata(
             item_metadata=self.item_metadata(step),
             metrics=saved.get("metrics") or {},
@@ -411,30 +338,8 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
 
     def item_metadata(self, step: int) -> Any:
         """`Composite(state=…)` of the abstract state: shapes, dtypes and shardings of `step`. Local."""
-        self._catalog.saved_with(step)
+        self._engine.catalog.saved_with(step)
         return ocp.args.Composite(state=self._abstract_state)
-
-    def delete(self, step: int) -> None:
-        """Deletes `step` on all tiers. Collective. Raises NoRestorableStepError when it is on none."""
-        self.wait_until_finished()
-        if step not in self.all_steps():
-            raise NoRestorableStepError(f"step {step} is on no tier; the steps that are: {self.all_steps()}")
-        tell(
-            self._job.coordinator,
-            f"delete/{next(self._collectives)}",
-            lambda: self._catalog.delete_persistent(step),
-            self._settings.coordination_timeout,
-        )
-        self._catalog.delete_local(step)
-        self._survey_is_fresh = False
-
-    def reload(self) -> None:
-        """Looks again at what can be restored, on all tiers. Collective."""
-        self.wait_until_finished()
-        self._survey = self._restorer.survey()
-        self._survey_is_fresh = True
-        if not self._began:
-            self._newest = self._survey.newest
 
     # Ending.
 
@@ -443,18 +348,11 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
 
         Raises CoordinationTimeoutError when they take longer than their own time limits.
         """
-        # Each save and each drain has a limit of its own; several may be queued.
-        patience = 4 * self._settings.coordination_timeout
-        if not self._pipeline.wait(patience):
-            raise CoordinationTimeoutError(f"saves were still running after {patience.total_seconds():.0f} s")
-        patience = 2 * self._settings.drain_timeout + timedelta(seconds=60)
-        if self._drain is not None and not self._drain.wait(patience):
-            raise CoordinationTimeoutError(f"drains were still running after {patience.total_seconds():.0f} s")
+        self._engine.wait()
 
     def check_for_errors(self) -> None:
         """Raises the first error that saves or drains in the background met since the last call. Local."""
-        self._collect_errors()
-        errors, self._errors = self._errors, []
+        errors = self._engine.take_errors()
         if errors:
             for other in errors[1:]:
                 errors[0].add_note(f"and: {other}")
@@ -462,30 +360,27 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
 
     def close(self) -> None:
         """Finishes saves and drains and gives back the ramdisk directory. The data stays. Idempotent."""
-        if self._closed:
-            return
-        self._closed = True
-        try:
-            self.wait_until_finished()
-        finally:
-            self._close_workers()
-            self._job.local.close()
-
-    def _collect_errors(self) -> None:
-        self._errors += self._pipeline.take_errors()
-        if self._drain is not None:
-            self._errors += self._drain.take_errors()
-
-    def _close_workers(self) -> None:
-        self._pipeline.close(timedelta(0))
-        if self._drain is not None:
-            self._drain.close(timedelta(0))
+        self._engine.close()
 
     def __contextmanager__(self) -> Any:
         try:
             yield self
         finally:
             self.close()
+
+
+def _plain_metadata(
+    custom_metadata: Mapping[str, Any] | None, metrics: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What is kept with the step, as a copy that later changes of the caller do not reach."""
+    given = {"custom_metadata": dict(custom_metadata or {}), "metrics": dict(metrics or {})}
+    try:
+        plain = json.loads(json.dumps(given))
+    except (TypeError, ValueError) as error:
+        raise UnsupportedStateError(
+            f"custom_metadata and metrics must be JSON: {error}. Turn arrays into numbers first: float(loss)."
+        ) from error
+    return {**plain, "started_nanoseconds": time.time_ns()}
 
 
 def _state_of(args: PyTree) -> PyTree:

@@ -42,17 +42,17 @@ class Verdict:
 
 
 class VerdictBoard(Protocol):
-    """Where the processes of a job tell each other how a drain ended. Written once per step."""
+    """Where the processes of a job tell each other how a drain ended. Written once per attempt."""
 
-    def announce(self, step: StepId, verdict: Verdict) -> Verdict:
+    def announce(self, attempt: Attempt, verdict: Verdict) -> Verdict:
         """Gives this process's verdict; returns the one that stands, whoever was first."""
         ...
 
-    def wait(self, step: StepId, timeout: timedelta) -> Verdict:
-        """The verdict on this step; raises CoordinationTimeoutError when nobody gave one."""
+    def wait(self, attempt: Attempt, timeout: timedelta) -> Verdict:
+        """The verdict on this attempt; raises CoordinationTimeoutError when nobody gave one."""
         ...
 
-    def peek(self, step: StepId) -> Verdict | None:
+    def peek(self, attempt: Attempt) -> Verdict | None:
         """The verdict, if one stands already."""
         ...
 
@@ -81,8 +81,12 @@ class DrainJob:
 
 @dataclasses.dataclass(frozen=True)
 class _Request:
-    step: StepId
+    attempt: Attempt
     slot: int  # pinned once for this drain
+
+    @property
+    def step(self) -> StepId:
+        return self.attempt.step_id
 
 
 class DrainWorker:
@@ -93,21 +97,20 @@ class DrainWorker:
         self._requests: queue.Queue[_Request | None] = queue.Queue()
         self._idle = threading.Condition()
         self._open = 0
-        self._newest: StepId | None = None
         self._errors: list[EmergencyCheckpointError] = []
         self._thread = threading.Thread(target=self._run, name="emergency_ckpt drain", daemon=True)
         self._thread.start()
 
-    def submit(self, step: StepId, slot: int) -> None:
-        """Drains the sealed `step` from `slot`, which the caller has pinned; the worker unpins it."""
+    def submit(self, step: StepId, slot: int, ordinal: int = 0) -> None:
+        """Drains the sealed `step` from `slot`, which the caller has pinned; the worker unpins it.
+
+        A step whose drain failed may be submitted again, with an `ordinal` that is higher and the same on all
+        processes.
+        """
+        attempt = Attempt(self._job.generation, step.step, self._job.item, ordinal)
         with self._idle:
             self._open += 1
-            self._newest = step
-        self._requests.put(_Request(step, slot))
-
-    def was_submitted(self, step: StepId) -> bool:
-        """Whether `step` is the newest step that was submitted."""
-        return self._newest == step
+        self._requests.put(_Request(attempt, slot))
 
     def wait(self, timeout: timedelta) -> bool:
         """Waits until every submitted drain has ended; False when the time limit came first."""
@@ -133,13 +136,13 @@ class DrainWorker:
             try:
                 verdict, nbytes = self._drain(request)
             except EmergencyCheckpointError as error:
-                verdict, nbytes = self._failed(request.step, error), 0
+                verdict, nbytes = self._failed(request.attempt, error), 0
             except Exception as error:  # The thread must survive: the next drain may succeed.
                 wrapped = PersistentStoreError(
                     f"draining {request.step} failed: {type(error).__name__}: {error}"
                 )
                 wrapped.__cause__ = error
-                verdict, nbytes = self._failed(request.step, wrapped), 0
+                verdict, nbytes = self._failed(request.attempt, wrapped), 0
             self._job.log.emit(
                 DrainEvent(
                     step=request.step.step,
@@ -161,17 +164,16 @@ class DrainWorker:
             slot = job.local.sealed(request.step)
             if slot is None or slot.index != request.slot:
                 raise CorruptDataError(f"{request.step} is no longer sealed in slot {request.slot}")
-            attempt = Attempt(job.generation, request.step.step, job.item)
+            attempt = request.attempt
             report = self._write(attempt, slot)
             if not commits:
                 # Others write the rest; this slot is not needed any more.
                 job.local.unpin(request.slot)
                 pinned = False
-                return self._await_verdict(request.step), report.nbytes
+                return self._await_verdict(attempt), report.nbytes
             self._commit(attempt, slot)
-            verdict = job.board.announce(request.step, Verdict("committed"))
-            job.on_commit()
-            return verdict, report.nbytes
+            self._tidy(request.step)
+            return job.board.announce(attempt, Verdict("committed")), report.nbytes
         finally:
             if pinned:
                 job.local.unpin(request.slot)
@@ -208,25 +210,36 @@ class DrainWorker:
 
     def _await_parts(self, attempt: Attempt, parts: range) -> list[PartReport]:
         def stop() -> str | None:
-            stands = self._job.board.peek(attempt.step_id)
+            stands = self._job.board.peek(attempt)
             return stands.reason if stands else None
 
         return wait_for_parts(
             self._job.persistent, attempt, parts, self._job.timeout.total_seconds(), stop=stop
         )
 
-    def _await_verdict(self, step: StepId) -> Verdict:
+    def _tidy(self, step: StepId) -> None:
+        """Retention after a commit; that it fails does not undo the commit."""
+        try:
+            self._job.on_commit()
+        except (EmergencyCheckpointError, OSError) as error:
+            told = PersistentStoreError(f"after the commit of {step}, old steps could not be deleted: {error}")
+            told.__cause__ = error
+            self._job.log.error("retention", step.step, str(told))
+            with self._idle:
+                self._errors.append(told)
+
+    def _await_verdict(self, attempt: Attempt) -> Verdict:
         # The committer gives up after its own time limit and says so; a margin lets that be heard.
-        verdict = self._job.board.wait(step, self._job.timeout + timedelta(seconds=30))
+        verdict = self._job.board.wait(attempt, self._job.timeout + timedelta(seconds=30))
         if verdict.result == "failed":
-            raise PersistentStoreError(f"draining {step} failed: {verdict.reason}")
+            raise PersistentStoreError(f"{attempt} failed: {verdict.reason}")
         return verdict
 
-    def _failed(self, step: StepId, error: EmergencyCheckpointError) -> Verdict:
+    def _failed(self, attempt: Attempt, error: EmergencyCheckpointError) -> Verdict:
         """Tells the others, so that nobody waits, and keeps the error for `check_for_errors`."""
         superseded = isinstance(error, StaleGenerationError)
         if not superseded:
-            told = PersistentStoreError(f"{step} did not reach the persistent tier: {error}")
+            told = PersistentStoreError(f"{attempt.step_id} did not reach the persistent tier: {error}")
             told.__cause__ = error
             with self._idle:
                 self._errors.append(told)
@@ -235,7 +248,7 @@ class DrainWorker:
         if isinstance(error, CoordinationTimeoutError):
             return said
         try:
-            return self._job.board.announce(step, said)
+            return self._job.board.announce(attempt, said)
         except EmergencyCheckpointError as unheard:
             return Verdict(result, f"{said.reason} (and the others could not be told: {unheard})")
 

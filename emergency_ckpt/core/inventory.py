@@ -34,13 +34,17 @@ class Holding:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Inventory:
-    """All that one process brings to the planning of a restore."""
+    """All that one process brings to the planning of a restore.
+
+    `promised` is the newest step that was complete as far as this ramdisk tells, be it still whole or not.
+    """
 
     process: int
     holdings: tuple[Holding, ...] = ()
     highest_generation: int = 0
     activations: tuple[Activation, ...] = ()
     process_count: int = 1
+    promised: StepId | None = None
 
     def to_bytes(self) -> bytes:
         return json.dumps(
@@ -53,6 +57,7 @@ class Inventory:
                 ],
                 "highest_generation": self.highest_generation,
                 "activations": [[a.generation, a.step] for a in self.activations],
+                "promised": [self.promised.generation, self.promised.step] if self.promised else None,
             },
             separators=(",", ":"),
         ).encode()
@@ -81,4 +86,5 @@ class Inventory:
             ),
             highest_generation=int(raw["highest_generation"]),
             activations=tuple(Activation(int(g), None if s is None else int(s)) for g, s in raw["activations"]),
+            promised=StepId(int(raw["promised"][0]), int(raw["promised"][1])) if raw["promised"] else None,
         )

@@ -140,6 +140,9 @@ class Planner:
         struck = {strike.process for strike in strikes if strike.step == step}
         persistent = step in self.persistent and None not in struck
         holders, notes = self._holders(step, struck)
+        if step.generation == 0 and persistent:
+            # Another program may have written this step number anew since it was copied to the ramdisks.
+            holders = {}
         if not holders and not persistent:
             return None, f"step {step.step}: {'; '.join(notes) or 'no usable copy'}"
         extras_from, lost_extras = self._extras(step, holders, struck)
@@ -241,7 +244,9 @@ class Planner:
         if by_kind[SourceKind.BROADCAST]:
             receivers = [p for p, s in enumerate(sources) if s.kind is SourceKind.BROADCAST]
             senders = sorted({s.process for s in sources if s.process is not None})
-            parts.append(f"{self._named(receivers)} get it by broadcast from {self._named(senders)}")
+            named = self._named(receivers)
+            gets = "gets" if named.startswith(("slice ", "process ")) else "get"
+            parts.append(f"{named} {gets} it by broadcast from {self._named(senders)}")
         if by_kind[SourceKind.PERSISTENT]:
             readers = [p for p, s in enumerate(sources) if s.kind is SourceKind.PERSISTENT]
             everyone = "all processes" if len(readers) == total else self._named(readers)

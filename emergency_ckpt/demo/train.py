@@ -17,7 +17,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from emergency_ckpt import CheckpointManager, load_config
+from emergency_ckpt import CheckpointManager, RestoreReport, load_config
 from emergency_ckpt.config import Config
 from emergency_ckpt.demo.data import read_corpus, training_data
 from emergency_ckpt.demo.digest import shard_checksums
@@ -25,7 +25,6 @@ from emergency_ckpt.demo.journal import Finished, Journal, Restored, Started, Tr
 from emergency_ckpt.demo.model import ModelOptions, build_trainer
 from emergency_ckpt.demo.options import DemoOptions
 from emergency_ckpt.jaxio.launch import initialize_from_launcher, report_step
-from emergency_ckpt.runtime.restoring import RestoreReport
 
 EXIT_PREEMPTED = 42
 """Left early, with everything saved: start again. (XPK's job sets restart this code and not every other.)"""

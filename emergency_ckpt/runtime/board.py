@@ -6,8 +6,8 @@ import json
 from datetime import timedelta
 
 from emergency_ckpt.agent.drain import Verdict
-from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.jaxio.coordination import Coordinator
+from emergency_ckpt.persistent.store import Attempt
 
 
 class CoordinatedBoard:
@@ -15,28 +15,28 @@ class CoordinatedBoard:
 
     def __init__(self, coordinator: Coordinator) -> None:
         self._coordinator = coordinator
-        self._announced: list[StepId] = []
+        self._announced: list[Attempt] = []
 
-    def announce(self, step: StepId, verdict: Verdict) -> Verdict:
+    def announce(self, attempt: Attempt, verdict: Verdict) -> Verdict:
         said = json.dumps([verdict.result, verdict.reason]).encode()
-        stands = self._parse(self._coordinator.put_once(self._key(step), said))
+        stands = self._parse(self._coordinator.put_once(self._key(attempt), said))
         if verdict.result == "committed":
             # A commit has the parts of all processes, and each had read the verdict before its part.
             for older in self._announced:
                 self._coordinator.delete(self._key(older))
             self._announced = []
-        self._announced.append(step)
+        self._announced.append(attempt)
         return stands
 
-    def wait(self, step: StepId, timeout: timedelta) -> Verdict:
-        return self._parse(self._coordinator.get(self._key(step), timeout))
+    def wait(self, attempt: Attempt, timeout: timedelta) -> Verdict:
+        return self._parse(self._coordinator.get(self._key(attempt), timeout))
 
-    def peek(self, step: StepId) -> Verdict | None:
-        found = self._coordinator.try_get(self._key(step))
+    def peek(self, attempt: Attempt) -> Verdict | None:
+        found = self._coordinator.try_get(self._key(attempt))
         return None if found is None else self._parse(found)
 
-    def _key(self, step: StepId) -> str:
-        return f"drain/{step.generation}/{step.step}"
+    def _key(self, attempt: Attempt) -> str:
+        return f"drain/{attempt.step_id.generation}/{attempt.step}/{attempt.ordinal}"
 
     def _parse(self, data: bytes) -> Verdict:
         result, reason = json.loads(data)

@@ -46,11 +46,5 @@ class Catalog:
         if found is not None:
             self._job.persistent.delete_step(found)
 
-    def delete_local(self, step: int) -> None:
-        """Gives up `step` on this process's ramdisk. Every process calls it."""
-        for held in self._job.local.sealed_steps(listed_only=False):
-            if held.step == step:
-                self._job.local.give_up(held)
-
     def _find_persistent(self, step: int) -> PersistentStep | None:
         return next((held for held in self.persistent() if held.step_id.step == step), None)

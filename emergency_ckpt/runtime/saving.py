@@ -22,7 +22,12 @@ from emergency_ckpt.core.outcomes import OutcomeRecord
 from emergency_ckpt.core.placement import extras_keepers
 from emergency_ckpt.core.schedule import Due
 from emergency_ckpt.core.slots import Outcome
-from emergency_ckpt.errors import EmergencyCheckpointError, LocalDirectoryError, PeerFailedError
+from emergency_ckpt.errors import (
+    CoordinationTimeoutError,
+    EmergencyCheckpointError,
+    LocalDirectoryError,
+    PeerFailedError,
+)
 from emergency_ckpt.jaxio.binding import StateBinder
 from emergency_ckpt.jaxio.outcome_agreement import OutcomeAgreement
 from emergency_ckpt.jaxio.snapshot import Snapshot, take_snapshot
@@ -68,7 +73,10 @@ class _Task:
 class SavePipeline:
     """Saves of one process in one generation. All processes make the same calls in the same order."""
 
-    def __init__(self, job: Job, binder: StateBinder, drain: DrainWorker | None) -> None:
+    def __init__(
+        self, job: Job, binder: StateBinder, drain: DrainWorker | None, promised: StepId | None
+    ) -> None:
+        """`promised`: the newest step that is restorable now; told in manifests."""
         self._job = job
         self._binder = binder
         self._drain = drain
@@ -85,6 +93,8 @@ class SavePipeline:
         self._targets = {entry.shard: entry for entry in job.layout.slot_entries(job.process)}
         self._next_ordinal = 0
         self._newest_complete: StepId | None = None
+        self._promised = promised
+        self._unresolved: list[_Task] = []
         self._tasks: queue.Queue[_Task | None] = queue.Queue()
         self._idle = threading.Condition()
         self._open = 0
@@ -97,7 +107,13 @@ class SavePipeline:
         """The newest step of this generation that all processes agreed to be complete."""
         return self._newest_complete
 
-    def save(self, step: int, due: Due, prepare: Callable[[], SaveContent]) -> bool:
+    def save(
+        self,
+        step: int,
+        due: Due,
+        prepare: Callable[[], SaveContent],
+        slot_wait: timedelta,
+    ) -> bool:
         """Takes the snapshot and returns; the rest follows in the background. False when the save was skipped.
 
         Raises what `prepare` raises, and StateMismatchError or UnsupportedStateError for a state that does not
@@ -111,7 +127,7 @@ class SavePipeline:
             task.snapshot = take_snapshot(self._binder, task.content.state)
             # The pin keeps the slot for the drain, which begins when the outcome is known.
             pins = 1 if due.persistent else 0
-            task.slot, task.abandon_reason = job.local.begin(task.step, job.settings.slot_wait, pins)
+            task.slot, task.abandon_reason = job.local.begin(task.step, slot_wait, pins)
             if task.slot is not None:
                 job.log.metrics.add(Metric.SAVES_STARTED)
                 if not task.snapshot.may_defer:
@@ -129,8 +145,18 @@ class SavePipeline:
         task.blocked_seconds = time.monotonic() - task.called_at
         self._submit(task)
         if task.slot is not None and not job.settings.asynchronous:
-            task.done.wait()
+            self._await_end(task)
         return task.slot is not None
+
+    def _await_end(self, task: _Task) -> None:
+        # Each part of a save has a limit of its own; this one is for a thread that died.
+        if not task.done.wait(4 * self._job.settings.coordination_timeout.total_seconds()):
+            raise CoordinationTimeoutError(f"{task.step} had no outcome within four coordination time-outs")
+
+    def forget(self, step: int) -> None:
+        """`step` was deleted: it is no longer the newest complete one."""
+        if self._newest_complete is not None and self._newest_complete.step == step:
+            self._newest_complete = None
 
     def wait(self, timeout: timedelta) -> bool:
         """Waits until every save has its outcome; False when the time limit came first."""
@@ -153,6 +179,8 @@ class SavePipeline:
     # In the writer thread.
 
     def _submit(self, task: _Task) -> None:
+        if not self._thread.is_alive():
+            raise EmergencyCheckpointError(f"{task.step} cannot be saved: this save pipeline has ended")
         with self._idle:
             self._open += 1
         self._tasks.put(task)
@@ -182,17 +210,26 @@ class SavePipeline:
                 self._seal(task, task.slot)
                 sealed_seconds = time.monotonic() - task.called_at
                 job.log.metrics.add(Metric.SAVES_SEALED)
-            except (EmergencyCheckpointError, OSError, RuntimeError) as error:
+            except Exception as error:  # Whatever it is, the others must not wait for this process.
                 task.abandon_reason = str(error)
                 self._give_up_slot(task)
                 if not isinstance(error, PeerFailedError):  # The peer notes its own error.
                     self._note(_as_ours(error, task.step), task)
-        if task.slot is not None:
+        self._unresolved.append(task)
+        # A report on this save is only allowed once the outcomes of all earlier ones are known.
+        for earlier in list(self._unresolved[:-1]):
+            self._resolve(earlier, report=False, sealed_seconds=None)
+        self._resolve(task, report=True, sealed_seconds=sealed_seconds)
+
+    def _resolve(self, task: _Task, *, report: bool, sealed_seconds: float | None) -> None:
+        """Reports on a save and learns its outcome. Where that fails, the save stays unresolved."""
+        if report and task.slot is not None:
             self._agreement.report_sealed(task.ordinal)
-        else:
+        elif report:
             self._withhold_extras(task)
-            self._agreement.abandon(task.ordinal, f"process {job.process}: {task.abandon_reason}")
-        record = self._agreement.await_outcome(task.ordinal, job.settings.coordination_timeout)
+            self._agreement.abandon(task.ordinal, f"process {self._job.process}: {task.abandon_reason}")
+        record = self._agreement.await_outcome(task.ordinal, self._job.settings.coordination_timeout)
+        self._unresolved.remove(task)
         self._settle(task, record.outcome)
         self._report(task, record, sealed_seconds)
 
@@ -215,6 +252,7 @@ class SavePipeline:
             extras=self._exchange_extras(task),
             listed=task.due.local,
             activations=job.local.activations,
+            promised=self._newest_complete or self._promised,
             metadata=task.content.metadata if task.content else {},
         )
         job.local.seal(slot, manifest)

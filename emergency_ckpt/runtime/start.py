@@ -12,7 +12,7 @@ from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.core.placement import assign_directories
 from emergency_ckpt.core.retention import superseded_steps
-from emergency_ckpt.errors import StateMismatchError
+from emergency_ckpt.errors import PersistentStoreError, StateMismatchError
 from emergency_ckpt.jaxio.coordination import Coordinator, open_coordinator
 from emergency_ckpt.jaxio.layouts import build_layout
 from emergency_ckpt.jaxio.orbax_metadata import layout_metadata_files
@@ -66,8 +66,7 @@ def start_job(settings: Settings, mesh: jax.sharding.Mesh, abstract_state: Any) 
         local.close()
         raise
     if job.leads:
-        for name in persistent.remove_leftovers(job.generation):
-            job.log.info("start", None, f"removed {name}, which an earlier life of the run left uncommitted")
+        _remove_leftovers(job)
     job.log.emit(
         StartEvent(
             step=survey.newest.step if survey.newest else None,
@@ -82,6 +81,15 @@ def start_job(settings: Settings, mesh: jax.sharding.Mesh, abstract_state: Any) 
         )
     )
     return job, restorer, survey
+
+
+def _remove_leftovers(job: Job) -> None:
+    """Tidies up after earlier lives. It must not keep the job from starting: leftovers are invisible anyway."""
+    try:
+        for name in job.persistent.remove_leftovers(job.generation):
+            job.log.info("start", None, f"removed {name}, which an earlier life of the run left uncommitted")
+    except (PersistentStoreError, OSError) as error:
+        job.log.warning("start", None, f"leftovers of earlier lives could not be removed: {error}")
 
 
 def mint_generation(job: Job, key: str, highest_seen: int, parent: StepId | None) -> Generation:

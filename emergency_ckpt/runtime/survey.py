@@ -8,7 +8,7 @@ from typing import Any
 
 from emergency_ckpt.core.inventory import Inventory
 from emergency_ckpt.core.layout import Layout
-from emergency_ckpt.core.lineage import Activation, StepId
+from emergency_ckpt.core.lineage import Activation, StepId, is_void
 from emergency_ckpt.core.restore_plan import Planner
 from emergency_ckpt.jaxio.topology import Topology
 from emergency_ckpt.local.store import LocalStore
@@ -25,6 +25,7 @@ class Survey:
       restorable: steps that can be restored, oldest first.
       reason: why the newest of them, in words.
       highest_generation: the highest generation that anybody has seen.
+      lost: the newest step that was complete once, where nothing is restorable any more.
       planner: on process 0 only, for planning the restore.
     """
 
@@ -32,6 +33,7 @@ class Survey:
     restorable: tuple[StepId, ...]
     reason: str
     highest_generation: int
+    lost: StepId | None
     planner: Planner | None = None
 
     @property
@@ -44,6 +46,7 @@ class Survey:
             "restorable": [[s.generation, s.step] for s in self.restorable],
             "reason": self.reason,
             "highest_generation": self.highest_generation,
+            "lost": [self.lost.generation, self.lost.step] if self.lost else None,
         }
 
     @classmethod
@@ -53,6 +56,7 @@ class Survey:
             tuple(StepId(g, s) for g, s in raw["restorable"]),
             raw["reason"],
             raw["highest_generation"],
+            StepId(*raw["lost"]) if raw["lost"] else None,
             planner,
         )
 
@@ -65,6 +69,7 @@ def own_inventory(local: LocalStore, process: int, process_count: int) -> Invent
         local.highest_generation(),
         local.activations,
         process_count,
+        local.promised() if local.directory else None,
     )
 
 
@@ -90,11 +95,14 @@ def take_survey(
     )
     _, reason = planner.plan()
     generations = [i.highest_generation for i in inventories] + [s.generation for s in steps]
+    restorable = tuple(planner.restorable())
+    promised = [i.promised for i in inventories if i.promised and not is_void(i.promised, activations)]
     return Survey(
         activations,
-        tuple(planner.restorable()),
+        restorable,
         reason,
         max([*generations, newest.number if newest else 0]),
+        None if restorable else max(promised, default=None),
         planner,
     )
 

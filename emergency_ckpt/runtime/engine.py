@@ -1,0 +1,306 @@
+"""The engine of one manager: which step was saved or restored last, and which life of the run this is.
+
+It drives the save pipeline, the drains and the restore session. All processes make the same calls in the same
+order, and every answer on which a later collective call depends is the same on all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import jax
+
+from emergency_ckpt.core.lineage import Activation, StepId
+from emergency_ckpt.core.schedule import Due
+from emergency_ckpt.core.slots import Outcome
+from emergency_ckpt.errors import (
+    CoordinationTimeoutError,
+    EmergencyCheckpointError,
+    NoRestorableStepError,
+    PersistentStoreError,
+)
+from emergency_ckpt.jaxio.binding import StateBinder
+from emergency_ckpt.runtime.agreement import agree, tell
+from emergency_ckpt.runtime.catalog import Catalog
+from emergency_ckpt.runtime.restoring import Restored
+from emergency_ckpt.runtime.saving import SaveContent, SavePipeline
+from emergency_ckpt.runtime.settings import Settings
+from emergency_ckpt.runtime.start import mint_generation, start_drains, start_job
+
+_FINISH_TRIES = 2
+
+Prepare = Callable[[], SaveContent]
+
+
+class Engine:
+    """Saves and restores of one process of a job.
+
+    Attributes:
+      job: what all parts share. catalog: the saved steps. survey: what was found restorable last.
+    """
+
+    def __init__(self, settings: Settings, mesh: jax.sharding.Mesh, abstract_state: Any) -> None:
+        """Collective. Raises what `runtime.start.start_job` raises."""
+        self._settings = settings
+        self.job, self._restorer, self.survey = start_job(settings, mesh, abstract_state)
+        self.catalog = Catalog(self.job)
+        self._binder = StateBinder(abstract_state, self.job.layout, self.job.process)
+        self._survey_is_fresh = True
+        # The newest step that was restorable at the start, or was restored.
+        self._base: StepId | None = self.survey.newest
+        # The newest step that this generation was asked to save.
+        self._requested: StepId | None = None
+        self._began = False  # whether this generation has a beginning that all agreed on
+        self._collectives = itertools.count()
+        self._redrains = itertools.count(1)
+        self._errors: list[EmergencyCheckpointError] = []
+        self._closed = False
+        self._drain = start_drains(self.job)
+        self._pipeline = SavePipeline(self.job, self._binder, self._drain, self._base)
+
+    # What there is. Local.
+
+    @property
+    def base(self) -> StepId | None:
+        """The newest step that was restorable at the start, or was restored."""
+        return self._base
+
+    @property
+    def newest_complete(self) -> StepId | None:
+        """The newest step of this generation that all processes agreed to be complete."""
+        return self._pipeline.newest_complete
+
+    @property
+    def newest(self) -> StepId | None:
+        """The newest step that can be restored."""
+        found = [step for step in (self._base, self.newest_complete) if step is not None]
+        return max(found, default=None)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether no step of this run was restorable or asked for before."""
+        return self._base is None and self._requested is None
+
+    def is_old(self, step: int) -> bool:
+        """Whether `step` is not newer than every step that is there or was asked for."""
+        return any(known is not None and step <= known.step for known in (self._base, self._requested))
+
+    def step_numbers(self) -> list[int]:
+        """Restorable step numbers, ascending."""
+        return self.catalog.numbers(() if self._began else self.survey.restorable)
+
+    # Saving.
+
+    def save(self, step: int, due: Due, prepare: Prepare, slot_wait: timedelta) -> bool:
+        """Saves a step that is due; the way depends on what became of the same step before."""
+        self._check_open()
+        if self.is_old(step) and not self._may_save_again(step, due):
+            return False
+        current = StepId(self.job.generation.number, step)
+        if self.newest_complete == current:
+            return self._drain_again(current)
+        if not self._began and not self._begin_without_restore():
+            return False
+        self._requested = current
+        self._survey_is_fresh = False
+        return self._pipeline.save(step, due, prepare, slot_wait)
+
+    def finish(self, step: int, due: Due, prepare: Prepare) -> None:
+        """Saves the last step to the persistent tier, with all the patience that a drain may need. Collective.
+
+        Raises PersistentStoreError on all processes when it did not get there.
+        """
+        for _ in range(_FINISH_TRIES):
+            self.save(step, due, prepare, self._settings.drain_timeout)
+            self.wait()
+            if self._is_persistent(step):
+                return
+        self._collect_errors()
+        causes = "; ".join(map(str, self._errors))
+        why = causes or "its save was abandoned, or its drain failed on another process"
+        raise PersistentStoreError(f"the last step {step} did not reach the persistent tier: {why}")
+
+    def _may_save_again(self, step: int, due: Due) -> bool:
+        """Whether a step that is not newer than all others still has something to be saved.
+
+        The answer is the same on all processes: it depends on agreed outcomes, and on what process 0 finds.
+        """
+        newest = max(known for known in (self._base, self._requested) if known is not None)
+        if step != newest.step:
+            if due.reason != "period":
+                self.job.log.warning("save", step, f"not saved: step {newest.step} was saved already")
+            return False
+        if newest == self._requested:
+            self._wait_for_saves()
+            if self.newest_complete != newest:
+                return True  # It was abandoned.
+        if not due.persistent:
+            return False
+        self._wait_for_drains()
+        return not self._is_persistent(step)
+
+    def _drain_again(self, step: StepId) -> bool:
+        """A step that is complete on all ramdisks goes to the persistent tier from there, with no snapshot."""
+        ordinal = next(self._redrains)
+        slot = self.job.local.pin(step)
+        if slot is None or self._drain is None:
+            return False
+        self._drain.submit(step, slot.index, ordinal)
+        return True
+
+    def _is_persistent(self, step: int) -> bool:
+        """Whether `step` is committed, as process 0 finds it. Collective."""
+        return bool(
+            tell(
+                self.job.coordinator,
+                f"persistent/{next(self._collectives)}",
+                lambda: any(held.step_id.step == step for held in self.catalog.persistent()),
+                self._settings.coordination_timeout,
+            )
+        )
+
+    def _begin_without_restore(self) -> bool:
+        """Agrees that this generation goes on from the newest step although its state was not restored here.
+
+        False, on all processes, when that cannot be recorded now: the next save tries again.
+        """
+        job, parent = self.job, self.survey.newest
+        activation = Activation(job.generation.number, parent.step if parent else None)
+
+        def decide(_: list[Any]) -> None:
+            job.persistent.record_activation(activation)
+
+        key = f"begin/{next(self._collectives)}"
+        try:
+            agree(job.coordinator, key, lambda: None, decide, self._settings.coordination_timeout)
+        except EmergencyCheckpointError as error:
+            self._errors.append(error)
+            job.log.error("save", None, f"not saved, this life of the run could not be recorded: {error}")
+            return False
+        job.local.activate([activation])
+        if parent is not None:
+            job.local.settle(parent, Outcome.COMPLETE)
+        self._began = True
+        return True
+
+    # Restoring.
+
+    def restore(self, wanted: int | None) -> Restored:
+        """Restores the newest restorable step, or step `wanted`. Collective. Raises NoRestorableStepError."""
+        self._check_open()
+        if self._began:
+            self._begin_generation()
+        elif not self._survey_is_fresh:
+            self.survey = self._restorer.survey()
+        self._survey_is_fresh = False
+        try:
+            restored = self._restorer.restore(self.survey, wanted, self.job.generation)
+        except NoRestorableStepError:
+            # What turned out to be damaged is not there any more; training may go on from the rest.
+            self.survey = dataclasses.replace(self.survey, restorable=self._restorer.remaining)
+            self._base = self.survey.newest
+            raise
+        self._began = True
+        self._base = StepId(restored.report.generation, restored.report.step)
+        return restored
+
+    def reload(self) -> None:
+        """Looks again at what can be restored. Collective."""
+        self._check_open()
+        self.wait()
+        self._look_again()
+
+    def delete(self, step: int) -> None:
+        """Deletes `step` on all tiers. Collective. Raises NoRestorableStepError when it is on none."""
+        self._check_open()
+        self.wait()
+
+        def remove() -> list[int] | None:
+            """Deletes the step if it is there; otherwise says which steps are."""
+            numbers = self.step_numbers()
+            if step not in numbers:
+                return numbers
+            self.catalog.delete_persistent(step)
+            return None
+
+        key = f"delete/{next(self._collectives)}"
+        numbers = tell(self.job.coordinator, key, remove, self._settings.coordination_timeout)
+        if numbers is not None:
+            raise NoRestorableStepError(f"step {step} is on no tier; the steps that are: {numbers}")
+        self.job.local.delete(step)
+        self._pipeline.forget(step)
+        self._look_again()
+
+    def _look_again(self) -> None:
+        self.survey = self._restorer.survey()
+        self._survey_is_fresh = not self._began
+        self._base = self.survey.newest
+
+    def _begin_generation(self) -> None:
+        """Finishes all saves and begins a new generation, for a restore in the middle of a run. Collective."""
+        job = self.job
+        self.wait()
+        # Nothing is given up until the new generation exists: if this fails, the old one goes on.
+        survey = self._restorer.survey()
+        key = f"generation/{next(self._collectives)}"
+        generation = mint_generation(job, key, survey.highest_generation, survey.newest)
+        self._collect_errors()
+        self._close_workers()
+        job.begin_generation(generation)
+        self.survey = survey
+        self._base, self._requested, self._began = survey.newest, None, False
+        self._drain = start_drains(job)
+        self._pipeline = SavePipeline(job, self._binder, self._drain, self._base)
+
+    # Ending.
+
+    def wait(self) -> None:
+        """Waits until every save has its outcome and every drain has ended, within their own time limits."""
+        self._wait_for_saves()
+        self._wait_for_drains()
+
+    def take_errors(self) -> list[EmergencyCheckpointError]:
+        """Errors in the background since the last call, oldest first."""
+        self._collect_errors()
+        errors, self._errors = self._errors, []
+        return errors
+
+    def close(self) -> None:
+        """Finishes saves and drains and gives back the ramdisk directory. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self.wait()
+        finally:
+            self._close_workers()
+            self.job.local.close()
+
+    def _wait_for_saves(self) -> None:
+        # Each save and each drain has a limit of its own; several may be queued.
+        patience = 4 * self._settings.coordination_timeout
+        if not self._pipeline.wait(patience):
+            raise CoordinationTimeoutError(f"saves were still running after {patience.total_seconds():.0f} s")
+
+    def _wait_for_drains(self) -> None:
+        patience = 2 * self._settings.drain_timeout + timedelta(seconds=60)
+        if self._drain is not None and not self._drain.wait(patience):
+            raise CoordinationTimeoutError(f"drains were still running after {patience.total_seconds():.0f} s")
+
+    def _collect_errors(self) -> None:
+        self._errors += self._pipeline.take_errors()
+        if self._drain is not None:
+            self._errors += self._drain.take_errors()
+
+    def _close_workers(self) -> None:
+        self._pipeline.close(timedelta(0))
+        if self._drain is not None:
+            self._drain.close(timedelta(0))
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EmergencyCheckpointError("this manager was closed; make a new one")
