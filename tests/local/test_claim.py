@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import subprocess
 import sys
@@ -209,8 +208,11 @@ def test_a_forked_child_does_not_keep_the_directory_of_a_killed_trainer(stores: 
         assert [h.step for h in store.verify()] == [StepId(1, 1)]
 
 
-def test_a_forked_child_takes_no_slot_of_its_parent(stores: Stores) -> None:
-    store = stores.open()
+FORKING = """
+    import os, sys
+    sys.path.insert(0, sys.argv[2])
+    from test_store import *
+    store = LocalStore(StoreOptions(Path(sys.argv[1]), 1, 3, 2), "run-a", make_layout(), 0, print)
     if (child := os.fork()) == 0:
         try:
             store.begin(StepId(1, 1), NO_WAIT)
@@ -219,6 +221,13 @@ def test_a_forked_child_takes_no_slot_of_its_parent(stores: Stores) -> None:
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     assert save(store, StepId(1, 1))
+"""
+
+
+def test_a_forked_child_takes_no_slot_of_its_parent(stores: Stores) -> None:
+    arguments = [textwrap.dedent(FORKING), str(stores.path), str(Path(__file__).parent)]
+    subprocess.run([sys.executable, "-c", *arguments], check=True, timeout=60)
+    assert [h.step for h in stores.open().verify()] == [StepId(1, 1)]
 
 
 def test_the_lock_of_a_trainer_that_is_slow_to_exit_is_waited_for(stores: Stores, tmp_path: Path) -> None:
