@@ -54,8 +54,10 @@ class Explorer:
     def __init__(self, rules: Rules, table_type: type[SlotTable] = SlotTable) -> None:
         self.rules = rules
         self.table_type = table_type
-        self.processes = _Processes(rules)
-        self.commons = _Commons(rules)
+        self.lineages = _Interned[frozenset[Activation]]()
+        self.messages = _Interned[tuple[StepId, Outcome] | Activation]()
+        self.processes = _Processes(rules, self.lineages)
+        self.commons = _Commons(rules, self.lineages, self.messages)
         self._effects = _Interned[Effect]()
         self._letters = [
             [i for i, letter in enumerate(rules.shards) if letter == wanted]
@@ -65,13 +67,11 @@ class Explorer:
         # What was worked out before, by the numbers of what it depends on.
         self._moves: dict[tuple[int, int], list[tuple[int, int]]] = {}
         self._after: dict[tuple[int, int], int] = {}
-        self._told: dict[tuple[int, tuple[StepId, Outcome] | Activation], int] = {}
+        self._told: dict[tuple[int, int], int] = {}
+        self._left: dict[int, int] = {}
         self._restarts: dict[World, list[World]] = {}
         self._forgotten: dict[tuple[int, int], int] = {}
-        self._without_gaps: set[int] = set()
-        self._useless: dict[
-            tuple[int, frozenset[Activation], frozenset[Activation]], frozenset[Activation]
-        ] = {}
+        self._renaming_of: dict[tuple[int, ...], _Renaming | None] = {}
         self._renamings: dict[tuple[int, frozenset[Activation]], _Renaming] = {}
         self._can_progress: set[tuple[int, ...]] = set()
 
@@ -111,7 +111,7 @@ class Explorer:
         complete, abandoned = self.commons.complete[common], self.commons.abandoned[common]
         for p in world[1:]:
             unknown = self.processes.unknown[p]
-            key = (p, complete & unknown, abandoned & unknown, self.commons.lineage[common])
+            key = (p, complete & unknown, abandoned & unknown, self.commons.begun[common])
             if key not in self._can_progress:
                 process, value = self.processes.values[p], self.commons.values[common]
                 slot_world.check_process(process)
@@ -149,10 +149,12 @@ class Explorer:
                 changed = list(world)
                 changed[0], changed[i] = self._after_effect(common, effect), moved
                 yield self._canonical(changed)
-            for message in value.outcomes:
-                yield from self._hears(world, i, message)
-            for activation in value.activations:
-                yield from self._hears(world, i, activation)
+            for message in self.commons.news[common]:
+                told = self._hears(process, message)
+                if told != process:
+                    changed = list(world)
+                    changed[i] = told
+                    yield self._canonical(changed)
         if self.rules.crashes is None or value.crashes < self.rules.crashes:
             yield from self._restarts_from(world)
             if self.rules.live_restore and value.restoring is None:
@@ -177,22 +179,22 @@ class Explorer:
             found = self._after[common, effect] = self.commons.number(value)
         return found
 
-    def _hears(self, world: World, i: int, message: tuple[StepId, Outcome] | Activation) -> Iterator[World]:
-        told = self._told.get((world[i], message))
-        if told is None:
-            process = self.processes.values[world[i]]
-            if isinstance(message, Activation):
-                heard = slot_world.hear_activation(process, message)
+    def _hears(self, process: int, message: int) -> int:
+        found = self._told.get((process, message))
+        if found is None:
+            value, said = self.processes.values[process], self.messages.values[message]
+            if isinstance(said, Activation):
+                heard = slot_world.hear_activation(value, said)
             else:
-                heard = slot_world.hear_outcome(self.rules, process, *message)
-            told = self._told[world[i], message] = self.processes.number(heard)
-        if told != world[i]:
-            changed = list(world)
-            changed[i] = told
-            yield self._canonical(changed)
+                heard = slot_world.hear_outcome(self.rules, value, *said)
+            found = self._told[process, message] = self.processes.number(heard)
+        return found
 
     def _restarts_from(self, world: World) -> list[World]:
-        left = self.commons.number(slot_world.without_job(self.rules, self.commons.values[world[0]]))
+        left = self._left.get(world[0])
+        if left is None:
+            value = slot_world.without_job(self.rules, self.commons.values[world[0]])
+            left = self._left[world[0]] = self.commons.number(value)
         husks = [self.processes.husks[p] for p in world[1:]]
         key = (left, *husks)
         found = self._restarts.get(key)
@@ -230,16 +232,24 @@ class Explorer:
     # One name for equal worlds.
 
     def _canonical(self, world: list[int]) -> World:
-        common = world[0]
-        listening, names = 0, self.commons.names[common]
+        processes, commons, common = self.processes, self.commons, world[0]
+        listening, names, used = 0, commons.names[common], commons.used[common]
+        lineages = [commons.lineage[common]]
         for p in world[1:]:
-            listening |= self.processes.listening[p]
-            names |= self.processes.names[p]
-        deaf = self.commons.messages[common] & ~listening
+            listening |= processes.listening[p]
+            names |= processes.names[p]
+            used |= processes.used[p]
+            lineages.append(processes.lineage[p])
+        deaf = commons.messages[common] & ~listening
         if deaf:
             return self._canonical([self._forget(common, deaf), *world[1:]])
-        if names not in self._without_gaps or self._activations(world):
-            world = self._rename(world, names)
+        key = (names, used, *lineages)
+        if key in self._renaming_of:
+            renaming = self._renaming_of[key]
+        else:
+            renaming = self._renaming_of[key] = self._renaming(names, used, tuple(lineages))
+        if renaming is not None:
+            world = [renaming.common(commons, common), *(renaming.process(processes, p) for p in world[1:])]
         if self._all_interchangeable:
             return (world[0], *sorted(world[1:]))
         ordered = [sorted(world[1 + i] for i in letter) for letter in self._letters]
@@ -257,51 +267,19 @@ class Explorer:
             found = self._forgotten[common, steps] = self.commons.number(value)
         return found
 
-    def _rename(self, world: list[int], names: int) -> list[int]:
-        activations = self._activations(world)
-        useless: frozenset[Activation] = frozenset()
-        if activations:
-            useless = self._find_useless(world, activations)
-            kept = activations - useless
-            names |= _names((), [a.step for a in kept if a.step is not None], [a.generation for a in kept])
+    def _renaming(self, names: int, used: int, lineages: tuple[int, ...]) -> _Renaming | None:
+        """How to rename this world; None where every name is as it should be."""
+        all_lineages = [self.lineages.values[number] for number in lineages]
+        useless = _useless(all_lineages, _steps(used))
+        kept = frozenset().union(*all_lineages) - useless
+        names |= _names((), [a.step for a in kept if a.step is not None], [a.generation for a in kept])
         generations, numbers = divmod(names, 1 << _NUMBERS)
         if not useless and not generations & (generations + 1) and not numbers & (numbers + 1):
-            if not activations:
-                self._without_gaps.add(names)
-            return world
-        renaming = self._renamings.get((names, useless))
-        if renaming is None:
-            renaming = _Renaming(tuple(_bits(numbers)), tuple(_bits(generations)), useless)
-            self._renamings[names, useless] = renaming
-        return [
-            renaming.common(self.commons, world[0]),
-            *(renaming.process(self.processes, p) for p in world[1:]),
-        ]
-
-    def _activations(self, world: list[int]) -> frozenset[Activation]:
-        known = self.commons.values[world[0]].activations
-        for p in world[1:]:
-            table = self.processes.values[p].table
-            known = known | table.activations if table.activations else known
-        return known
-
-    def _find_useless(self, world: list[int], activations: frozenset[Activation]) -> frozenset[Activation]:
-        """Activations that make nothing void, or nothing that a later one, known everywhere, does not."""
-        used = self.commons.used[world[0]]
-        tables = [self.processes.values[p].table for p in world[1:]]
-        everywhere = self.commons.values[world[0]].activations.intersection(*(t.activations for t in tables))
-        for p in world[1:]:
-            used |= self.processes.used[p]
-        key = (used, activations, everywhere)
-        found = self._useless.get(key)
+            return None
+        key = (names, useless)
+        found = self._renamings.get(key)
         if found is None:
-            steps = _steps(used)
-            useless = {a for a in activations if not any(a.voids(step) for step in steps)}
-            later = sorted(everywhere - useless)
-            for a in activations - useless:
-                voided = [step for step in steps if a.voids(step)]
-                useless |= {a for b in later if b > a and all(b.voids(step) for step in voided)}
-            found = self._useless[key] = frozenset(useless)
+            found = self._renamings[key] = _Renaming(tuple(_bits(numbers)), tuple(_bits(generations)), useless)
         return found
 
     # How a world was reached, for the person who has to understand a violation.
@@ -328,9 +306,11 @@ class Explorer:
                 changed[i] = self.processes.number(moved)
                 if self._canonical(changed) == after:
                     return f"process {i - 1}: {label}"
-            for message in (*value.outcomes, *value.activations):
-                if after in self._hears(before, i, message):
-                    return f"process {i - 1} hears {message}"
+            for message in self.commons.news[before[0]]:
+                changed = list(before)
+                changed[i] = self._hears(before[i], message)
+                if self._canonical(changed) == after:
+                    return f"process {i - 1} hears {self.messages.values[message]}"
         for label, common in slot_world.coordinator_moves(self.rules, value):
             if self._canonical([self.commons.number(common), *before[1:]]) == after:
                 return label
@@ -363,9 +343,11 @@ class _Interned(Generic[T]):
 class _Processes(_Interned[Process]):
     """Sets of steps are bit masks (`_mask`)."""
 
-    def __init__(self, rules: Rules) -> None:
+    def __init__(self, rules: Rules, lineages: _Interned[frozenset[Activation]]) -> None:
         super().__init__()
         self.rules = rules
+        self.lineages = lineages
+        self.lineage: list[int] = []  # the restores that it knows of
         self.used: list[int] = []  # steps that it names anywhere
         self.names: list[int] = []  # the numbers and generations of those (`_names`)
         self.unknown: list[int] = []  # steps in its slots whose outcome it does not know
@@ -387,6 +369,7 @@ class _Processes(_Interned[Process]):
         named = in_slots | value.table.complete | value.table.abandoned | set(value.manifests())
         named |= {write.step for write in value.writing} | ({value.drained[1]} if value.drained else set())
         named |= {value.restored} if value.restored else set()
+        self.lineage.append(self.lineages.number(value.table.activations))
         self.used.append(_mask(named))
         self.names.append(_names(named))
         self.unknown.append(_mask(value.unknown()))
@@ -400,9 +383,20 @@ class _Processes(_Interned[Process]):
 
 
 class _Commons(_Interned[Common]):
-    def __init__(self, rules: Rules) -> None:
+    def __init__(
+        self,
+        rules: Rules,
+        lineages: _Interned[frozenset[Activation]],
+        messages: _Interned[tuple[StepId, Outcome] | Activation],
+    ) -> None:
         super().__init__()
         self.rules = rules
+        self.lineages = lineages
+        self.all_messages = messages
+        self.lineage: list[int] = []  # the restores on record
+        self.begun: list[int] = []  # those with the generation that goes on
+        self._begun = _Interned[tuple[int, int]]()
+        self.news: list[list[int]] = []  # what a process may hear
         self.used: list[int] = []
         self.names: list[int] = []
         self.messages: list[int] = []  # steps under `sealed` or `outcomes` that nobody will begin
@@ -413,8 +407,6 @@ class _Commons(_Interned[Common]):
         self.decided: list[list[int]] = []
         self.situation: list[int] = []
         self.situations = _Interned[Situation]()
-        self.lineage: list[int] = []
-        self._lineages = _Interned[tuple[frozenset[Activation], int]]()
 
     def _work_out(self, value: Common) -> None:
         steps = [step for step, _ in value.sealed] + [step for step, _ in value.outcomes]
@@ -431,10 +423,23 @@ class _Commons(_Interned[Common]):
         self.complete.append(_mask(complete))
         self.abandoned.append(_mask(set(steps) - complete))
         self.situation.append(self.situations.number(slot_world.situation(self.rules, value)))
-        self.lineage.append(self._lineages.number((value.activations, value.generation)))
+        self.lineage.append(self.lineages.number(value.activations))
+        self.begun.append(self._begun.number((self.lineage[-1], value.generation)))
+        self.news.append([self.all_messages.number(m) for m in (*value.outcomes, *value.activations)])
         decided: list[int] = []
         self.decided.append(decided)
         decided += [self.number(after) for _, after in slot_world.coordinator_moves(self.rules, value)]
+
+
+def _useless(lineages: list[frozenset[Activation]], steps: list[StepId]) -> frozenset[Activation]:
+    """Activations that make nothing void, or nothing that a later one, known everywhere, does not."""
+    everything = frozenset().union(*lineages)
+    useless = {a for a in everything if not any(a.voids(step) for step in steps)}
+    everywhere = frozenset.intersection(*lineages)
+    for a in everything - useless:
+        voided = [step for step in steps if a.voids(step)]
+        useless |= {a for b in everywhere if b > a and all(b.voids(step) for step in voided)}
+    return frozenset(useless)
 
 
 class _Renaming:
