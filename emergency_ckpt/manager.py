@@ -25,7 +25,6 @@ from emergency_ckpt.errors import (
 )
 from emergency_ckpt.jaxio.preemption import PreemptionQuery
 from emergency_ckpt.runtime import extras as extras_room
-from emergency_ckpt.runtime.disabled import DisabledCheckpointManager
 from emergency_ckpt.runtime.engine import Engine
 from emergency_ckpt.runtime.loading import load_parameters, load_state
 from emergency_ckpt.runtime.restored_state import RestoredState
@@ -102,18 +101,17 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         self._start(settings, global_mesh, abstract_state)
 
     @classmethod
-    def from_config(
-        cls, config: Config, mesh: jax.sharding.Mesh, abstract_state: PyTree
-    ) -> CheckpointManager | DisabledCheckpointManager:
+    def from_config(cls, config: Config, mesh: jax.sharding.Mesh, abstract_state: PyTree) -> CheckpointManager:
         """The manager that the flags ask for; with `enable_checkpointing=False` an idle one. Collective.
 
         Raises what the constructor raises.
         """
         from emergency_ckpt.config import advice, inactive_flags
+        from emergency_ckpt.disabled import DisabledCheckpointManager
         from emergency_ckpt.telemetry.log import write_json_lines_bare
 
         if not config.enable_checkpointing:
-            return DisabledCheckpointManager()
+            return DisabledCheckpointManager(mesh)
         if config.checkpoint_log_format == "json":
             write_json_lines_bare()
         manager = cls.__new__(cls)

@@ -79,6 +79,7 @@ def test_counterparts_hold_the_same_places_of_the_mesh(case):
 
     for process in range(topology.process_count):
         group = topology.counterparts(process)
+        assert group is not None
         assert [topology.process_slice[p] for p in group] == list(range(topology.slice_count))
         assert process in group
         assert all(places(p) == places(process) for p in group)
@@ -89,6 +90,7 @@ def test_equally_cut_slices_always_line_up(grid):
     count = int(grid.max()) + 1
     groups, reason = counterparts_of(grid, 0, slices_of(grid, 0, count))
     assert reason == ""
+    assert groups is not None
     assert sorted(p for group in groups for p in group) == list(range(count))
 
 
