@@ -113,17 +113,14 @@ def test_the_package_starts_without_jax() -> None:
     assert run_python(f"import emergency_ckpt; dir(emergency_ckpt); {REPORT_HEAVY}").strip() == ""
 
 
-@pytest.mark.parametrize("room", sorted(WITHOUT_JAX))
+@pytest.mark.parametrize("room", sorted(WITHOUT_JAX & {room_of(module) for module, _ in MODULES}))
 def test_every_module_of_a_room_for_processes_without_jax_starts_without_it(room: str) -> None:
     names = [module for module, _ in MODULES if room_of(module) == room]
-    if not names:
-        pytest.skip(f"the room {room} does not exist yet")
     assert run_python(f"import {', '.join(names)}; {REPORT_HEAVY}").strip() == ""
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["launch", "--help"]], ids=" ".join)
 def test_the_command_line_shows_its_help_without_jax(arguments: list[str]) -> None:
-    pytest.importorskip("emergency_ckpt.cli.main")
     code = (
         f"import atexit, sys; atexit.register(lambda: exec({REPORT_HEAVY!r}))\n"
         f"sys.argv = ['emergency-ckpt', *{arguments!r}]\n"
