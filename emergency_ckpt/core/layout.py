@@ -161,7 +161,7 @@ class Layout:
         """Parses and checks what `to_bytes` wrote; raises CorruptDataError for anything else."""
         try:
             return cls._parse(json.loads(data))
-        except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, IndexError, OverflowError, RecursionError) as error:
             raise CorruptDataError(f"a layout file is damaged or of another version: {error}") from error
 
     @classmethod
@@ -188,6 +188,8 @@ class Layout:
         return layout
 
     def _check(self) -> None:
+        if len(self.leaf) != len(self.leaves) or len(self.shard_index) != len(self.shards):
+            raise ValueError("a leaf or a shard appears twice")
         for leaf in self.leaves:
             dtype_of(leaf.dtype)
         for shard in self.shards:
@@ -195,6 +197,8 @@ class Layout:
                 raise ValueError(f"shard {shard} lies outside its leaf")
         if len(self.process_shards) != len(self.process_slice):
             raise ValueError("process_shards and process_slice differ in length")
+        if min(self.process_slice, default=0) < 0:
+            raise ValueError("process_slice has a negative slice")
         for held in self.process_shards:
             if list(held) != sorted(set(held)) or any(not 0 <= s < len(self.shards) for s in held):
                 raise ValueError("process_shards is not an ascending list of shard indices")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -122,11 +123,11 @@ def dtype_of(name: str) -> np.dtype:
     Sub-byte dtypes take one byte per element in host memory and in slots.
     Raises ValueError for a name that neither numpy nor ml_dtypes knows.
     """
-    try:
-        scalar = getattr(ml_dtypes, name, None)
-        dtype = np.dtype(scalar if scalar is not None else name)
-    except TypeError as error:
-        raise ValueError(f"unknown dtype {name!r}") from error
+    # Looked up by name: numpy's own parser takes whole expressions and fails in many ways.
+    scalar: Any = getattr(ml_dtypes, name, None) or np.sctypeDict.get(name)
+    if np.generic not in getattr(scalar, "__mro__", ()):
+        raise ValueError(f"unknown dtype {name!r}")
+    dtype = np.dtype(scalar)
     if dtype.hasobject or dtype.itemsize == 0:
         raise ValueError(f"dtype {name!r} has no fixed size in memory")
     return dtype

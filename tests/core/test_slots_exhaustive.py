@@ -28,7 +28,9 @@ from tests.core.slot_world import Rules, Violation
 EXPLORED = {
     "any number of steps and crashes": Rules(),
     "ramdisks wiped, shards replicated": Rules("AA"),
-    "older steps restored, messages of older generations": Rules(restore_older=True, late_messages=True),
+    "older steps restored, messages of older generations": Rules(
+        saves=4, restore_older=True, late_messages=True
+    ),
     "the running job goes back": Rules(saves=4, crashes=1, live_restore=True, late_messages=True),
     "the running job goes back, ramdisks wiped": Rules("AA", saves=3, crashes=1, live_restore=True),
     "slots pinned by drains": Rules(saves=3, crashes=1, drains=True),
@@ -43,6 +45,7 @@ EXPLORED = {
 }
 
 DEEP = {
+    "older steps restored, any number of steps": Rules(restore_older=True, late_messages=True),
     "three processes": Rules("ABC", slots=3, saves=4),
     "three processes, some replicated": Rules("AAB", slots=3, saves=4, restore_older=True),
     "three processes, two steps kept": Rules("ABC", slots=3, max_to_keep=2, promises=2, saves=4, in_order=True),
