@@ -7,6 +7,7 @@ STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+EXPLORE_WORLDS ?= 3000000
 
 # A name on PATH may be a launcher without an interpreter behind it, so each candidate is run.
 find_python = $(shell for python in python3.13 python3.12 python3.11 python3; do \
@@ -15,7 +16,7 @@ find_python = $(shell for python in python3.13 python3.12 python3.11 python3; do
 PYTHON ?= $(find_python)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format bench clean
+.PHONY: help venv demo test lint format explore bench clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -49,6 +50,9 @@ lint: $(STAMP) ## style, formatting and types
 format: $(STAMP) ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+explore: $(STAMP) ## the slot machine, far deeper than in `make test` (up to an hour; EXPLORE_WORLDS per case)
+	EXPLORE_WORLDS=$(EXPLORE_WORLDS) $(BIN)/python -m pytest -s -k deep tests/core/test_slots_exhaustive.py
 
 bench: $(STAMP) ## measurements
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
