@@ -6,8 +6,8 @@ restores of the newest or an older step with retraining of the same step numbers
 complete step can be restored, a manifest stands over its own bytes only, nothing is overwritten while it is
 drained, and a new step can still become complete.
 
-`EXPLORE_WORLDS=3000000 pytest -s -k deep tests/core/test_slots_exhaustive.py` goes on to three processes with
-three slots, up to that many worlds each, and says how far it came.
+`EXPLORE_WORLDS=1000000 pytest -s -k deep tests/core/test_slots_exhaustive.py` goes on to three processes with
+three slots, up to that many worlds each (about a gigabyte per four million), and says how far it came.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ EXPLORED = {
 
 DEEP = {
     "older steps restored, any number of steps": Rules(restore_older=True, late_messages=True),
-    "three processes": Rules("ABC", slots=3, saves=4),
+    "three processes, two slots": Rules("ABC", saves=4),
+    "three processes, three slots, three steps": Rules("ABC", slots=3, saves=3),
+    "three processes, three slots, four steps": Rules("ABC", slots=3, saves=4),
     "three processes, some replicated": Rules("AAB", slots=3, saves=4, restore_older=True),
     "three processes, two steps kept": Rules("ABC", slots=3, max_to_keep=2, promises=2, saves=4, in_order=True),
     "three processes, drains": Rules("ABC", slots=3, saves=4, drains=True),
