@@ -6,6 +6,7 @@ in another generation, do not verify even though they are intact. Replicas of a 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,9 +38,8 @@ def first_bad_block(
 ) -> int | None:
     """Index of the first block that does not match, or None when all do (a missing block counts as bad)."""
     found = checksum_blocks(data, seed, block_bytes)
-    if len(found) != len(expected):
-        return min(len(found), len(expected))
-    return next((i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b), None)
+    pairs = itertools.zip_longest(found, expected)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), None)
 
 
 def copy_and_checksum(
