@@ -44,7 +44,7 @@ from emergency_ckpt.errors import (
 )
 from emergency_ckpt.persistent.reader import StepReader
 from emergency_ckpt.persistent.store import PersistentStore
-from emergency_ckpt.runtime import restore_attempt
+from emergency_ckpt.runtime import hydrate, restore_attempt
 
 
 @pytest.fixture(scope="module")
@@ -597,6 +597,83 @@ def test_metadata_is_kept_as_it_was_at_the_call(opened: Opener, mesh: Mesh) -> N
     told["nested"].append(2)
     manager.wait_until_finished()
     assert manager.metadata(2).custom_metadata == {"nested": [1]}
+
+
+def test_a_store_that_fails_while_extras_are_read_leaks_no_slot(
+    opened: Opener, mesh: Mesh, ramdisk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_all(opened(), mesh, range(1, 7))
+    for manifest in ramdisk.rglob("*.manifest"):
+        manifest.unlink()
+    manager = opened()
+    monkeypatch.setattr(restore_attempt, "_READ_PAUSES_SECONDS", (0.0, 0.0, 0.0))
+    Unreliable(monkeypatch, StepReader, "values", PersistentStoreError("time-out"), times=3)
+    assert manager.restore_or_init(dict).step == 5
+    assert save_all(manager, mesh, range(6, 13)) == [6, 8, 10, 12]
+    assert manager.latest_complete_step() == 12
+
+
+def test_a_newer_checkpoint_of_another_program_is_never_deleted(
+    mesh: Mesh, ramdisk: Path, tmp_path: Path
+) -> None:
+    state = {"params": make_state(mesh, 3).params}
+    saved = ocp.args.Composite(state=ocp.args.StandardSave(state))
+    with CheckpointManager(ramdisk, tmp_path / "bucket", mesh, state, options=OPTIONS) as manager:
+        manager.save(10, state)
+    with CheckpointManager(ramdisk, tmp_path / "bucket", mesh, state, options=OPTIONS) as manager:
+        manager.restore(10)
+    with ocp.CheckpointManager(tmp_path / "bucket", item_names=("state",)) as plain:
+        plain.save(25, args=saved)
+    with CheckpointManager(ramdisk, tmp_path / "bucket", mesh, state, options=OPTIONS) as manager:
+        assert manager.restore_or_init(dict).step == 10
+        manager.save(20, state)
+        manager.finish(20, state)
+        assert 25 in manager.all_steps()
+    assert (tmp_path / "bucket/25").is_dir()
+
+
+def test_a_second_try_after_a_failed_restore_does_not_begin_from_scratch(
+    opened: Opener, mesh: Mesh, ramdisk: Path
+) -> None:
+    manager = opened()
+    save_all(manager, mesh, range(1, 7))
+    manager.close()
+    for path in [
+        *ramdisk.rglob("slot_*.data"),
+        *manager._settings.persistent_directory.glob("*/default/**/d/*"),
+    ]:
+        path.write_bytes(bytes(path.stat().st_size))
+    manager = opened()
+    for _ in range(2):
+        with pytest.raises(NoRestorableStepError):
+            manager.restore_or_init(dict)
+
+
+def test_a_ramdisk_that_fails_after_a_restore_does_not_fail_the_restore(
+    opened: Opener, mesh: Mesh, ramdisk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_all(opened(), mesh, range(1, 7))
+    for manifest in ramdisk.rglob("*.manifest"):
+        manifest.unlink()
+    manager = opened()
+    Unreliable(monkeypatch, hydrate.Hydrated, "settle", OSError("no space left"))
+    assert manager.restore_or_init(dict).step == 5
+
+
+def test_a_deleted_step_may_be_saved_and_drained_again(
+    opened: Opener, mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = opened()
+    Unreliable(monkeypatch, drain, "write_part", PersistentStoreError("disk full"))
+    manager.save(10, make_state(mesh, 10))
+    manager.wait_until_finished()
+    manager.delete(10)
+    with pytest.raises(PersistentStoreError, match="disk full"):
+        manager.check_for_errors()
+    assert manager.save(10, make_state(mesh, 10))
+    manager.wait_until_finished()
+    manager.check_for_errors()
+    assert (tmp_path / "bucket/10/default").is_dir()
 
 
 def test_metrics_count_what_happened(opened: Opener, mesh: Mesh) -> None:

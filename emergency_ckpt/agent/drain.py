@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import queue
 import threading
 import time
@@ -95,19 +96,20 @@ class DrainWorker:
     def __init__(self, job: DrainJob) -> None:
         self._job = job
         self._requests: queue.Queue[_Request | None] = queue.Queue()
+        self._ordinals = itertools.count()
         self._idle = threading.Condition()
         self._open = 0
         self._errors: list[EmergencyCheckpointError] = []
         self._thread = threading.Thread(target=self._run, name="emergency_ckpt drain", daemon=True)
         self._thread.start()
 
-    def submit(self, step: StepId, slot: int, ordinal: int = 0) -> None:
+    def submit(self, step: StepId, slot: int) -> None:
         """Drains the sealed `step` from `slot`, which the caller has pinned; the worker unpins it.
 
-        A step whose drain failed may be submitted again, with an `ordinal` that is higher and the same on all
-        processes.
+        All processes submit the same steps in the same order (what is complete is agreed), so that counting
+        gives each attempt a number of its own; a step whose drain failed may be submitted again.
         """
-        attempt = Attempt(self._job.generation, step.step, self._job.item, ordinal)
+        attempt = Attempt(self._job.generation, step.step, self._job.item, next(self._ordinals))
         with self._idle:
             self._open += 1
         self._requests.put(_Request(attempt, slot))

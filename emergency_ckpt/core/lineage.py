@@ -27,14 +27,15 @@ class StepId:
 class Activation:
     """Generation `generation` began from step `step` (None: from scratch): all processes hold its state.
 
-    From then on every later step of every earlier generation is void.
+    From then on every later step of every earlier generation of this run is void. Checkpoints of other programs
+    (generation 0) never are: one may have been written after the activation, and is not ours to give up.
     """
 
     generation: int
     step: int | None
 
     def voids(self, saved: StepId) -> bool:
-        return saved.generation < self.generation and (self.step is None or saved.step > self.step)
+        return 0 < saved.generation < self.generation and (self.step is None or saved.step > self.step)
 
 
 def is_void(saved: StepId, activations: Iterable[Activation]) -> bool:

@@ -146,7 +146,7 @@ class Planner:
         if not holders and not persistent:
             return None, f"step {step.step}: {'; '.join(notes) or 'no usable copy'}"
         extras_from, lost_extras = self._extras(step, holders, struck)
-        if lost_extras and not self._uncovered(holders):
+        if lost_extras and (persistent or not self._uncovered(holders)):
             # Data position and arrays belong together: half a step is no step.
             notes.append(f"extras of {_processes(lost_extras)} have no survivor")
             holders, extras_from = {}, (None,) * self.layout.process_count

@@ -389,8 +389,9 @@ class LocalStore:
         with self._changed:
             if self._closed:
                 return
+            owned = self._claim is not None and not self._claim.superseded
             for index, slot in enumerate(self._table.slots):
-                if self.directory and slot.step is not None and not slot.sealed:
+                if owned and self.directory and slot.step is not None and not slot.sealed:
                     data_path(self.directory, index).unlink(missing_ok=True)
             self._closed = True
             self._update(self._table)

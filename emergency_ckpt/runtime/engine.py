@@ -21,6 +21,7 @@ from emergency_ckpt.errors import (
     CoordinationTimeoutError,
     EmergencyCheckpointError,
     NoRestorableStepError,
+    PeerFailedError,
     PersistentStoreError,
 )
 from emergency_ckpt.jaxio.binding import StateBinder
@@ -56,7 +57,6 @@ class Engine:
         self._requested: StepId | None = None
         self._began = False  # whether this generation has a beginning that all agreed on
         self._collectives = itertools.count()
-        self._redrains = itertools.count(1)
         self._errors: list[EmergencyCheckpointError] = []
         self._closed = False
         self._drain = start_drains(self.job)
@@ -137,19 +137,34 @@ class Engine:
         if newest == self._requested:
             self._wait_for_saves()
             if self.newest_complete != newest:
-                return True  # It was abandoned.
+                return self._agree_to_repeat(newest)  # It was abandoned.
         if not due.persistent:
             return False
         self._wait_for_drains()
         return not self._is_persistent(step)
 
+    def _agree_to_repeat(self, step: StepId) -> bool:
+        """Whether all processes repeat an abandoned save. One that repeats it alone would be out of step."""
+        key = f"repeat/{step.generation}/{self._pipeline.next_ordinal}"
+
+        def decide(steps: list[int]) -> None:
+            if len(set(steps)) > 1:
+                raise PeerFailedError(f"processes repeat different steps: {steps}")
+
+        try:
+            agree(self.job.coordinator, key, lambda: step.step, decide, self._settings.coordination_timeout)
+        except (CoordinationTimeoutError, PeerFailedError) as error:
+            self._errors.append(error)
+            self.job.log.error("save", step.step, f"the abandoned save is not repeated by all: {error}")
+            return False
+        return True
+
     def _drain_again(self, step: StepId) -> bool:
         """A step that is complete on all ramdisks goes to the persistent tier from there, with no snapshot."""
-        ordinal = next(self._redrains)
         slot = self.job.local.pin(step)
         if slot is None or self._drain is None:
             return False
-        self._drain.submit(step, slot.index, ordinal)
+        self._drain.submit(step, slot.index)
         return True
 
     def _is_persistent(self, step: int) -> bool:
@@ -166,7 +181,8 @@ class Engine:
     def _begin_without_restore(self) -> bool:
         """Agrees that this generation goes on from the newest step although its state was not restored here.
 
-        False, on all processes, when that cannot be recorded now: the next save tries again.
+        False, on all processes, when that cannot be recorded now: the next save tries again. Raises
+        CoordinationTimeoutError when it is not known what the others did.
         """
         job, parent = self.job, self.survey.newest
         activation = Activation(job.generation.number, parent.step if parent else None)
@@ -177,6 +193,8 @@ class Engine:
         key = f"begin/{next(self._collectives)}"
         try:
             agree(job.coordinator, key, lambda: None, decide, self._settings.coordination_timeout)
+        except CoordinationTimeoutError:
+            raise  # Others may have gone on: nothing that this process did now would be in step with them.
         except EmergencyCheckpointError as error:
             self._errors.append(error)
             job.log.error("save", None, f"not saved, this life of the run could not be recorded: {error}")
@@ -201,11 +219,16 @@ class Engine:
             restored = self._restorer.restore(self.survey, wanted, self.job.generation)
         except NoRestorableStepError:
             # What turned out to be damaged is not there any more; training may go on from the rest.
-            self.survey = dataclasses.replace(self.survey, restorable=self._restorer.remaining)
+            remaining = self._restorer.remaining
+            lost = None if remaining else self.survey.lost or self.survey.newest
+            self.survey = dataclasses.replace(self.survey, restorable=remaining, lost=lost)
             self._base = self.survey.newest
             raise
         self._began = True
         self._base = StepId(restored.report.generation, restored.report.step)
+        for step in self.survey.restorable:
+            if step <= self._base:
+                self.job.local.settle(step, Outcome.COMPLETE)  # All agreed that it is whole.
         return restored
 
     def reload(self) -> None:
@@ -231,9 +254,15 @@ class Engine:
         numbers = tell(self.job.coordinator, key, remove, self._settings.coordination_timeout)
         if numbers is not None:
             raise NoRestorableStepError(f"step {step} is on no tier; the steps that are: {numbers}")
-        self.job.local.delete(step)
-        self._pipeline.forget(step)
+        agree(
+            self.job.coordinator,
+            f"{key}/local",
+            lambda: self.job.local.delete(step),
+            lambda _: None,
+            self._settings.coordination_timeout,
+        )
         self._look_again()
+        self._pipeline.forget(step, self.survey.newest)
 
     def _look_again(self) -> None:
         self.survey = self._restorer.survey()

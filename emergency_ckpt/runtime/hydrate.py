@@ -17,6 +17,7 @@ from emergency_ckpt.core.checksums import block_seed, checksum_blocks
 from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.core.shards import dtype_of
+from emergency_ckpt.errors import LocalCapacityError
 from emergency_ckpt.local.manifest import Manifest
 from emergency_ckpt.local.store import LocalStore, OpenSlot, SealedSlot
 from emergency_ckpt.persistent.reader import BoxRequest, StepReader
@@ -32,11 +33,22 @@ class Hydration:
         # What may be here of this step is not to be used, but it may be all that is left of some shard.
         here = job.local.sealed(step) is not None
         self._slot = None if here else job.local.begin(step, timedelta(0))[0]
-        if self._slot is not None:
+        self.data = self._slot_memory() if self._slot is not None else self._plain_memory()
+
+    def _slot_memory(self) -> np.ndarray:
+        assert self._slot is not None
+        try:
             self._slot.wait_ready()
-            self.data = self._slot.data
-        else:
-            self.data = np.empty(job.layout.data_bytes(job.process), np.uint8)
+            return self._slot.data
+        except LocalCapacityError:
+            self.discard()
+            return self._plain_memory()
+        except BaseException:
+            self.discard()
+            raise
+
+    def _plain_memory(self) -> np.ndarray:
+        return np.empty(self._job.layout.data_bytes(self._job.process), np.uint8)
 
     def read_persistent(self, reader: StepReader) -> tuple[tuple[int, ...], ...]:
         """Reads all shards of this process, verified where the step has checksums; returns block checksums."""
@@ -91,15 +103,23 @@ class Hydrated:
     waits: bool = False
 
     def settle(self) -> None:
-        """Moves waiting bytes into a slot. Call when all processes hold the state and old steps are void."""
+        """Moves waiting bytes into a slot. Call when all processes hold the state and old steps are void.
+
+        Raises what the ramdisk raises; the state is held all the same, and the next save is redundant again.
+        """
         if not self.waits or not self.local.directory:
             return
         self.local.give_up(self.slot.manifest.step)
         slot, _ = self.local.begin(self.slot.manifest.step, timedelta(0))
-        if slot is not None:
+        if slot is None:
+            return
+        try:
             slot.wait_ready()
             _copy(self.slot.data, slot)
             self.local.seal(slot, self.slot.manifest)
+        except BaseException:
+            self.local.discard(slot)
+            raise
 
 
 def _copy(data: np.ndarray, slot: OpenSlot) -> None:

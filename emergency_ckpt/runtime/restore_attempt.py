@@ -16,7 +16,7 @@ import jax
 from emergency_ckpt.core.lineage import Activation, StepId
 from emergency_ckpt.core.restore_plan import RestorePlan, SourceKind, Strike
 from emergency_ckpt.core.slots import Outcome
-from emergency_ckpt.errors import CorruptDataError, PersistentStoreError
+from emergency_ckpt.errors import CorruptDataError, EmergencyCheckpointError, PersistentStoreError
 from emergency_ckpt.jaxio.assemble import StoredShard, assemble
 from emergency_ckpt.jaxio.broadcast import Transfer, broadcast_regions
 from emergency_ckpt.local.manifest import Manifest
@@ -81,9 +81,18 @@ class Attempt:
             return found
         job.local.activate([activation])
         job.local.settle(self._plan.step, Outcome.COMPLETE)
-        assert self._whole is not None
-        self._whole.settle()
+        self._settle()
         return held[0]
+
+    def _settle(self) -> None:
+        """Everybody holds the state by now: that this ramdisk cannot take it is no reason to fail."""
+        assert self._whole is not None
+        try:
+            self._whole.settle()
+        except (EmergencyCheckpointError, OSError) as error:
+            self._job.log.warning(
+                "restore", self._plan.step.step, f"not on this ramdisk until the next save: {error}"
+            )
 
     def close(self) -> None:
         """Gives back the slot of a broadcast that was not received."""
@@ -157,12 +166,6 @@ class Attempt:
             job.log.warning(
                 "restore", step.step, f"{reader.path} was written by another program: its bytes are unverified"
             )
-        hydration = Hydration(job, step)
-        try:
-            checksums = hydration.read_persistent(reader)
-        except BaseException:
-            hydration.discard()
-            raise
         self._take_persistent_extras(reader)
         own = {job.process: self._extras} if self._extras is not None else {}
         metadata = {}
@@ -172,7 +175,13 @@ class Attempt:
                 "metrics": dict(reader.side.metrics),
             }
         values = {name: value for name, value in reader.values().items() if name in job.layout.value_leaves}
-        return hydration.seal(make_manifest(job, step, checksums, values, own, metadata))
+        hydration = Hydration(job, step)
+        try:
+            checksums = hydration.read_persistent(reader)
+            return hydration.seal(make_manifest(job, step, checksums, values, own, metadata))
+        except BaseException:
+            hydration.discard()
+            raise
 
     def _reader(self) -> StepReader:
         step = self._plan.step

@@ -153,10 +153,16 @@ class SavePipeline:
         if not task.done.wait(4 * self._job.settings.coordination_timeout.total_seconds()):
             raise CoordinationTimeoutError(f"{task.step} had no outcome within four coordination time-outs")
 
-    def forget(self, step: int) -> None:
-        """`step` was deleted: it is no longer the newest complete one."""
+    @property
+    def next_ordinal(self) -> int:
+        """The number of the next save of this generation; the same on all processes."""
+        return self._next_ordinal
+
+    def forget(self, step: int, newest: StepId | None) -> None:
+        """`step` was deleted, and `newest` is the newest restorable step now."""
         if self._newest_complete is not None and self._newest_complete.step == step:
             self._newest_complete = None
+        self._promised = newest
 
     def wait(self, timeout: timedelta) -> bool:
         """Waits until every save has its outcome; False when the time limit came first."""

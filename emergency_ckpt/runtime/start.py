@@ -67,6 +67,7 @@ def start_job(settings: Settings, mesh: jax.sharding.Mesh, abstract_state: Any) 
         raise
     if job.leads:
         _remove_leftovers(job)
+        _warn_of_foreign_steps(job, survey)
     job.log.emit(
         StartEvent(
             step=survey.newest.step if survey.newest else None,
@@ -81,6 +82,21 @@ def start_job(settings: Settings, mesh: jax.sharding.Mesh, abstract_state: Any) 
         )
     )
     return job, restorer, survey
+
+
+def _warn_of_foreign_steps(job: Job, survey: Survey) -> None:
+    """Steps of other programs are older than any of this run; somebody may expect otherwise."""
+    newest = survey.newest
+    if newest is None or newest.generation == 0:
+        return
+    later = [s.step for s in survey.restorable if s.generation == 0 and s.step > newest.step]
+    if later:
+        job.log.warning(
+            "start",
+            max(later),
+            f"another program wrote steps {later} here; this run goes on from its own step {newest.step}. "
+            f"To go on from one of them, call restore({max(later)})",
+        )
 
 
 def _remove_leftovers(job: Job) -> None:

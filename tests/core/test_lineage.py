@@ -31,11 +31,11 @@ def test_a_later_generation_is_newer_and_then_a_higher_step(one: StepId, other: 
 
 
 @given(steps, activations)
-def test_a_restore_makes_void_the_later_steps_of_earlier_generations_only(
+def test_a_restore_makes_void_the_later_steps_of_earlier_generations_of_the_run_only(
     step: StepId, begun: Activation
 ) -> None:
     later = begun.step is None or step.step > begun.step
-    assert begun.voids(step) == (step.generation < begun.generation and later)
+    assert begun.voids(step) == (0 < step.generation < begun.generation and later)
 
 
 @given(st.lists(steps), st.lists(activations), activations)

@@ -202,3 +202,11 @@ def test_inventories_survive_the_wire(
 ) -> None:
     for inventory in case[0].inventories:
         assert Inventory.from_bytes(inventory.to_bytes()) == inventory
+
+
+def test_lost_extras_are_taken_from_the_persistent_tier_together_with_the_arrays() -> None:
+    planner = with_extras(make_planner(3, 2, {StepId(1, 5): {0}}, persistent=(StepId(1, 5),)), {0: (0, 4)})
+    plan, reason = planner.plan()
+    assert plan is not None
+    assert {source.kind for source in plan.sources} == {SourceKind.PERSISTENT}
+    assert "extras of processes 1, 2, 3, 5 have no survivor" in reason
