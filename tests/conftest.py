@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,11 @@ import pytest
 # Before anything imports jax: eight devices, so that meshes with a replica axis fit into one process.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+
+# A runner in the background is started with some signals ignored, and what is ignored stays so in every process
+# that the tests start; tests that send signals need them to have their usual effect.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Tests assert no times, so neither does hypothesis; in CI its examples are the same at every run.
 hypothesis.settings.register_profile("local", deadline=None)

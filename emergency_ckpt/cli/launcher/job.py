@@ -236,8 +236,10 @@ class _Job:
 
     def _look(self) -> None:
         """Takes in what happened since the last look: reports, output, ends, in this order for each process."""
+        noted = {ended.process for ended in self._ended}
         for process in self._running:
-            if process.exit_code is not None:
+            # Not by its exit code: sending it a signal may have found out already that it has ended.
+            if process.process in noted:
                 continue
             has_ended = process.poll()
             changed, wrong_reports = process.read_progress()
