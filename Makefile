@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
-EXPLORE_WORLDS ?= 3000000
+EXPLORE_WORLDS ?= 1000000
 
 # A name on PATH may be a launcher without an interpreter behind it, so each candidate is run.
 find_python = $(shell for python in python3.13 python3.12 python3.11 python3; do \
