@@ -274,7 +274,8 @@ class Explorer:
         kept = frozenset().union(*all_lineages) - useless
         names |= _names((), [a.step for a in kept if a.step is not None], [a.generation for a in kept])
         generations, numbers = divmod(names, 1 << _NUMBERS)
-        if not useless and not generations & (generations + 1) and not numbers & (numbers + 1):
+        ours = generations >> 1  # 0 is the generation of other programs, which no restore makes void
+        if not useless and not generations & 1 and not ours & (ours + 1) and not numbers & (numbers + 1):
             return None
         key = (names, useless)
         found = self._renamings.get(key)
@@ -443,13 +444,13 @@ def _useless(lineages: list[frozenset[Activation]], steps: list[StepId]) -> froz
 
 
 class _Renaming:
-    """An order-preserving renaming: the n-th number in use becomes n, and so for generations."""
+    """An order-preserving renaming: the n-th number in use becomes n, and so for generations, from 1."""
 
     def __init__(
         self, numbers: tuple[int, ...], generations: tuple[int, ...], dropped: frozenset[Activation]
     ) -> None:
         self._number = {number: i for i, number in enumerate(numbers)}
-        self._generation = {generation: i for i, generation in enumerate(generations)}
+        self._generation = {generation: i for i, generation in enumerate(generations, start=1)}
         self._dropped = dropped
         self._processes: dict[int, int] = {}
         self._commons: dict[int, int] = {}

@@ -6,8 +6,8 @@ restores of the newest or an older step with retraining of the same step numbers
 complete step can be restored, a manifest stands over its own bytes only, nothing is overwritten while it is
 drained, and a new step can still become complete.
 
-`make explore` goes on to three processes with three slots, up to EXPLORE_WORLDS worlds each (about a gigabyte per
-four million), and says how far it came; without that variable only the first few thousand worlds are visited.
+`make explore` goes on to three processes with three slots, up to EXPLORE_WORLDS worlds each (about a gigabyte
+per four million), and says how far it came; without that variable only the first thousands are visited.
 """
 
 from __future__ import annotations
