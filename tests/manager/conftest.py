@@ -1,0 +1,44 @@
+"""A mesh over the devices of this process, and managers on one ramdisk, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from emergency_ckpt import (
+    CheckpointManager,
+    CheckpointManagerOptions,
+)
+from tests.manager.states import OPTIONS, Opener, make_state
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Mesh:
+    return Mesh(np.array(jax.devices()).reshape(2, 4), ("replica", "fsdp"))
+
+
+@pytest.fixture
+def opened(mesh: Mesh, ramdisk: Path, tmp_path: Path) -> Iterator[Opener]:
+    """Opens managers on one ramdisk directory and one persistent directory, one after the other."""
+    managers: list[CheckpointManager] = []
+
+    def open_manager(
+        state: Any = None, options: CheckpointManagerOptions = OPTIONS, **kwargs: Any
+    ) -> CheckpointManager:
+        for manager in managers:
+            manager.close()
+        abstract = make_state(mesh, 0) if state is None else state
+        managers.append(
+            CheckpointManager(ramdisk, tmp_path / "bucket", mesh, abstract, options=options, **kwargs)
+        )
+        return managers[-1]
+
+    yield open_manager
+    for manager in managers:
+        manager.close()
