@@ -9,13 +9,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import queue
-import threading
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, Protocol
 
+from emergency_ckpt.agent.worker import Worker
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.core.upload_assignment import assign_uploads
 from emergency_ckpt.errors import (
@@ -90,73 +89,42 @@ class _Request:
         return self.attempt.step_id
 
 
-class DrainWorker:
+class DrainWorker(Worker[_Request]):
     """Drains pinned slots one after the other in a thread of its own."""
 
     def __init__(self, job: DrainJob) -> None:
         self._job = job
-        self._requests: queue.Queue[_Request | None] = queue.Queue()
         self._ordinals = itertools.count()
-        self._idle = threading.Condition()
-        self._open = 0
-        self._errors: list[EmergencyCheckpointError] = []
-        self._thread = threading.Thread(target=self._run, name="emergency_ckpt drain", daemon=True)
-        self._thread.start()
+        super().__init__("drain", self._do)
 
-    def submit(self, step: StepId, slot: int) -> None:
+    def drain(self, step: StepId, slot: int) -> None:
         """Drains the sealed `step` from `slot`, which the caller has pinned; the worker unpins it.
 
-        All processes submit the same steps in the same order (what is complete is agreed), so that counting
-        gives each attempt a number of its own; a step whose drain failed may be submitted again.
+        All processes drain the same steps in the same order (what is complete is agreed), so that counting
+        gives each attempt a number of its own; a step whose drain failed may be drained again.
         """
         attempt = Attempt(self._job.generation, step.step, self._job.item, next(self._ordinals))
-        with self._idle:
-            self._open += 1
-        self._requests.put(_Request(attempt, slot))
+        self.submit(_Request(attempt, slot))
 
-    def wait(self, timeout: timedelta) -> bool:
-        """Waits until every submitted drain has ended; False when the time limit came first."""
-        with self._idle:
-            return self._idle.wait_for(lambda: self._open == 0, timeout.total_seconds())
-
-    def take_errors(self) -> list[EmergencyCheckpointError]:
-        """Errors since the last call, oldest first."""
-        with self._idle:
-            errors, self._errors = self._errors, []
-        return errors
-
-    def close(self, timeout: timedelta) -> bool:
-        """Finishes what was submitted and ends the thread; False when the time limit came first."""
-        done = self.wait(timeout)
-        self._requests.put(None)
-        self._thread.join(5.0 if done else 0.0)
-        return done
-
-    def _run(self) -> None:
-        while (request := self._requests.get()) is not None:
-            started = time.monotonic()
-            try:
-                verdict, nbytes = self._drain(request)
-            except EmergencyCheckpointError as error:
-                verdict, nbytes = self._failed(request.attempt, error), 0
-            except Exception as error:  # The thread must survive: the next drain may succeed.
-                wrapped = PersistentStoreError(
-                    f"draining {request.step} failed: {type(error).__name__}: {error}"
-                )
-                wrapped.__cause__ = error
-                verdict, nbytes = self._failed(request.attempt, wrapped), 0
-            self._job.log.emit(
-                DrainEvent(
-                    step=request.step.step,
-                    bytes=nbytes,
-                    seconds=time.monotonic() - started,
-                    result=verdict.result,
-                    reason=verdict.reason,
-                )
+    def _do(self, request: _Request) -> None:
+        started = time.monotonic()
+        try:
+            verdict, nbytes = self._drain(request)
+        except EmergencyCheckpointError as error:
+            verdict, nbytes = self._failed(request.attempt, error), 0
+        except Exception as error:  # The others wait for a verdict, whatever it was.
+            wrapped = PersistentStoreError(f"draining {request.step} failed: {type(error).__name__}: {error}")
+            wrapped.__cause__ = error
+            verdict, nbytes = self._failed(request.attempt, wrapped), 0
+        self._job.log.emit(
+            DrainEvent(
+                step=request.step.step,
+                bytes=nbytes,
+                seconds=time.monotonic() - started,
+                result=verdict.result,
+                reason=verdict.reason,
             )
-            with self._idle:
-                self._open -= 1
-                self._idle.notify_all()
+        )
 
     def _drain(self, request: _Request) -> tuple[Verdict, int]:
         job = self._job
@@ -227,8 +195,7 @@ class DrainWorker:
             told = PersistentStoreError(f"after the commit of {step}, old steps could not be deleted: {error}")
             told.__cause__ = error
             self._job.log.error("retention", step.step, str(told))
-            with self._idle:
-                self._errors.append(told)
+            self.note(told)
 
     def _await_verdict(self, attempt: Attempt) -> Verdict:
         # The committer gives up after its own time limit and says so; a margin lets that be heard.
@@ -243,8 +210,7 @@ class DrainWorker:
         if not superseded:
             told = PersistentStoreError(f"{attempt.step_id} did not reach the persistent tier: {error}")
             told.__cause__ = error
-            with self._idle:
-                self._errors.append(told)
+            self.note(told)
         result: DrainResult = "superseded" if superseded else "failed"
         said = Verdict(result, f"process {self._job.process}: {error}")
         if isinstance(error, CoordinationTimeoutError):

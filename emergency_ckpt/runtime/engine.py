@@ -164,7 +164,7 @@ class Engine:
         slot = self.job.local.pin(step)
         if slot is None or self._drain is None:
             return False
-        self._drain.submit(step, slot.index)
+        self._drain.drain(step, slot.index)
         return True
 
     def _is_persistent(self, step: int) -> bool:

@@ -8,7 +8,6 @@ outcome, and the saves of a process end in their order.
 from __future__ import annotations
 
 import dataclasses
-import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from datetime import timedelta
 from typing import Any
 
 from emergency_ckpt.agent.drain import DrainWorker
+from emergency_ckpt.agent.worker import Worker
 from emergency_ckpt.core.checksums import block_seed, copy_and_checksum
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.core.outcomes import OutcomeRecord
@@ -70,7 +70,7 @@ class _Task:
     done: threading.Event = dataclasses.field(default_factory=threading.Event)
 
 
-class SavePipeline:
+class SavePipeline(Worker[_Task]):
     """Saves of one process in one generation. All processes make the same calls in the same order."""
 
     def __init__(
@@ -95,12 +95,7 @@ class SavePipeline:
         self._newest_complete: StepId | None = None
         self._promised = promised
         self._unresolved: list[_Task] = []
-        self._tasks: queue.Queue[_Task | None] = queue.Queue()
-        self._idle = threading.Condition()
-        self._open = 0
-        self._errors: list[EmergencyCheckpointError] = []
-        self._thread = threading.Thread(target=self._run, name="emergency_ckpt save", daemon=True)
-        self._thread.start()
+        super().__init__("save", self._do)
 
     @property
     def newest_complete(self) -> StepId | None:
@@ -135,7 +130,7 @@ class SavePipeline:
         except BaseException as error:
             task.abandon_reason = f"{type(error).__name__}: {error}"
             self._give_up_slot(task)
-            self._submit(task)
+            self.submit(task)
             raise
         if task.slot is None:
             task.snapshot.release()
@@ -143,7 +138,7 @@ class SavePipeline:
         # The snapshot has what is needed; holding on to the state would keep its memory.
         task.content = dataclasses.replace(task.content, state=None)
         task.blocked_seconds = time.monotonic() - task.called_at
-        self._submit(task)
+        self.submit(task)
         if task.slot is not None and not job.settings.asynchronous:
             self._await_end(task)
         return task.slot is not None
@@ -164,49 +159,15 @@ class SavePipeline:
             self._newest_complete = None
         self._promised = newest
 
-    def wait(self, timeout: timedelta) -> bool:
-        """Waits until every save has its outcome; False when the time limit came first."""
-        with self._idle:
-            return self._idle.wait_for(lambda: self._open == 0, timeout.total_seconds())
-
-    def take_errors(self) -> list[EmergencyCheckpointError]:
-        """Errors since the last call, oldest first."""
-        with self._idle:
-            errors, self._errors = self._errors, []
-        return errors
-
-    def close(self, timeout: timedelta) -> bool:
-        """Finishes what was begun and ends the thread; False when the time limit came first."""
-        done = self.wait(timeout)
-        self._tasks.put(None)
-        self._thread.join(5.0 if done else 0.0)
-        return done
-
     # In the writer thread.
 
-    def _submit(self, task: _Task) -> None:
-        if not self._thread.is_alive():
-            raise EmergencyCheckpointError(f"{task.step} cannot be saved: this save pipeline has ended")
-        with self._idle:
-            self._open += 1
-        self._tasks.put(task)
-
-    def _run(self) -> None:
-        while (task := self._tasks.get()) is not None:
-            try:
-                self._finish(task)
-            except EmergencyCheckpointError as error:
-                self._note(error, task)
-            except Exception as error:  # The thread must survive: whoever asks is told by check_for_errors.
-                wrapped = EmergencyCheckpointError(
-                    f"saving {task.step} failed: {type(error).__name__}: {error}"
-                )
-                wrapped.__cause__ = error
-                self._note(wrapped, task)
+    def _do(self, task: _Task) -> None:
+        try:
+            self._finish(task)
+        except Exception as error:
+            self._report_error(_as_ours(error, task.step), task)
+        finally:
             task.done.set()
-            with self._idle:
-                self._open -= 1
-                self._idle.notify_all()
 
     def _finish(self, task: _Task) -> None:
         job = self._job
@@ -220,7 +181,7 @@ class SavePipeline:
                 task.abandon_reason = str(error)
                 self._give_up_slot(task)
                 if not isinstance(error, PeerFailedError):  # The peer notes its own error.
-                    self._note(_as_ours(error, task.step), task)
+                    self._report_error(_as_ours(error, task.step), task)
         self._unresolved.append(task)
         # A report on this save is only allowed once the outcomes of all earlier ones are known.
         for earlier in list(self._unresolved[:-1]):
@@ -304,7 +265,7 @@ class SavePipeline:
             self._newest_complete = task.step
             job.local.settle(task.step, outcome)
             if drains and task.slot is not None and self._drain is not None:
-                self._drain.submit(task.step, task.slot.index)
+                self._drain.drain(task.step, task.slot.index)
             return
         if drains and task.slot is not None:
             job.local.unpin(task.slot.index)
@@ -341,9 +302,8 @@ class SavePipeline:
             )
         )
 
-    def _note(self, error: EmergencyCheckpointError, task: _Task) -> None:
-        with self._idle:
-            self._errors.append(error)
+    def _report_error(self, error: EmergencyCheckpointError, task: _Task) -> None:
+        self.note(error)
         self._job.log.error("save", task.step.step, str(error))
 
 
