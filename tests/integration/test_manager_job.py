@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.integration.processes import Job, run_job
-from tests.integration.training_job import live_through, train
+from tests.integration.training_job import live_through, train, train_until_preempted
 
 NO_LOCAL_TIER = {
     "enable_emergency_checkpoint": False,
@@ -200,3 +200,15 @@ def test_sigkill_of_a_slice_at_any_moment_loses_no_complete_step(ramdisk: Path, 
     results = run_job(train, 4, str(ramdisk), 2, 0, {})
     assert results[0]["start"] >= max((int(step) for step in said if step != "None"), default=0)
     assert len({r["start"] for r in results}) == 1
+
+
+def test_a_sigterm_to_one_process_saves_one_and_the_same_step_on_all(ramdisk: Path) -> None:
+    with Job(train_until_preempted, 2, str(ramdisk)) as running:
+        running.wait_for_line(1, "step 5")
+        running.signal(1, signal.SIGTERM)
+        assert running.wait() == [0, 0], running.describe()
+        results = [running.result(process) for process in range(2)]
+    step = results[0]["left_at"]
+    assert [r["left_at"] for r in results] == [step] * 2
+    assert all(r["steps"][-1] == step for r in results)
+    assert (ramdisk / f"bucket/job/checkpoints/{step}/default").is_dir()

@@ -128,6 +128,23 @@ def train(
     return result
 
 
+def train_until_preempted(root: str) -> dict[str, Any]:
+    """Trains until all processes are told to leave at one step, which is saved on every tier."""
+    mesh = make_mesh(2)
+    state = make_state(mesh, 0)
+    config = make_config(root, {"enable_autocheckpoint": True, "local_checkpoint_period": 1000})
+    with CheckpointManager.from_config(config, mesh, state) as manager:
+        for step in range(1, 100_000):
+            state = make_state(mesh, step)
+            manager.save(step, state)
+            print(f"step {step}", flush=True)
+            if manager.reached_preemption(step):
+                manager.wait_until_finished()
+                manager.check_for_errors()
+                return {"left_at": step, "steps": list(manager.all_steps())}
+    raise AssertionError("no notice was ever agreed on")
+
+
 def _increments(mesh: Mesh, step: int) -> dict[str, Any]:
     return make_state(mesh, step)
 
