@@ -13,12 +13,19 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.shards import BLOCK_BYTES, Shard, block_ranges
 
 
 def block_seed(generation: int, shard: Shard, dtype: str) -> int:
     """The seed for every block of this shard as saved in this generation."""
     return xxhash.xxh3_64_intdigest(f"{generation}\0{shard.leaf}\0{shard.box}\0{dtype}".encode())
+
+
+def shard_seed(generation: int, layout: Layout, shard: int) -> int:
+    """The block seed of a shard of a layout, by its index."""
+    of = layout.shards[shard]
+    return block_seed(generation, of, layout.leaf[of.leaf].dtype)
 
 
 def checksum_blocks(data: Any, seed: int, block_bytes: int = BLOCK_BYTES) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from emergency_ckpt.core.shards import Box, Shard, dtype_of
@@ -127,6 +128,11 @@ class Layout:
             entries.append(SlotEntry(shard, at, nbytes))
             at += -(-nbytes // SHARD_ALIGNMENT) * SHARD_ALIGNMENT
         return tuple(entries)
+
+    def typed(self, shard: int, data: np.ndarray) -> np.ndarray:
+        """Flat uint8 bytes of a shard, as a view in its dtype and shape."""
+        of = self.shards[shard]
+        return data.view(dtype_of(self.leaf[of.leaf].dtype)).reshape(of.box.shape)
 
     def data_bytes(self, process: int) -> int:
         """Bytes of the data region of a slot of `process`."""

@@ -58,10 +58,6 @@ class RestorePlan:
     extras_from: tuple[int | None, ...]
     reason: str
 
-    @property
-    def uses_persistent(self) -> bool:
-        return any(source.kind is SourceKind.PERSISTENT for source in self.sources)
-
     def to_json(self) -> dict[str, Any]:
         return {
             "step": [self.step.generation, self.step.step],

@@ -96,16 +96,6 @@ class SlotFile:
         os.close(self._fd)
 
 
-def read_only_view(path: Path) -> np.ndarray:
-    """A read-only flat uint8 view of a slot file that somebody else owns."""
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size == 0:
-            return np.empty(0, np.uint8)
-        mapped = mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ)
-    return np.frombuffer(mapped, dtype=np.uint8)
-
-
 def _open(path: Path | None, size: int) -> int:
     if path is None:
         fd = os.memfd_create("emergency_ckpt_slot", os.MFD_CLOEXEC)

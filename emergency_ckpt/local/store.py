@@ -17,7 +17,7 @@ from typing import Literal
 
 import numpy as np
 
-from emergency_ckpt.core.checksums import block_seed
+from emergency_ckpt.core.checksums import shard_seed
 from emergency_ckpt.core.inventory import Holding
 from emergency_ckpt.core.layout import Layout, SlotEntry
 from emergency_ckpt.core.lineage import Activation, StepId, is_void
@@ -101,8 +101,7 @@ class SealedSlot:
 
     def seed(self, shard_index: int) -> int:
         """The block seed of this shard in the generation that saved it."""
-        shard = self.layout.shards[shard_index]
-        return block_seed(self.manifest.step.generation, shard, self.layout.leaf[shard.leaf].dtype)
+        return shard_seed(self.manifest.step.generation, self.layout, shard_index)
 
     def find_damage(self) -> str | None:
         """Verifies all blocks; says in words what is wrong, None when nothing is."""

@@ -13,13 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from emergency_ckpt.core.checksums import block_seed, checksum_blocks
+from emergency_ckpt.core.checksums import checksum_blocks, shard_seed
 from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.lineage import StepId
-from emergency_ckpt.core.shards import dtype_of
 from emergency_ckpt.errors import LocalCapacityError
 from emergency_ckpt.local.manifest import Manifest
-from emergency_ckpt.local.store import LocalStore, OpenSlot, SealedSlot
+from emergency_ckpt.local.store import LocalStore, SealedSlot
 from emergency_ckpt.persistent.reader import BoxRequest, StepReader
 from emergency_ckpt.runtime.job import Job
 
@@ -57,8 +56,7 @@ class Hydration:
         for entry in job.layout.slot_entries(job.process):
             shard = job.layout.shards[entry.shard]
             target = self.data[entry.offset : entry.offset + entry.nbytes]
-            typed = target.view(dtype_of(job.layout.leaf[shard.leaf].dtype)).reshape(shard.box.shape)
-            requests.append(BoxRequest(shard.leaf, shard.box, typed))
+            requests.append(BoxRequest(shard.leaf, shard.box, job.layout.typed(entry.shard, target)))
         reader.read_boxes(requests, job.settings.read_bytes, job.settings.drain_timeout.total_seconds())
         return self.checksums()
 
@@ -67,8 +65,7 @@ class Hydration:
         job = self._job
         found = []
         for entry in job.layout.slot_entries(job.process):
-            shard = job.layout.shards[entry.shard]
-            seed = block_seed(self.step.generation, shard, job.layout.leaf[shard.leaf].dtype)
+            seed = shard_seed(self.step.generation, job.layout, entry.shard)
             found.append(checksum_blocks(self.data[entry.offset : entry.offset + entry.nbytes], seed))
         return tuple(found)
 
@@ -115,15 +112,11 @@ class Hydrated:
             return
         try:
             slot.wait_ready()
-            _copy(self.slot.data, slot)
+            np.copyto(slot.data[: self.slot.data.nbytes], self.slot.data)
             self.local.seal(slot, self.slot.manifest)
         except BaseException:
             self.local.discard(slot)
             raise
-
-
-def _copy(data: np.ndarray, slot: OpenSlot) -> None:
-    np.copyto(slot.data[: data.nbytes], data)
 
 
 def make_manifest(

@@ -8,8 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from emergency_ckpt.core.checksums import block_seed, checksum_blocks
-from emergency_ckpt.core.shards import dtype_of
+from emergency_ckpt.core.checksums import checksum_blocks, shard_seed
 from emergency_ckpt.errors import StateMismatchError
 from emergency_ckpt.jaxio.assemble import StoredShard, assemble
 from emergency_ckpt.jaxio.layouts import build_layout
@@ -33,14 +32,11 @@ def load_state(path: str, abstract_state: Any, topology: Topology, read_bytes: i
     for index in layout.process_shards[topology.process_index]:
         shard = layout.shards[index]
         memory[index] = np.empty(layout.shard_nbytes[index], np.uint8)
-        typed = memory[index].view(dtype_of(layout.leaf[shard.leaf].dtype)).reshape(shard.box.shape)
-        requests.append(BoxRequest(shard.leaf, shard.box, typed))
+        requests.append(BoxRequest(shard.leaf, shard.box, layout.typed(index, memory[index])))
     reader.read_boxes(requests, read_bytes)
 
     def stored(index: int) -> StoredShard:
-        shard = layout.shards[index]
-        seed = block_seed(0, shard, layout.leaf[shard.leaf].dtype)
-        return StoredShard(memory[index], checksum_blocks(memory[index], seed))
+        return StoredShard(memory[index], checksum_blocks(memory[index], shard_seed(0, layout, index)))
 
     values = {name: value for name, value in reader.values().items() if name in layout.value_leaves}
     return assemble(abstract_state, layout, topology.process_index, 0, stored, values)

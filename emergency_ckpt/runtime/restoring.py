@@ -18,9 +18,7 @@ import jax
 from emergency_ckpt.core.inventory import Inventory
 from emergency_ckpt.core.lineage import Activation, StepId
 from emergency_ckpt.core.restore_plan import RestorePlan, SourceKind, Strike
-from emergency_ckpt.errors import (
-    NoRestorableStepError,
-)
+from emergency_ckpt.errors import NoRestorableStepError
 from emergency_ckpt.persistent.store import Generation
 from emergency_ckpt.runtime.agreement import agree, tell
 from emergency_ckpt.runtime.job import Job

@@ -16,7 +16,7 @@ from typing import Any
 
 from emergency_ckpt.agent.drain import DrainWorker
 from emergency_ckpt.agent.worker import Worker
-from emergency_ckpt.core.checksums import block_seed, copy_and_checksum
+from emergency_ckpt.core.checksums import copy_and_checksum, shard_seed
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.core.outcomes import OutcomeRecord
 from emergency_ckpt.core.placement import extras_keepers
@@ -83,11 +83,7 @@ class SavePipeline(Worker[_Task]):
         self._agreement = OutcomeAgreement(job.coordinator, job.generation.number)
         self._keepers = extras_keepers(job.topology.process_slice)
         self._seeds = {
-            shard: block_seed(
-                job.generation.number,
-                job.layout.shards[shard],
-                job.layout.leaf[job.layout.shards[shard].leaf].dtype,
-            )
+            shard: shard_seed(job.generation.number, job.layout, shard)
             for shard in job.layout.process_shards[job.process]
         }
         self._targets = {entry.shard: entry for entry in job.layout.slot_entries(job.process)}

@@ -6,7 +6,6 @@ Option fields that are not supported are refused by name: nothing is ignored.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
     from orbax.checkpoint.experimental.emergency.checkpoint_manager import CheckpointManagerOptions
 
     from emergency_ckpt.config import Config
-
-ShouldSave = Callable[[int, int | None], bool]
 
 
 @dataclasses.dataclass(frozen=True)
