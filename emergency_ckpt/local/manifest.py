@@ -6,23 +6,25 @@ it is used, because a ramdisk may hold anything.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
-from emergency_ckpt.core.checksums import first_bad_block
+from emergency_ckpt.core.checksums import checksum_blocks
 from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.lineage import Activation, StepId
-from emergency_ckpt.core.shards import block_ranges
+from emergency_ckpt.core.shards import BLOCK_BYTES, block_ranges
 from emergency_ckpt.errors import CorruptDataError
 
 FORMAT = "emergency_ckpt manifest 1"
 _MAX_BYTES = 256 * 1024 * 1024
+_MAX_VERIFY_THREADS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,11 +160,44 @@ def find_damage(manifest: Manifest, layout: Layout, data: Any, seeds: Mapping[in
     """Verifies every block of a slot; says in words what the first bad one is, None when all are good.
 
     `data` is the slot's flat uint8 array; `seeds` the block seed per shard index (see `core.checksums`).
+    Several threads share the work: hashing releases the GIL, and one core does not exhaust the memory.
     """
-    entries = layout.slot_entries(manifest.position)
-    for entry, expected in zip(entries, manifest.checksums, strict=True):
-        shard = data[entry.offset : entry.offset + entry.nbytes]
-        bad = first_bad_block(shard, expected, seeds[entry.shard])
-        if bad is not None:
-            return f"block {bad} of shard {layout.shards[entry.shard]} does not match its checksum"
+
+    def first_bad(checks: list[_Check]) -> _Check | None:
+        return next(
+            (c for c in checks if checksum_blocks(data[c.begin : c.end], c.seed) != (c.expected,)), None
+        )
+
+    threads = min(_MAX_VERIFY_THREADS, len(os.sched_getaffinity(0)))
+    with concurrent.futures.ThreadPoolExecutor(threads, "emergency_ckpt verify") as pool:
+        for bad in pool.map(first_bad, _batches(manifest, layout, seeds)):
+            if bad is not None:
+                return f"block {bad.block} of shard {layout.shards[bad.shard]} does not match its checksum"
     return None
+
+
+class _Check(NamedTuple):
+    """One block of a slot and what it must be. A tuple because a slot may have a hundred thousand."""
+
+    shard: int
+    block: int
+    begin: int
+    end: int
+    seed: int
+    expected: int
+
+
+def _batches(manifest: Manifest, layout: Layout, seeds: Mapping[int, int]) -> Iterator[list[_Check]]:
+    """All blocks in order, in lists of a block's worth of bytes: tiny shards are not worth a task each."""
+    batch: list[_Check] = []
+    batch_bytes = 0
+    for entry, checksums in zip(layout.slot_entries(manifest.position), manifest.checksums, strict=True):
+        ranges = block_ranges(entry.nbytes)
+        for block, ((at, length), expected) in enumerate(zip(ranges, checksums, strict=True)):
+            begin = entry.offset + at
+            batch.append(_Check(entry.shard, block, begin, begin + length, seeds[entry.shard], expected))
+            batch_bytes += length
+            if batch_bytes >= BLOCK_BYTES:
+                yield batch
+                batch, batch_bytes = [], 0
+    yield batch

@@ -154,15 +154,10 @@ class LocalStore:
             if self._claim:
                 self._claim.release()
             raise
-        # Empty slots first: they are the ones that the first saves take.
-        order = sorted(range(count), key=lambda i: (self._manifests[i] is not None, i in self._foreign))
-        self._preparer = threading.Thread(
-            target=_prepare_all,
-            args=([self._files[i] for i in order],),
-            name="emergency_ckpt slots",
-            daemon=True,
-        )
-        self._preparer.start()
+        # What the first saves take. The others are read first: preparing them meanwhile would slow that down.
+        waiting = {i for i in range(count) if self._manifests[i] is not None or i in self._foreign}
+        self._unprepared = [self._files[i] for i in sorted(waiting, key=lambda i: i in self._foreign)]
+        self._preparers = [_start_preparing([file for i, file in enumerate(self._files) if i not in waiting])]
 
     # What is there.
 
@@ -223,6 +218,8 @@ class LocalStore:
                     tuple(sorted(manifest.extras)),
                 )
             )
+        with self._changed:
+            self._prepare_the_rest()
         return tuple(holdings)
 
     def sealed_steps(self, listed_only: bool = True) -> tuple[StepId, ...]:
@@ -268,6 +265,7 @@ class LocalStore:
 
     def _take(self, index: int, step: StepId, table: SlotTable, reason: str) -> tuple[OpenSlot | None, str]:
         """Empties slot `index` and opens it; whatever interrupts this, table and manifests still agree."""
+        self._prepare_the_rest()
         before = self._table
         try:
             self._empty_for(index)
@@ -293,7 +291,7 @@ class LocalStore:
         self._remove_manifest(index)
         if self._files[index].nbytes != self._slot_bytes:
             resized = self._open_file(index)
-            _start_preparing(resized)
+            self._preparers.append(_start_preparing([resized]))
             self._files[index].close()
             self._files[index] = resized
 
@@ -394,9 +392,11 @@ class LocalStore:
                     data_path(self.directory, index).unlink(missing_ok=True)
             self._closed = True
             self._update(self._table)
+            self._prepare_the_rest()
         for file in self._files:
             file.close()
-        self._preparer.join()
+        for preparer in self._preparers:
+            preparer.join()
         if self._claim:
             self._claim.release()
 
@@ -468,6 +468,12 @@ class LocalStore:
                 "directory and that it is not mounted read-only."
             ) from error
 
+    def _prepare_the_rest(self) -> None:
+        """Prepares the slots that were found full, once: they are about to be overwritten or closed."""
+        files, self._unprepared = self._unprepared, []
+        if files:
+            self._preparers.append(_start_preparing(files))
+
     def _open_file(self, index: int) -> SlotFile:
         if self.directory is None:
             return SlotFile(None, self._slot_bytes)
@@ -482,10 +488,11 @@ def held_positions(root: Path, run: str) -> dict[int, int | None]:
     return {ordinal: manifest.position if manifest else None for ordinal, manifest in newest.items()}
 
 
-def _prepare_all(files: list[SlotFile]) -> None:
-    for file in files:
-        file.prepare()
+def _start_preparing(files: list[SlotFile]) -> threading.Thread:
+    def prepare() -> None:
+        for file in files:
+            file.prepare()
 
-
-def _start_preparing(file: SlotFile) -> None:
-    threading.Thread(target=file.prepare, name="emergency_ckpt slot", daemon=True).start()
+    thread = threading.Thread(target=prepare, name="emergency_ckpt slots", daemon=True)
+    thread.start()
+    return thread

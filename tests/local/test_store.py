@@ -19,7 +19,7 @@ import xxhash
 from emergency_ckpt.core.checksums import block_seed, copy_and_checksum
 from emergency_ckpt.core.layout import Layout, LeafSpec
 from emergency_ckpt.core.lineage import Activation, StepId
-from emergency_ckpt.core.shards import Box, Shard
+from emergency_ckpt.core.shards import BLOCK_BYTES, Box, Shard
 from emergency_ckpt.core.slots import Outcome
 from emergency_ckpt.errors import CorruptDataError, ForeignRunError, LocalCapacityError, LocalDirectoryError
 from emergency_ckpt.local.capacity import Room, slots_that_fit
@@ -108,6 +108,24 @@ def test_a_sealed_step_is_found_whole_after_a_restart(directory: Directory) -> N
     assert holding.step == StepId(1, 7)
     assert holding.position == 0
     assert_restorable(store, StepId(1, 7))
+
+
+def test_of_several_damaged_blocks_the_first_is_named(directory: Directory) -> None:
+    large, tiny = LeafSpec("a", (2 * BLOCK_BYTES + 5,), "uint8"), LeafSpec("b", (7,), "uint8")
+    shards = [Shard(leaf.name, Box.whole(leaf.shape)) for leaf in (large, tiny)]
+    store = directory.open(Layout.build([large, tiny], {0: shards}, (0,)))
+    assert save(store, StepId(1, 7))
+    sealed = store.sealed(StepId(1, 7))
+    assert sealed is not None
+    for shard, offset, named in (
+        (1, 6, "block 0 of shard b"),
+        (0, -1, "block 2 of shard a"),
+        (0, 0, "block 0 of shard a"),
+    ):
+        sealed.shard(shard)[offset] ^= 1
+        damage = sealed.find_damage()
+        assert damage is not None
+        assert damage.startswith(named)
 
 
 def test_slots_are_recycled_and_the_newest_complete_step_stays(directory: Directory) -> None:
