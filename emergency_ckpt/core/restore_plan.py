@@ -9,13 +9,21 @@ from __future__ import annotations
 import collections
 import dataclasses
 import enum
+import functools
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from emergency_ckpt.core.inventory import Holding, Inventory
 from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.lineage import Activation, StepId, is_void
+from emergency_ckpt.core.other_layouts import (
+    OtherLayout,
+    Unusable,
+    covers_all,
+    differing_briefly,
+    shards_as_in,
+)
 from emergency_ckpt.errors import CorruptDataError
 
 
@@ -93,6 +101,7 @@ class Planner:
       persistent: committed steps of the persistent tier.
       activations: the restores that happened before (see `core.lineage`).
       single_replica: let one slice read the persistent tier and broadcast to the others.
+      others: by hash, the layouts of other job shapes and states that the inventories name.
     """
 
     layout: Layout
@@ -101,6 +110,7 @@ class Planner:
     persistent: tuple[StepId, ...]
     activations: tuple[Activation, ...] = ()
     single_replica: bool = False
+    others: Mapping[str, OtherLayout] = dataclasses.field(default_factory=dict[str, OtherLayout])
 
     def candidates(self) -> list[StepId]:
         """Steps that anybody holds something of, newest first, void ones left out."""
@@ -115,22 +125,45 @@ class Planner:
         Returns the plan (None if there is none) and the reason: what was chosen, and why newer steps were not.
         """
         passed_over: list[str] = []
+        changed: dict[tuple[str, ...], None] = {}
         for step in self.candidates():
             if wanted is not None and step.step != wanted:
                 continue
             plan, reason = self._plan_step(step, strikes)
+            changed |= dict.fromkeys(self._differences(step))
             if plan is not None:
-                reason = "; ".join([plan.reason, *passed_over])
+                reason = "; ".join([plan.reason, *passed_over, *_other_states(changed)])
                 return dataclasses.replace(plan, reason=reason), reason
             passed_over.append(reason)
         if passed_over:
-            return None, "; ".join(passed_over)
+            return None, "; ".join([*passed_over, *_other_states(changed)])
         where = "on any ramdisk or in the persistent tier"
         return None, f"no step was found {where}" if wanted is None else f"step {wanted} was not found {where}"
 
     def restorable(self, strikes: Collection[Strike] = ()) -> list[StepId]:
         """Every step that could be restored now, oldest first."""
         return [s for s in reversed(self.candidates()) if self._plan_step(s, strikes)[0] is not None]
+
+    def unusable(self) -> Unusable | None:
+        """The newest step, if newer than all restorable ones, of which every shard is there but does not fit.
+
+        It was saved with another state, by another job shape, or hosts changed places since.
+        """
+        for step in self.candidates():
+            if self._plan_step(step, ())[0] is not None:
+                return None
+            if not self._uncovered(self._holders(step, ())[0]):
+                continue  # The shards fit: something else is missing.
+            by_layout: dict[str, list[int]] = collections.defaultdict(list)
+            for inventory in self.inventories:
+                for holding in inventory.holdings:
+                    if holding.step == step:
+                        by_layout[holding.layout].append(holding.position)
+            for layout_hash, positions in by_layout.items():
+                saved = self._layout(layout_hash)
+                if saved is not None and covers_all(saved.layout, positions):
+                    return Unusable(step, saved.shape, saved.differences)
+        return None
 
     def _plan_step(self, step: StepId, strikes: Collection[Strike]) -> tuple[RestorePlan | None, str]:
         struck = {strike.process for strike in strikes if strike.step == step}
@@ -178,7 +211,7 @@ class Planner:
         """Processes whose own slot is usable for this step; and what speaks against the others."""
         notes: list[str] = []
         usable: dict[int, Holding] = {}
-        foreign: list[int] = []
+        misfits: dict[str, list[int]] = collections.defaultdict(list)
         for inventory in self.inventories:
             for holding in inventory.holdings:
                 if holding.step != step:
@@ -186,11 +219,11 @@ class Planner:
                 if inventory.process in struck:
                     notes.append(f"the copy of process {inventory.process} is damaged")
                 elif not self._fits(inventory.process, holding):
-                    foreign.append(inventory.process)
+                    misfits[self._misfit(holding)].append(inventory.process)
                 else:
                     usable[inventory.process] = holding
-        if foreign:
-            notes.append(f"{_processes(foreign)} hold other shards of it than they need now")
+        for why, processes in misfits.items():
+            notes.append(f"the {'copy' if len(processes) == 1 else 'copies'} of {_processes(processes)} {why}")
         for group in self.groups:
             digests = collections.Counter(usable[p].digest for p in group if p in usable)
             if len(digests) > 1:
@@ -204,9 +237,42 @@ class Planner:
         return usable, notes
 
     def _fits(self, process: int, holding: Holding) -> bool:
-        if holding.layout != self.layout.hash or not 0 <= holding.position < self.layout.process_count:
+        """Whether what it holds is exactly what the process needs."""
+        held = self._held.get(holding.layout, ())
+        if not 0 <= holding.position < len(held):
             return False
-        return self.layout.process_shards[holding.position] == self.layout.process_shards[process]
+        return held[holding.position] == self.layout.process_shards[process]
+
+    def _misfit(self, holding: Holding) -> str:
+        """Why a holding does not fit the process that has it."""
+        saved = self._layout(holding.layout)
+        if saved is None:
+            return "cannot be read: their layout is unknown"
+        if saved.differences:
+            return "cannot be used: another state was saved"
+        held = self._held[holding.layout]
+        if 0 <= holding.position < len(held) and held[holding.position] in self.layout.process_shards:
+            return "cannot be used: the shards in them are those of other processes now, hosts changed places"
+        return f"cannot be used: {saved.shape} cut the state in other pieces"
+
+    def _layout(self, layout_hash: str) -> OtherLayout | None:
+        own = OtherLayout(self.layout) if layout_hash == self.layout.hash else None
+        return own or self.others.get(layout_hash)
+
+    @functools.cached_property
+    def _held(self) -> Mapping[str, tuple[tuple[int, ...] | None, ...]]:
+        """By hash of a layout with the same leaves: per process in it, its shards as indices of our layout."""
+        same = {h: other.layout for h, other in self.others.items() if not other.differences}
+        return {
+            h: shards_as_in(layout, self.layout)
+            for h, layout in {**same, self.layout.hash: self.layout}.items()
+        }
+
+    def _differences(self, step: StepId) -> list[tuple[str, ...]]:
+        """How the states differ that were saved as this step: once per kind of difference."""
+        named = {h.layout for i in self.inventories for h in i.holdings if h.step == step}
+        found = [self.others[h].differences for h in sorted(named) if h in self.others]
+        return [differences for differences in found if differences]
 
     def _extras(
         self, step: StepId, holders: dict[int, Holding], struck: Collection[int | None]
@@ -219,8 +285,11 @@ class Planner:
         expected = False
         for inventory in self.inventories:
             for holding in inventory.holdings:
-                if holding.step != step or holding.layout != self.layout.hash or inventory.process in struck:
+                if holding.step != step or inventory.process in struck:
                     continue
+                saved = self._layout(holding.layout)
+                if saved is None or saved.layout.process_count != self.layout.process_count:
+                    continue  # Extras belong to a process of a job of one size.
                 expected = expected or bool(holding.extras_of)
                 for owner in holding.extras_of:
                     keepers[owner].append(inventory.process)
@@ -256,6 +325,10 @@ class Planner:
         if self.layout.slice_count > 1 and members == sorted(processes):
             return ("slice " if len(slices) == 1 else "slices ") + ", ".join(map(str, slices))
         return _processes(processes)
+
+
+def _other_states(changed: Iterable[tuple[str, ...]]) -> list[str]:
+    return [f"another state was saved, {differing_briefly(differences)}" for differences in changed]
 
 
 def _processes(processes: Iterable[int]) -> str:

@@ -243,6 +243,10 @@ class LocalStore:
                 return None
             return SealedSlot(index, manifest, self._layouts.get(manifest.layout), self._files[index].data)
 
+    def saved_layout(self, layout_hash: str) -> Layout:
+        """The layout that a holding names. Raises CorruptDataError for one that is not here."""
+        return self._layouts.get(layout_hash)
+
     # Writing a step.
 
     def begin(self, step: StepId, timeout: timedelta, pins: int = 0) -> tuple[OpenSlot | None, str]:

@@ -119,6 +119,16 @@ class Hydrated:
             raise
 
 
+def fitted(slot: SealedSlot, layout: Layout, process: int) -> SealedSlot:
+    """A slot that holds just what `process` needs, in the terms of the job's own layout.
+
+    Another process, or a job of another shape, may have sealed it: equal shards lie at equal offsets, and their
+    checksums are bound to leaf and box only.
+    """
+    manifest = dataclasses.replace(slot.manifest, layout=layout.hash, position=process)
+    return SealedSlot(slot.index, manifest, layout, slot.data)
+
+
 def make_manifest(
     job: Job,
     step: StepId,

@@ -16,13 +16,18 @@ import jax
 from emergency_ckpt.core.lineage import Activation, StepId
 from emergency_ckpt.core.restore_plan import RestorePlan, SourceKind, Strike
 from emergency_ckpt.core.slots import Outcome
-from emergency_ckpt.errors import CorruptDataError, EmergencyCheckpointError, PersistentStoreError
+from emergency_ckpt.errors import (
+    CorruptDataError,
+    EmergencyCheckpointError,
+    PersistentStoreError,
+    StateMismatchError,
+)
 from emergency_ckpt.jaxio.assemble import StoredShard, assemble
 from emergency_ckpt.jaxio.broadcast import Transfer, broadcast_regions
 from emergency_ckpt.local.manifest import Manifest
 from emergency_ckpt.persistent.reader import StepReader
 from emergency_ckpt.runtime.agreement import agree
-from emergency_ckpt.runtime.hydrate import Hydrated, Hydration, make_manifest
+from emergency_ckpt.runtime.hydrate import Hydrated, Hydration, fitted, make_manifest
 from emergency_ckpt.runtime.job import Job
 
 _READ_PAUSES_SECONDS = (0.5, 2.0, 5.0)
@@ -131,7 +136,8 @@ class Attempt:
             slot = job.local.sealed(step)
             if slot is None:
                 return [Strike(step, job.process)]
-            self._whole = Hydrated(slot, job.local)
+            self._note_other_job(slot.manifest)
+            self._whole = Hydrated(fitted(slot, job.layout, job.process), job.local)
         elif self._source.kind is SourceKind.PERSISTENT:
             try:
                 self._whole = self._read_persistent()
@@ -160,7 +166,7 @@ class Attempt:
 
     def _from_persistent(self) -> Hydrated:
         job, step = self._job, self._plan.step
-        reader = self._reader()
+        reader = _reader(job, step)
         reader.check_leaves(job.layout.leaves)
         if not reader.verified:
             job.log.warning(
@@ -182,15 +188,6 @@ class Attempt:
         except BaseException:
             hydration.discard()
             raise
-
-    def _reader(self) -> StepReader:
-        step = self._plan.step
-        for held in self._job.persistent.steps():
-            if held.step_id == step:
-                return StepReader(held.path, held.item)
-        raise PersistentStoreError(
-            f"{step} disappeared from {self._job.persistent.root} since it was listed; was it deleted by hand?"
-        )
 
     def _broadcast(self, key: str) -> list[Strike]:
         """Sends or receives slot bytes over the device network; what arrives is verified before it counts."""
@@ -216,11 +213,12 @@ class Attempt:
         assert sender is not None
         where = f"{key}/manifest/{sender}"
         sent = Manifest.from_bytes(job.coordinator.get(where, job.settings.coordination_timeout), where)
-        extras = {**sent.extras}
+        self._note_other_job(sent)
+        extras = {**sent.extras} if sent.process_count == job.topology.process_count else {}
         if self._extras is not None:
             extras[job.process] = self._extras
         elif self._plan.sources[sender].kind is SourceKind.PERSISTENT:
-            self._take_persistent_extras(self._reader())
+            self._take_persistent_extras(_reader(job, step))
             if self._extras is not None:
                 extras[job.process] = self._extras
         manifest = make_manifest(job, step, sent.checksums, sent.values, extras, sent.metadata)
@@ -266,10 +264,17 @@ class Attempt:
         if len(saved) == count:
             self._extras = saved[str(self._job.process)].decode()
         elif saved:
-            self._why_no_extras = (
-                f"{self._plan.step} was saved by {len(saved)} processes and this job has {count}, so that no "
-                "process can tell which of them are its own"
-            )
+            self._why_no_extras = self._of_another_job(len(saved))
+
+    def _note_other_job(self, manifest: Manifest) -> None:
+        if manifest.extras and manifest.process_count != self._job.topology.process_count:
+            self._why_no_extras = self._of_another_job(manifest.process_count)
+
+    def _of_another_job(self, processes: int) -> str:
+        return (
+            f"{self._plan.step} was saved by {processes} processes and this job has "
+            f"{self._job.topology.process_count}, so that no process can tell which of them are its own"
+        )
 
     def _collect_extras(self, key: str) -> None:
         """This process's extras from whoever keeps them; after a renumbering that may be another process."""
@@ -309,6 +314,34 @@ class Attempt:
             sender = self._plan.sources[self._source.process or 0]
             return Strike(step, self._source.process if sender.kind is SourceKind.OWN_SLOT else None)
         return Strike(step, None)
+
+
+def persistent_mismatch(job: Job, plan: RestorePlan) -> str:
+    """Every leaf in which the persistent step of a plan differs from what is wanted; empty if none does.
+
+    Process 0 asks before anybody reads, so that all processes raise the same error. A step that cannot be read
+    is none of its business: whoever is to read it finds out, and says so.
+    """
+    if not any(source.kind is SourceKind.PERSISTENT for source in plan.sources):
+        return ""
+    try:
+        _reader(job, plan.step).check_leaves(job.layout.leaves)
+    except StateMismatchError as error:
+        return str(error)
+    except (CorruptDataError, PersistentStoreError) as error:
+        job.log.warning(
+            "restore", plan.step.step, f"its leaves could not be looked at before it is read: {error}"
+        )
+    return ""
+
+
+def _reader(job: Job, step: StepId) -> StepReader:
+    for held in job.persistent.steps():
+        if held.step_id == step:
+            return StepReader(held.path, held.item)
+    raise PersistentStoreError(
+        f"{step} disappeared from {job.persistent.root} since it was listed; was it deleted by hand?"
+    )
 
 
 def _strike_json(strike: Strike) -> Sequence[int | None]:

@@ -18,11 +18,12 @@ import jax
 from emergency_ckpt.core.inventory import Inventory
 from emergency_ckpt.core.lineage import Activation, StepId
 from emergency_ckpt.core.restore_plan import RestorePlan, SourceKind, Strike
-from emergency_ckpt.errors import NoRestorableStepError
+from emergency_ckpt.errors import NoRestorableStepError, StateMismatchError
 from emergency_ckpt.persistent.store import Generation
 from emergency_ckpt.runtime.agreement import agree, tell
 from emergency_ckpt.runtime.job import Job
-from emergency_ckpt.runtime.restore_attempt import Attempt, Held
+from emergency_ckpt.runtime.layout_exchange import fetch_layouts, publish_layouts
+from emergency_ckpt.runtime.restore_attempt import Attempt, Held, persistent_mismatch
 from emergency_ckpt.runtime.survey import Survey, own_inventory, take_survey
 from emergency_ckpt.telemetry.events import RejectedStepEvent, RestoreEvent, SourceBytes
 
@@ -70,21 +71,23 @@ class Restorer:
 
     def survey(self) -> Survey:
         """Finds out what can be restored now. Collective."""
-        job = self._job
+        job, timeout = self._job, self._job.settings.coordination_timeout
         key = f"survey/{next(self._sessions)}"
         surveyed: list[Survey] = []
 
         def decide(inventories: list[Any]) -> Any:
             parsed = [Inventory.from_bytes(json.dumps(raw).encode()) for raw in inventories]
-            survey = take_survey(parsed, job.persistent, job.layout, job.topology, job.settings)
+            others = fetch_layouts(job.coordinator, f"{key}/layouts", parsed, job.layout, timeout)
+            survey = take_survey(parsed, job.persistent, job.layout, job.topology, job.settings, others)
             surveyed.append(survey)
             return survey.to_json()
 
         def mine() -> Any:
             inventory = own_inventory(job.local, job.process, job.topology.process_count)
+            publish_layouts(job.coordinator, f"{key}/layouts", job.local, inventory.holdings)
             return json.loads(inventory.to_bytes())
 
-        answer = agree(job.coordinator, key, mine, decide, job.settings.coordination_timeout)
+        answer = agree(job.coordinator, key, mine, decide, timeout)
         survey = Survey.from_json(answer, surveyed[0].planner if surveyed else None)
         job.local.activate(survey.activations)
         return survey
@@ -92,7 +95,8 @@ class Restorer:
     def restore(self, survey: Survey, wanted: int | None, generation: Generation) -> Restored:
         """Restores the newest restorable step, or step `wanted`, as the beginning of `generation`. Collective.
 
-        Raises NoRestorableStepError, with the reasons, when there is none.
+        Raises NoRestorableStepError, with the reasons, when there is none, and StateMismatchError, with every
+        leaf that differs, when the persistent step to be read is one of another state; both on all processes.
         """
         job = self._job
         session = f"restore/{next(self._sessions)}"
@@ -134,9 +138,12 @@ class Restorer:
                 "plan": plan.to_json() if plan else None,
                 "reason": reason,
                 "remaining": [[step.generation, step.step] for step in remaining],
+                "mismatch": persistent_mismatch(job, plan) if plan else "",
             }
 
         answer = tell(job.coordinator, key, make, job.settings.coordination_timeout)
+        if answer["mismatch"]:
+            raise StateMismatchError(answer["mismatch"])
         if answer["plan"] is None:
             self.remaining = tuple(StepId(g, s) for g, s in answer["remaining"])
             newest = self.remaining[-1].step if self.remaining else None

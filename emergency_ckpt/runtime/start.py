@@ -12,7 +12,7 @@ from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.core.placement import assign_directories
 from emergency_ckpt.core.retention import superseded_steps
-from emergency_ckpt.errors import PersistentStoreError, StateMismatchError
+from emergency_ckpt.errors import NoRestorableStepError, PersistentStoreError, StateMismatchError
 from emergency_ckpt.jaxio.coordination import Coordinator, open_coordinator
 from emergency_ckpt.jaxio.layouts import build_layout
 from emergency_ckpt.jaxio.orbax_metadata import layout_metadata_files
@@ -38,7 +38,9 @@ def start_job(settings: Settings, mesh: jax.sharding.Mesh, abstract_state: Any) 
     """Everything up to the first restore or save. Collective.
 
     Raises TopologyError, UnsupportedStateError, LocalDirectoryError, LocalCapacityError, ForeignRunError,
-    PersistentStoreError; on the processes that are not at fault, PeerFailedError naming the one that is.
+    PersistentStoreError; on the processes that are not at fault, PeerFailedError naming the one that is. On all
+    of them StateMismatchError or NoRestorableStepError when all there is to restore are ramdisk copies of
+    another state or job shape.
     """
     started = time.monotonic()
     coordinator = open_coordinator()
@@ -61,6 +63,7 @@ def start_job(settings: Settings, mesh: jax.sharding.Mesh, abstract_state: Any) 
     try:
         restorer = Restorer(job, abstract_state, mesh)
         survey = restorer.survey()
+        _check_unusable(job, survey)
         job.begin_generation(mint_generation(job, "start", survey.highest_generation, survey.newest))
     except BaseException:
         local.close()
@@ -82,6 +85,26 @@ def start_job(settings: Settings, mesh: jax.sharding.Mesh, abstract_state: Any) 
         )
     )
     return job, restorer, survey
+
+
+def _check_unusable(job: Job, survey: Survey) -> None:
+    """A whole step that this job cannot use is not silently left behind: a start from scratch would void it."""
+    unusable = survey.unusable
+    if unusable is None:
+        return
+    step, why = unusable.step, unusable.describe()
+    newest = survey.newest
+    if newest is not None:
+        if job.leads:
+            job.log.warning("start", step.step, f"{step} on the ramdisks cannot be used and {newest} is: {why}")
+        return
+    saved_it = "the model configuration that saved it" if unusable.differences else unusable.shape
+    message = (
+        f"the ramdisks hold {step} and this job cannot use it: {why}. Nothing else can be restored. To go on "
+        f"from it, start {saved_it}; to start from scratch, use another run_name, or empty the ramdisks and "
+        f"the persistent directory {job.settings.persistent_directory}."
+    )
+    raise StateMismatchError(message) if unusable.differences else NoRestorableStepError(message)
 
 
 def _warn_of_foreign_steps(job: Job, survey: Survey) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from emergency_ckpt.core.inventory import Inventory
 from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.lineage import Activation, StepId, is_void
+from emergency_ckpt.core.other_layouts import OtherLayout, Unusable
 from emergency_ckpt.core.restore_plan import Planner
 from emergency_ckpt.jaxio.topology import Topology
 from emergency_ckpt.local.store import LocalStore
@@ -26,6 +27,7 @@ class Survey:
       reason: why the newest of them, in words.
       highest_generation: the highest generation that anybody has seen.
       lost: the newest step that was complete once, where nothing is restorable any more.
+      unusable: a step newer than all of these that the ramdisks hold whole and this job cannot use.
       planner: on process 0 only, for planning the restore.
     """
 
@@ -34,6 +36,7 @@ class Survey:
     reason: str
     highest_generation: int
     lost: StepId | None
+    unusable: Unusable | None = None
     planner: Planner | None = None
 
     @property
@@ -47,6 +50,7 @@ class Survey:
             "reason": self.reason,
             "highest_generation": self.highest_generation,
             "lost": [self.lost.generation, self.lost.step] if self.lost else None,
+            "unusable": _unusable_json(self.unusable) if self.unusable else None,
         }
 
     @classmethod
@@ -57,6 +61,7 @@ class Survey:
             raw["reason"],
             raw["highest_generation"],
             StepId(*raw["lost"]) if raw["lost"] else None,
+            _parse_unusable(raw["unusable"]) if raw["unusable"] else None,
             planner,
         )
 
@@ -79,8 +84,9 @@ def take_survey(
     layout: Layout,
     topology: Topology,
     settings: Settings,
+    others: Mapping[str, OtherLayout],
 ) -> Survey:
-    """Puts all inventories together. Process 0 calls it."""
+    """Puts all inventories together; `others`: the layouts that they name beside ours. Process 0 calls it."""
     newest = persistent.newest_generation()
     known = {a for inventory in inventories for a in inventory.activations} | set(persistent.activations())
     activations = tuple(sorted(known, key=lambda a: (a.generation, -1 if a.step is None else a.step)))
@@ -92,6 +98,7 @@ def take_survey(
         steps,
         activations,
         settings.single_replica_restore,
+        others,
     )
     _, reason = planner.plan()
     generations = [i.highest_generation for i in inventories] + [s.generation for s in steps]
@@ -103,6 +110,7 @@ def take_survey(
         reason,
         max([*generations, newest.number if newest else 0]),
         None if restorable else max(promised, default=None),
+        planner.unusable(),
         planner,
     )
 
@@ -117,3 +125,13 @@ def restore_groups(layout: Layout, topology: Topology) -> tuple[tuple[int, ...],
         same = len({layout.process_shards[p] for p in group}) == 1
         groups += [group] if same else [(p,) for p in group]
     return tuple(groups)
+
+
+def _unusable_json(unusable: Unusable) -> list[Any]:
+    step = unusable.step
+    return [step.generation, step.step, unusable.shape, list(unusable.differences)]
+
+
+def _parse_unusable(raw: Any) -> Unusable:
+    generation, step, shape, differences = raw
+    return Unusable(StepId(generation, step), shape, tuple(differences))

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from emergency_ckpt.core.inventory import Holding, Inventory
 from emergency_ckpt.core.layout import Layout, LeafSpec
 from emergency_ckpt.core.lineage import Activation, StepId
+from emergency_ckpt.core.other_layouts import OtherLayout
 from emergency_ckpt.core.restore_plan import Planner, RestorePlan, SourceKind, Strike
 from emergency_ckpt.core.shards import Box, Shard
 
@@ -210,3 +211,132 @@ def test_lost_extras_are_taken_from_the_persistent_tier_together_with_the_arrays
     assert plan is not None
     assert {source.kind for source in plan.sources} == {SourceKind.PERSISTENT}
     assert "extras of processes 1, 2, 3, 5 have no survivor" in reason
+
+
+def seen_from(
+    planner: Planner, layout: Layout, groups: tuple[tuple[int, ...], ...], held_by: list[int]
+) -> Planner:
+    """The planner of a job of another shape: process p of it has the ramdisk of process `held_by[p]` before."""
+    before = [planner.inventories[p] if p >= 0 else Inventory(0) for p in held_by]
+    inventories = tuple(dataclasses.replace(i, process=p) for p, i in enumerate(before))
+    others = {planner.layout.hash: OtherLayout(planner.layout, tuple(describe(planner.layout, layout)))}
+    if layout.hash == planner.layout.hash:
+        others = {}
+    return Planner(layout, groups, inventories, planner.persistent, others=others)
+
+
+def describe(saved: Layout, wanted: Layout) -> list[str]:
+    return [
+        f"{new.name}: saved {old.dtype}{list(old.shape)}, wanted {new.dtype}{list(new.shape)}"
+        for old, new in zip(saved.leaves, wanted.leaves, strict=True)
+        if old != new
+    ]
+
+
+@given(jobs, st.data())
+def test_hosts_that_kept_their_place_in_the_mesh_restore_alone_under_any_numbering(
+    shape: tuple[int, int], data: st.DataObject
+) -> None:
+    """Places of the mesh stay with the hosts, and the processes there get other numbers."""
+    slices, per_slice = shape
+    count = slices * per_slice
+    saved = make_planner(slices, per_slice, {StepId(1, 7): set(range(count))})
+    before = data.draw(st.permutations(range(count)))  # of process p, its number in the life before
+    renumbered = Layout(
+        saved.layout.leaves,
+        saved.layout.shards,
+        tuple(saved.layout.process_shards[b] for b in before),
+        tuple(saved.layout.process_slice[b] for b in before),
+    )
+    groups = tuple(tuple(before.index(p) for p in group) for group in saved.groups)
+    plan, _ = seen_from(saved, renumbered, groups, list(before)).plan()
+    assert plan is not None
+    assert {source.kind for source in plan.sources} == {SourceKind.OWN_SLOT}
+
+
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.data())
+def test_slices_may_come_and_go(per_slice: int, before: int, after: int, data: st.DataObject) -> None:
+    """A job with more or fewer slices of the same size uses the ramdisks of the one before it."""
+    saved = make_planner(before, per_slice, {StepId(1, 7): set(range(before * per_slice))})
+    wanted = make_planner(after, per_slice, {})
+    held_by = data.draw(
+        st.lists(
+            st.sampled_from([-1, *range(before * per_slice)]),
+            min_size=after * per_slice,
+            max_size=after * per_slice,
+        )
+    )
+    planner = seen_from(saved, wanted.layout, wanted.groups, held_by)
+    fits = {p for p, b in enumerate(held_by) if b >= 0 and b % per_slice == p % per_slice}
+    plan, reason = planner.plan()
+    assert (plan is not None) == ({p % per_slice for p in fits} == set(range(per_slice)))
+    if plan is not None:
+        assert {p for p, s in enumerate(plan.sources) if s.kind is SourceKind.OWN_SLOT} == fits
+    elif {b % per_slice for b in held_by if b >= 0} == set(range(per_slice)):
+        assert planner.unusable() is not None
+    else:
+        assert planner.unusable() is None
+        assert reason
+
+
+def test_extras_of_a_job_of_another_size_belong_to_nobody() -> None:
+    saved = with_extras(make_planner(2, 1, {StepId(1, 7): {0, 1}}), {0: (0, 1), 1: (1, 0)})
+    wanted = make_planner(1, 1, {})
+    plan, _ = seen_from(saved, wanted.layout, wanted.groups, [1]).plan()
+    assert plan is not None
+    assert plan.extras_from == (None,)
+
+
+def test_hosts_that_changed_places_within_a_slice_take_the_step_from_another_slice() -> None:
+    saved = make_planner(2, 2, {StepId(1, 7): {0, 1, 2, 3}})
+    plan, reason = seen_from(saved, saved.layout, saved.groups, [1, 0, 2, 3]).plan()
+    assert plan is not None
+    assert [s.kind for s in plan.sources] == [SourceKind.BROADCAST] * 2 + [SourceKind.OWN_SLOT] * 2
+    assert "processes 0, 1 cannot be used: the shards in them are those of other processes now" in reason
+
+
+def test_a_step_that_is_whole_but_on_the_wrong_hosts_is_unusable_and_not_nothing() -> None:
+    saved = make_planner(1, 2, {StepId(1, 7): {0, 1}, StepId(1, 5): {0, 1}})
+    planner = seen_from(saved, saved.layout, saved.groups, [1, 0])
+    found = planner.unusable()
+    assert found is not None
+    assert found.step == StepId(1, 7)
+    assert found.describe() == (
+        "a job of 2 processes in 1 slice saved it, and the hosts that hold its shards now need others"
+    )
+    assert dataclasses.replace(planner, persistent=(StepId(1, 7),)).unusable() is None
+
+
+def changed_leaves(count: int) -> Layout:
+    """The layout of `make_layout(1, 1)` with other leaves."""
+    names = [f"w{i}" for i in range(count)]
+    return Layout.build(
+        [LeafSpec(name, (4,), "int32") for name in names],
+        {0: [Shard(name, Box((0,), (4,))) for name in names]},
+        (0,),
+    )
+
+
+def test_what_differs_in_a_changed_state_is_said_once_for_all_steps_and_briefly() -> None:
+    saved = make_planner(1, 1, {StepId(1, n): {0} for n in (5, 6, 7)})
+    lines = tuple(f"w{i}: saved nothing, wanted int32[4]" for i in range(20))
+    planner = dataclasses.replace(
+        saved, layout=changed_leaves(20), others={saved.layout.hash: OtherLayout(saved.layout, lines)}
+    )
+    plan, reason = planner.plan()
+    assert plan is None
+    assert reason.count("cannot be used: another state was saved") == 3
+    assert reason.count("20 leaves differ: w0: saved nothing, wanted int32[4]") == 1
+    assert "w7: " in reason
+    assert "w8: " not in reason
+    assert reason.endswith("and 12 more")
+    found = planner.unusable()
+    assert found is not None
+    assert all(line in found.describe() for line in lines)
+
+
+def test_a_layout_that_nobody_could_send_is_no_source() -> None:
+    saved = make_planner(2, 1, {StepId(1, 7): {0, 1}})
+    plan, reason = dataclasses.replace(saved, layout=make_layout(1, 1), groups=((0,),)).plan()
+    assert plan is None
+    assert "their layout is unknown" in reason
