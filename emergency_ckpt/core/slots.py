@@ -10,9 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 from emergency_ckpt.core.lineage import Activation, StepId, is_void
+
+
+_NONE: Mapping[int, str] = MappingProxyType({})
 
 
 class Outcome(enum.Enum):
@@ -100,14 +104,17 @@ class SlotTable:
             return f"slot {index} holds {slot.step}, one of the newest {self.max_to_keep} complete steps"
         return None
 
-    def choose(self, step: StepId) -> tuple[int | None, str]:
-        """The slot that `begin(step)` takes, or None, with the reason."""
+    def choose(self, step: StepId, unusable: Mapping[int, str] = _NONE) -> tuple[int | None, str]:
+        """The slot that `begin(step, unusable)` takes, or None, with the reason."""
         if is_void(step, self.activations):
             return None, f"{step} belongs to a generation that a restore has ended"
+        writing = next((i for i, s in enumerate(self.slots) if s.step == step and not s.sealed), None)
+        if writing is not None:
+            return None, f"{step} is being written in slot {writing} already"
         held = self.find(step)
         if held is not None and not self._given_up(step) and self.max_to_keep:
             return None, f"{step} is already sealed in slot {held}"
-        reasons = [self.protection(i) for i in range(len(self.slots))]
+        reasons = [unusable.get(i) or self.protection(i) for i in range(len(self.slots))]
         free = [i for i, reason in enumerate(reasons) if reason is None]
         if not free:
             return None, "no slot is free: " + "; ".join(reason for reason in reasons if reason)
@@ -131,12 +138,14 @@ class SlotTable:
 
     # Transitions.
 
-    def begin(self, step: StepId, pins: int = 0) -> tuple[SlotTable, int | None, str]:
+    def begin(
+        self, step: StepId, pins: int = 0, unusable: Mapping[int, str] = _NONE
+    ) -> tuple[SlotTable, int | None, str]:
         """Takes a slot for `step` (the caller removes the slot's manifest before it writes a byte).
 
-        Returns the new table, the slot's index or None where none may be overwritten, and the reason.
+        `unusable` names the slots that have no memory now, each with the reason. Returns the new table, the slot's index or None where none may be overwritten, and the reason.
         """
-        index, reason = self.choose(step)
+        index, reason = self.choose(step, unusable)
         if index is None:
             return self, None, reason
         table = dataclasses.replace(self, abandoned=self.abandoned - {step})

@@ -11,6 +11,9 @@ from pathlib import Path
 
 from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.errors import CorruptDataError
+from emergency_ckpt.local.small_files import read_file, replace_file
+
+_MAX_BYTES = 1024 * 1024 * 1024
 
 
 class LayoutFiles:
@@ -26,11 +29,12 @@ class LayoutFiles:
         layout = self._known.get(layout_hash)
         if layout is None:
             path = self._path(layout_hash)
-            if path is None or not path.is_file():
+            data = read_file(path, "layout", _MAX_BYTES) if path else None
+            if data is None:
                 raise CorruptDataError(
-                    f"the layout {layout_hash} named by a manifest is missing in {self._directory}"
+                    f"the layout {layout_hash[:40]!r} named by a manifest is missing in {self._directory}"
                 )
-            layout = Layout.from_bytes(path.read_bytes())
+            layout = Layout.from_bytes(data)
             if layout.hash != layout_hash:
                 raise CorruptDataError(f"the layout file {path} does not have the content that its name says")
             self._known[layout_hash] = layout
@@ -41,13 +45,23 @@ class LayoutFiles:
         path = self._path(self._own.hash)
         if path is None:
             return
-        for other in path.parent.glob("layout_*.json"):
+        for other in path.parent.glob("layout_*"):
             layout_hash = other.stem.removeprefix("layout_")
-            if layout_hash not in self._known and layout_hash not in needed:
+            if other.suffix == ".tmp" or (layout_hash not in self._known and layout_hash not in needed):
                 other.unlink()
-        temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(self._own.to_bytes())
-        temporary.rename(path)
+        self._write(self._own)
+
+    def write_missing(self) -> list[str]:
+        """Writes those again that were read here and are gone; returns their names."""
+        missing = [l for l in self._known.values() if (path := self._path(l.hash)) and not path.exists()]
+        for layout in missing:
+            self._write(layout)
+        return [layout.hash for layout in missing]
+
+    def _write(self, layout: Layout) -> None:
+        path = self._path(layout.hash)
+        if path is not None:
+            replace_file(path, layout.to_bytes(), f"the layout {layout.hash}")
 
     def _path(self, layout_hash: str) -> Path | None:
         if self._directory is None or not re.fullmatch(r"[0-9a-f]{32}", layout_hash):

@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import xxhash
 
@@ -21,10 +21,15 @@ from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.lineage import Activation, StepId
 from emergency_ckpt.core.shards import BLOCK_BYTES, block_ranges
 from emergency_ckpt.errors import CorruptDataError
+from emergency_ckpt.local.small_files import read_file, replace_file
 
 FORMAT = "emergency_ckpt manifest 1"
 _MAX_BYTES = 256 * 1024 * 1024
+<<<<<<< HEAD
 _MAX_VERIFY_THREADS = 8
+=======
+_T = TypeVar("_T")
+>>>>>>> 29560b8 (A step that is being written is not begun again; small files of the ramdisk are written whole or not at all and read with bounds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,24 +101,29 @@ class Manifest:
             )
         try:
             return cls._parse(json.loads(body))
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise CorruptDataError(f"the manifest {origin} has an unusable field: {error}") from error
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise CorruptDataError(
+                f"the manifest {origin} has an unusable field: {type(error).__name__}: {error}. The slot is "
+                "treated as empty."
+            ) from error
 
     @classmethod
     def _parse(cls, raw: Any) -> Manifest:
         return cls(
-            run=str(raw["run"]),
-            nonce=str(raw["nonce"]),
+            run=_typed(raw["run"], str),
+            nonce=_typed(raw["nonce"], str),
             step=_step_id(raw["step"]),
-            layout=str(raw["layout"]),
-            position=int(raw["position"]),
-            process_count=int(raw["process_count"]),
-            checksums=tuple(tuple(int(c) for c in blocks) for blocks in raw["checksums"]),
-            values=dict(raw["values"]),
-            extras={int(owner): extras for owner, extras in raw["extras"].items()},
-            listed=bool(raw["listed"]),
-            activations=tuple(Activation(int(g), None if s is None else int(s)) for g, s in raw["activations"]),
-            metadata=dict(raw["metadata"]),
+            layout=_typed(raw["layout"], str),
+            position=_number(raw["position"]),
+            process_count=_number(raw["process_count"]),
+            checksums=tuple(tuple(_number(c) for c in blocks) for blocks in _typed(raw["checksums"], list)),
+            values=_typed(raw["values"], dict),
+            extras={_number(int(owner)): extras for owner, extras in _typed(raw["extras"], dict).items()},
+            listed=_typed(raw["listed"], bool),
+            activations=tuple(
+                Activation(_number(g), None if s is None else _number(s)) for g, s in raw["activations"]
+            ),
+            metadata=_typed(raw["metadata"], dict),
             # Manifests of earlier versions do not say it.
             promised=_step_id(promised) if (promised := raw.get("promised")) is not None else None,
         )
@@ -123,37 +133,51 @@ class Manifest:
         if layout.hash != self.layout or not 0 <= self.position < layout.process_count:
             raise CorruptDataError(f"the manifest of {self.step} names layout {self.layout}, not {layout.hash}")
         entries = layout.slot_entries(self.position)
+        if layout.data_bytes(self.position) > data_bytes:
+            raise CorruptDataError(
+                f"the slot of {self.step} has {data_bytes} bytes, its layout asks for "
+                f"{layout.data_bytes(self.position)}"
+            )
         blocks = [len(block_ranges(entry.nbytes)) for entry in entries]
-        if [len(c) for c in self.checksums] != blocks or layout.data_bytes(self.position) > data_bytes:
+        if [len(c) for c in self.checksums] != blocks:
             raise CorruptDataError(
                 f"the manifest of {self.step} does not fit its layout: {len(self.checksums)} shards listed, "
-                f"{len(entries)} expected, in a slot of {data_bytes} bytes"
+                f"{len(entries)} expected"
             )
 
 
 def _step_id(raw: Any) -> StepId:
-    generation, step = (int(number) for number in raw)
-    if generation < 0 or step < 0:
-        raise ValueError(f"{raw} is no step: expected a generation and a step number, none of them negative")
+    generation, step = (_number(number) for number in _typed(raw, list))
     return StepId(generation, step)
 
 
+def _number(raw: Any) -> int:
+    if type(raw) is not int or not 0 <= raw < 2**64:
+        raise ValueError(f"expected a whole number from 0 to 2**64 - 1, found {raw!r:.40}")
+    return raw
+
+
+def _typed(raw: Any, kind: type[_T]) -> _T:
+    if not isinstance(raw, kind):
+        raise TypeError(f"expected a {kind.__name__}, found {raw!r:.40}")
+    return raw
+
+
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Puts the manifest in place atomically; the slot's data must be complete."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(manifest.to_bytes())
-    os.replace(temporary, path)
+    """Puts the manifest in place atomically; the slot's data must be complete.
+
+    Raises LocalDirectoryError; what was at `path` then stands as before.
+    """
+    replace_file(path, manifest.to_bytes(), f"the manifest of {manifest.step}")
 
 
 def read_manifest(path: Path) -> Manifest | None:
-    """The manifest at `path`, None where there is none. Raises CorruptDataError for a damaged one."""
-    try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise CorruptDataError(f"the manifest {path} is larger than {_MAX_BYTES} bytes")
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    return Manifest.from_bytes(data, str(path))
+    """The manifest at `path`, None where there is none.
+
+    Raises CorruptDataError for a damaged one, LocalDirectoryError for what cannot be read.
+    """
+    data = read_file(path, "manifest", _MAX_BYTES)
+    return None if data is None else Manifest.from_bytes(data, str(path))
 
 
 def find_damage(manifest: Manifest, layout: Layout, data: Any, seeds: Mapping[int, int]) -> str | None:
