@@ -15,7 +15,6 @@ from types import MappingProxyType
 
 from emergency_ckpt.core.lineage import Activation, StepId, is_void
 
-
 _NONE: Mapping[int, str] = MappingProxyType({})
 
 
@@ -143,7 +142,8 @@ class SlotTable:
     ) -> tuple[SlotTable, int | None, str]:
         """Takes a slot for `step` (the caller removes the slot's manifest before it writes a byte).
 
-        `unusable` names the slots that have no memory now, each with the reason. Returns the new table, the slot's index or None where none may be overwritten, and the reason.
+        `unusable` names the slots that have no memory now, each with the reason. Returns the new
+        table, the slot's index or None where none may be overwritten, and the reason.
         """
         index, reason = self.choose(step, unusable)
         if index is None:

@@ -10,8 +10,11 @@ import os
 from pathlib import Path
 
 from emergency_ckpt.errors import LocalCapacityError
+from emergency_ckpt.local.file_system import IN_MEMORY, file_system_type
 
 MIB = 1024 * 1024
+_CGROUP = Path("/sys/fs/cgroup")
+_OWN_GROUPS = Path("/proc/self/cgroup")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +29,13 @@ class Room:
         return self.file_system if self.memory_limit is None else min(self.file_system, self.memory_limit)
 
 
-def measure_room(directory: Path, cgroup: Path = Path("/sys/fs/cgroup")) -> Room:
+def measure_room(directory: Path, cgroup: Path = _CGROUP, own_groups: Path = _OWN_GROUPS) -> Room:
+    """Room for slots below `directory`. The memory limit counts for file systems in memory only."""
     stats = os.statvfs(directory)
-    return Room(stats.f_bavail * stats.f_frsize, _cgroup_room(cgroup))
+    in_memory = file_system_type(directory) in (*IN_MEMORY, None)
+    # A ramfs, or a tmpfs without a size, gives no figure of its own.
+    free = stats.f_bavail * stats.f_frsize if stats.f_blocks else _free_memory()
+    return Room(free, memory_limit_room(cgroup, own_groups) if in_memory else None)
 
 
 def slots_that_fit(
@@ -62,42 +69,78 @@ def slots_that_fit(
     return int(fitting)
 
 
-def _cgroup_room(cgroup: Path) -> int | None:
-    """Room within the memory limit of cgroup v2 or v1; None where there is no limit.
+def memory_limit_room(cgroup: Path = _CGROUP, own_groups: Path = _OWN_GROUPS) -> int | None:
+    """Room within the memory limits of this process's cgroup and those above it (v2 or v1); None: no limit.
 
     Page cache that nothing used lately counts as room: the kernel drops it before it refuses memory. Pages of a
     tmpfs are not among it.
     """
-    for limit_name, usage_name, stat_name, cache_key in (
-        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
-        (
-            "memory/memory.limit_in_bytes",
-            "memory/memory.usage_in_bytes",
-            "memory/memory.stat",
-            "total_inactive_file",
-        ),
-    ):
-        try:
-            limit_text = (cgroup / limit_name).read_text().strip()
-            usage_text = (cgroup / usage_name).read_text().strip()
-        except OSError:
-            continue
-        if not limit_text.isdigit() or int(limit_text) > 2**60:
-            return None
-        usage = int(usage_text)
-        reclaimable = min(usage, _statistic(cgroup / stat_name, cache_key))
-        return max(0, int(limit_text) - usage + reclaimable)
-    return None
+    rooms = [
+        room
+        for group in _groups(own_groups, controller="")
+        if (room := _room_in(cgroup / group, "memory.max", "memory.current", "inactive_file")) is not None
+    ]
+    rooms += [
+        room
+        for group in _groups(own_groups, controller="memory")
+        if (
+            room := _room_in(
+                cgroup / "memory" / group,
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+                "total_inactive_file",
+            )
+        )
+        is not None
+    ]
+    return min(rooms, default=None)
+
+
+def _groups(own_groups: Path, controller: str) -> list[Path]:
+    """The cgroup of this process and all above it, relative to the root of the hierarchy, which is always one.
+
+    Inside a container the path may name groups that cannot be seen there: those have no files, and the root is
+    the container's own.
+    """
+    try:
+        lines = own_groups.read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controller in controllers.split(","):
+            own = Path(path.strip("/"))
+            return [own, *own.parents] if own.parts else [own]
+    return [Path()]
+
+
+def _room_in(group: Path, limit_name: str, usage_name: str, cache_key: str) -> int | None:
+    try:
+        limit_text = (group / limit_name).read_text().strip()
+        usage_text = (group / usage_name).read_text().strip()
+    except OSError:
+        return None
+    if not limit_text.isdigit() or int(limit_text) > 2**60:
+        return None
+    usage = int(usage_text)
+    reclaimable = min(usage, _statistic(group / "memory.stat", cache_key))
+    return max(0, int(limit_text) - usage + reclaimable)
+
+
+def _free_memory() -> int:
+    """Memory that the machine can give without swapping; 0 where it does not say."""
+    available = _statistic(Path("/proc/meminfo"), "MemAvailable:")
+    return available * 1024
 
 
 def _statistic(path: Path, key: str) -> int:
     """One figure of a file of `key value` lines; 0 where it is not there."""
     if not path.exists():
         return 0
-    for line in path.read_text().splitlines():
-        name, _, value = line.partition(" ")
-        if name == key and value.isdigit():
-            return int(value)
+    for line in filter(None, path.read_text().splitlines()):
+        name, *values = line.split()
+        if name == key and values and values[0].isdigit():
+            return int(values[0])
     return 0
 
 

@@ -19,10 +19,12 @@ from emergency_ckpt.errors import LocalDirectoryError
 from emergency_ckpt.local.recovery import newest_of_run
 
 SUBDIRECTORY = "emergency_ckpt"
+LOCK = "lock"
 LOCK_WAIT = timedelta(seconds=10)
 TAKEOVER_WAIT = timedelta(seconds=60)
 _MAX_ORDINALS = 256
 _POLL_SECONDS = 0.1
+_LOCK_TRIES = 10
 _held_here: dict[Path, Claim] = {}
 # One claim at a time is made in this process; `_guard` is for the registry and is never held while waiting.
 # Where both are needed, a claim's `changed` is taken before `_guard`.
@@ -51,6 +53,29 @@ class Claim:
         """How many slots are being written or drained now. The caller holds `changed`."""
         self._unsettled = unsettled
         self.changed.notify_all()
+
+    def is_current(self) -> bool:
+        """Whether others find this lock: not when the directory was emptied, replaced or taken away.
+
+        Raises LocalDirectoryError where that cannot be told.
+        """
+        return _is_at(self._fd, self.path / LOCK)
+
+    def renew(self) -> None:
+        """Takes the lock anew, in a directory that is made anew where it is gone.
+
+        Raises LocalDirectoryError when the ramdisk directory itself is gone, or another process was faster.
+        """
+        check_root(self.path.parent.parent)
+        with _guard:
+            fd = _try_lock(self.path)
+            if fd is None:
+                raise LocalDirectoryError(
+                    f"{self.path} was emptied or replaced under this manager, and then{_holder(self.path)} "
+                    "locked it. Only one process may use it: end one of them."
+                )
+            os.close(self._fd)
+            self._fd = fd
 
     def release(self) -> None:
         """Gives the directory back, unless a newer manager of this process has taken it over."""
@@ -105,15 +130,29 @@ def claim_directory(
         with _guard:
             earlier = next((claim for path, claim in _held_here.items() if path.parent == base), None)
         if earlier is not None and (taken := earlier.hand_over(takeover_wait)):
-            return taken
-        claim = _claim_preferred(base / str(preferred), run, lock_wait, log)
+            return _renewed(taken)
+        wanted = base / str(preferred)
+        claim = _claim_preferred(wanted, run, lock_wait, log)
         if claim is not None:
             return claim
+        holder = _holder(wanted)
         for ordinal in range(_MAX_ORDINALS):
             claim = _try_claim(base / str(ordinal))
             if claim is not None:
+                log(f"{wanted} is in use by{holder}; this process takes {claim.path}. They share the ramdisk.")
                 return claim
     raise LocalDirectoryError(f"{_MAX_ORDINALS} processes hold directories below {base} already")
+
+
+def _renewed(claim: Claim) -> Claim:
+    """A claim that was handed over, on a directory that may have been emptied meanwhile."""
+    try:
+        if not claim.is_current():
+            claim.renew()
+    except BaseException:
+        claim.release()
+        raise
+    return claim
 
 
 def _claim_preferred(path: Path, run: str, limit: timedelta, log: Callable[[str], None]) -> Claim | None:
@@ -122,7 +161,7 @@ def _claim_preferred(path: Path, run: str, limit: timedelta, log: Callable[[str]
         return claim
     seconds = limit.total_seconds()
     log(
-        f"{path} holds {held.step} of this run, but another process has locked it, an earlier trainer perhaps "
+        f"{path} holds {held.step} of this run, but{_holder(path)} has locked it, an earlier trainer perhaps "
         f"that has not ended: waiting up to {seconds:.0f} s for it"
     )
     deadline = time.monotonic() + seconds
@@ -130,15 +169,19 @@ def _claim_preferred(path: Path, run: str, limit: timedelta, log: Callable[[str]
         time.sleep(_POLL_SECONDS)
     if claim is None:
         log(
-            f"{path} is still locked after {seconds:.0f} s and is passed over: this process does not use "
-            f"{held.step} in it. If an earlier trainer or a process that it started hangs there, end it and "
-            "start this one again."
+            f"{path} is still locked by{_holder(path)} after {seconds:.0f} s and is passed over: this process "
+            f"does not use {held.step} in it. If an earlier trainer or a process that it started hangs there, "
+            "end it and start this one again."
         )
     return claim
 
 
 def check_root(root: Path) -> None:
     """Raises LocalDirectoryError unless the ramdisk directory is there."""
+    if root.exists() and not root.is_dir():
+        raise LocalDirectoryError(
+            f"the local checkpoint directory {root} is no directory. Correct local_checkpoint_directory."
+        )
     if not root.is_dir():
         raise LocalDirectoryError(
             f"the local checkpoint directory {root} does not exist. Mount the ramdisk there (or create the "
@@ -174,20 +217,60 @@ def _try_claim(path: Path) -> Claim | None:
 
 
 def _try_lock(path: Path) -> int | None:
+    """The descriptor of the lock of a directory, which is made if need be; None where somebody has it."""
+    for _ in range(_LOCK_TRIES):
+        try:
+            path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            fd = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise LocalDirectoryError(
+                f"cannot write below the local checkpoint directory {path.parent.parent}: {error.strerror}. "
+                "Check its owner and that it is not mounted read-only."
+            ) from error
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(fd, path / LOCK):
+                return fd
+        except BlockingIOError:
+            os.close(fd)
+            return None
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)  # It was removed between the two: a lock that nobody else would meet.
+    raise LocalDirectoryError(
+        f"the lock of {path} was removed {_LOCK_TRIES} times while it was being taken. Find out what empties "
+        "the local checkpoint directory, and start again."
+    )
+
+
+def _is_at(fd: int, path: Path) -> bool:
+    """Whether the open file is the one that lies at `path`."""
     try:
-        path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        fd = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        there = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
     except OSError as error:
         raise LocalDirectoryError(
-            f"cannot write below the local checkpoint directory {path.parent.parent}: {error.strerror}. "
-            "Check its owner and that it is not mounted read-only."
+            f"cannot look at {path}: {error.strerror}. Check the local checkpoint directory and its owner."
         ) from error
+    own = os.fstat(fd)
+    return (there.st_dev, there.st_ino) == (own.st_dev, own.st_ino)
+
+
+def _holder(path: Path) -> str:
+    """Who has locked a directory, as far as the kernel says, with a space before it, for a sentence."""
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        return None
-    return fd
+        status = os.stat(path / LOCK)
+        name = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+        lines = Path("/proc/locks").read_text().splitlines()
+        pid = next(f[4] for line in lines if (f := line.split())[1] == "FLOCK" and f[5] == name)
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except (OSError, StopIteration, IndexError):  # Another container's process, or one that just ended.
+        return " another process"
+    stopped = " and is stopped (SIGCONT lets it go on)" if state in "Tt" else ""
+    return f" process {pid} ({command.strip():.60}{stopped})"
 
 
 def _forget_inherited_claims() -> None:

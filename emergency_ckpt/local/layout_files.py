@@ -53,7 +53,8 @@ class LayoutFiles:
 
     def write_missing(self) -> list[str]:
         """Writes those again that were read here and are gone; returns their names."""
-        missing = [l for l in self._known.values() if (path := self._path(l.hash)) and not path.exists()]
+        known = [(layout, self._path(layout.hash)) for layout in self._known.values()]
+        missing = [layout for layout, path in known if path is not None and not path.exists()]
         for layout in missing:
             self._write(layout)
         return [layout.hash for layout in missing]

@@ -25,11 +25,8 @@ from emergency_ckpt.local.small_files import read_file, replace_file
 
 FORMAT = "emergency_ckpt manifest 1"
 _MAX_BYTES = 256 * 1024 * 1024
-<<<<<<< HEAD
 _MAX_VERIFY_THREADS = 8
-=======
 _T = TypeVar("_T")
->>>>>>> 29560b8 (A step that is being written is not begun again; small files of the ramdisk are written whole or not at all and read with bounds)
 
 
 @dataclasses.dataclass(frozen=True)

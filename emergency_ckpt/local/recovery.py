@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 from emergency_ckpt.core.lineage import StepId
-from emergency_ckpt.errors import CorruptDataError, ForeignRunError
+from emergency_ckpt.errors import CorruptDataError, ForeignRunError, LocalDirectoryError
 from emergency_ckpt.local.capacity import Room, measure_room, slots_that_fit
 from emergency_ckpt.local.layout_files import LayoutFiles
 from emergency_ckpt.local.manifest import Manifest, read_manifest
 
-_SLOT_NAME = re.compile(r"slot_(\d+)\.(?:data|manifest|tmp)")
+_SLOT_NAME = re.compile(r"slot_(0|[1-9]\d{0,3})\.(?:data|manifest|tmp)")
 
 
 @dataclasses.dataclass
@@ -28,12 +29,14 @@ class Found:
 
     Attributes:
       numbers: all slots of which there is any file.
-      own: manifests of this run. foreign: manifests of other runs.
+      own: manifests of this run whose layout and size fit. foreign: manifests of other runs.
+      sizes: bytes of the slots in `own`, as their layouts say.
       promises: what the readable manifests of this run say was complete, usable or not.
     """
 
     numbers: set[int] = dataclasses.field(default_factory=set)
     own: dict[int, Manifest] = dataclasses.field(default_factory=dict)
+    sizes: dict[int, int] = dataclasses.field(default_factory=dict)
     foreign: dict[int, Manifest] = dataclasses.field(default_factory=dict)
     promises: set[StepId] = dataclasses.field(default_factory=set)
 
@@ -55,9 +58,37 @@ def find_slots(
 ) -> Found:
     """Reads all manifests; removes damaged ones and what a crash left half written.
 
-    Raises ForeignRunError where another run's manifest is found and `foreign_run` is 'error'.
+    Raises ForeignRunError where another run's manifest is found and `foreign_run` is 'error', and
+    LocalDirectoryError for what cannot be read or removed.
     """
     found = Found()
+    try:
+        _find_into(found, directory, run, layouts, foreign_run, log)
+    except OSError as error:
+        if isinstance(error, LocalDirectoryError):
+            raise
+        raise LocalDirectoryError(
+            f"cannot tidy up {error.filename or directory}: {error.strerror}. Check the owner of the local "
+            "checkpoint directory and that it is not mounted read-only."
+        ) from error
+    if found.foreign:
+        runs = sorted({manifest.run for manifest in found.foreign.values()})
+        log(
+            f"{directory} holds steps of run {', '.join(runs)} in slots {sorted(found.foreign)}, this run is "
+            f"{run}: they are kept until their room is needed, and not used. If this job should go on from "
+            "them, its persistent directory may have been emptied or replaced: the run's id lies there."
+        )
+    return found
+
+
+def _find_into(
+    found: Found,
+    directory: Path,
+    run: str,
+    layouts: LayoutFiles,
+    foreign_run: Literal["evict", "error"],
+    log: Callable[[str], None],
+) -> None:
     for path in sorted(directory.iterdir()):
         name = _SLOT_NAME.fullmatch(path.name)
         if not name:
@@ -74,7 +105,7 @@ def find_slots(
                 if manifest.run == run:
                     if manifest.promised:
                         found.promises.add(manifest.promised)
-                    layouts.get(manifest.layout)
+                    found.sizes[index] = _checked_size(manifest, layouts, data_path(directory, index))
                     found.own[index] = manifest
                     continue
             except CorruptDataError as error:
@@ -84,10 +115,20 @@ def find_slots(
             if foreign_run == "error":
                 raise ForeignRunError(
                     f"{path} belongs to run {manifest.run}, this run is {run}. Empty the directory, choose "
-                    "another local_checkpoint_directory, or set local_checkpoint_foreign_run=evict."
+                    "another local_checkpoint_directory, or set local_checkpoint_foreign_run=evict. If it is "
+                    "the same job, its persistent directory may have been emptied or replaced: the run's id "
+                    "lies there."
                 )
             found.foreign[index] = manifest
-    return found
+
+
+def _checked_size(manifest: Manifest, layouts: LayoutFiles, data: Path) -> int:
+    """Bytes of the slot as its layout says. Raises CorruptDataError where file and layout do not fit."""
+    layout = layouts.get(manifest.layout)
+    if not data.exists():
+        raise CorruptDataError(f"{manifest.step} is lost: its manifest is in place, but {data} is gone")
+    manifest.check_against(layout, data.stat().st_size)
+    return layout.data_bytes(manifest.position)
 
 
 def make_room(
@@ -98,8 +139,8 @@ def make_room(
     least: int,
     log: Callable[[str], None],
     measure: Callable[[Path], Room] = measure_room,
-) -> int:
-    """How many slots there will be, those of own steps included.
+) -> list[int]:
+    """The numbers of the slots that there will be, ascending, those of own steps among them.
 
     Removes what is in their way, other runs' steps last and only as far as needed.
 
@@ -112,23 +153,25 @@ def make_room(
             f"the ramdisk has room for {count} slots of {slot_bytes} bytes instead of {wanted}: a save waits "
             "while the slot it needs is drained"
         )
-    count = max(count, 1 + max(found.own, default=-1))
+    numbers = set(found.own)
+    others = (number for number in itertools.count() if number not in found.own)
+    numbers.update(itertools.islice(others, max(0, count - len(numbers))))
     for index in found.numbers:
-        if index >= count and index not in found.own and index not in found.foreign:
+        if index not in numbers and index not in found.own and index not in found.foreign:
             data_path(directory, index).unlink(missing_ok=True)
-    growth = sum(max(0, slot_bytes - present.get(i, 0)) for i in range(count) if i not in found.own)
+    growth = sum(max(0, slot_bytes - present.get(i, 0)) for i in numbers if i not in found.own)
     # Beyond the slots that will be used first, then those that occupy most.
-    candidates = sorted(found.foreign, key=lambda i: (i >= count, present[i]), reverse=True)
+    candidates = sorted(found.foreign, key=lambda i: (i not in numbers, present[i]), reverse=True)
     for index in candidates:
         if growth <= measure(directory).available:
             break
-        if index < count and present[index] <= slot_bytes:
+        if index in numbers and present[index] <= slot_bytes:
             continue  # It is counted as a slot's room already: evicting it frees nothing.
         evict(directory, index, found.foreign.pop(index), log)
         data_path(directory, index).unlink(missing_ok=True)
-        if index < count:
+        if index in numbers:
             growth += min(slot_bytes, present[index])
-    return count
+    return sorted(numbers)
 
 
 def evict(directory: Path, index: int, manifest: Manifest, log: Callable[[str], None]) -> None:
@@ -141,7 +184,7 @@ def newest_of_run(directory: Path, run: str) -> Manifest | None:
     """The newest readable manifest of this run in a directory, which may be somebody else's."""
     newest: Manifest | None = None
     for candidate in directory.glob("slot_*.manifest"):
-        with contextlib.suppress(CorruptDataError):
+        with contextlib.suppress(CorruptDataError, LocalDirectoryError):
             manifest = read_manifest(candidate)
             if manifest and manifest.run == run and (newest is None or manifest.step > newest.step):
                 newest = manifest

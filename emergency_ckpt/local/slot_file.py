@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from emergency_ckpt.errors import LocalCapacityError, LocalDirectoryError
+from emergency_ckpt.local.capacity import memory_limit_room
+from emergency_ckpt.local.file_system import IN_MEMORY, file_system_type
 
 _CHUNK_BYTES = 32 * 1024 * 1024
 _MADV_POPULATE_WRITE = 23
@@ -34,9 +36,10 @@ class SlotFile:
         self.path = path
         self.nbytes = nbytes
         self._ready = threading.Event()
-        self._stop = threading.Event()
-        self._error: Exception | None = None
-        size = max(nbytes, mmap.PAGESIZE)
+        self._error: LocalDirectoryError | None = None
+        # Held for one step of `prepare` at a time, so that `close` waits for no more than that.
+        self._guard = threading.Lock()
+        self._map_bytes = size = max(nbytes, mmap.PAGESIZE)
         try:
             self._fd = _open(path, size)
         except OSError as error:
@@ -44,35 +47,81 @@ class SlotFile:
                 f"cannot open the slot file {path}: {error.strerror}. "
                 "Check that local_checkpoint_directory exists and is writable for this user."
             ) from error
-        self._map = mmap.mmap(self._fd, size)
+        try:
+            self._map = mmap.mmap(self._fd, size)
+        except OSError as error:
+            os.close(self._fd)
+            raise LocalDirectoryError(f"cannot map the slot file {path}: {error.strerror}") from error
         self._data: np.ndarray | None = np.frombuffer(self._map, dtype=np.uint8, count=size)[:nbytes]
 
     @property
     def data(self) -> np.ndarray:
         """Raises LocalDirectoryError once the slot is closed."""
         if self._data is None:
-            raise LocalDirectoryError(f"slot {self.path} is closed: its manager was closed; use a newer one")
+            raise self._closed_error()
         return self._data
 
-    def prepare(self) -> None:
-        """Allocates and maps every page, releasing the GIL; keeps the content. One thread calls this once."""
+    @property
+    def failure(self) -> str | None:
+        """Why this slot has no memory, once `prepare` has failed."""
+        return str(self._error) if self._error else None
+
+    def is_lost(self) -> bool:
+        """Whether the file is no longer at its path, or was cut: what is written here is not found there.
+
+        Raises OSError where that cannot be told.
+        """
+        if self.path is None:
+            return False
         try:
+            there = os.stat(self.path)
+        except (FileNotFoundError, NotADirectoryError):
+            return True
+        own = os.fstat(self._fd)
+        return (there.st_dev, there.st_ino) != (own.st_dev, own.st_ino) or own.st_size < self._map_bytes
+
+    def prepare(self) -> None:
+        """Allocates and maps every page, releasing the GIL; keeps the content. After a failure, tries again."""
+        try:
+            self._check_memory_limit()
             for at in range(0, self.nbytes, _CHUNK_BYTES):
-                if self._stop.is_set():
-                    raise LocalDirectoryError(f"slot file {self.path} was closed while it was being prepared")
                 length = min(_CHUNK_BYTES, self.nbytes - at)
-                os.posix_fallocate(self._fd, at, length)
-                _populate(self.data, at, length)
+                with self._guard:
+                    data = self.data
+                    os.posix_fallocate(self._fd, at, length)
+                    _populate(data, at, length)
+            self._error = None
+        except LocalDirectoryError as error:
+            self._error = error
         except OSError as error:
-            if isinstance(error, LocalDirectoryError):
-                self._error = error
-            else:
-                self._error = LocalCapacityError(
-                    f"the ramdisk ran full while slot {self.path} ({self.nbytes} bytes) was being allocated: "
-                    f"{error.strerror}. Something else writes there, or its size is too small."
-                )
+            self._error = LocalCapacityError(
+                f"the ramdisk ran full while slot {self.path} ({self.nbytes} bytes) was being allocated: "
+                f"{error.strerror}. Something else writes there, or its size is too small."
+            )
         finally:
             self._ready.set()
+
+    def try_again(self) -> None:
+        """After a failure: whoever waits for this slot waits for the `prepare` that the owner starts now."""
+        self._error = None
+        self._ready.clear()
+
+    def missing_bytes(self) -> int:
+        """Bytes of this file that occupy no memory yet."""
+        with self._guard:
+            return 0 if self._data is None else max(0, self.nbytes - os.fstat(self._fd).st_blocks * 512)
+
+    def _check_memory_limit(self) -> None:
+        """The kernel refuses pages beyond the size of a tmpfs, but kills for those beyond a memory limit."""
+        on_disk = self.path is not None and file_system_type(self.path.parent) not in (*IN_MEMORY, None)
+        room = None if on_disk else memory_limit_room()
+        missing = self.missing_bytes()
+        if room is not None and missing > room:
+            raise LocalCapacityError(
+                f"the memory limit of this container has room for {room} bytes, slot "
+                f"{self.path or 'in memory'} needs {missing} more. Raise the limit: pages of a ramdisk count "
+                "against it."
+            )
 
     def wait_ready(self, timeout: timedelta) -> None:
         """Waits until `prepare` is done; raises what it met, or LocalDirectoryError after the limit."""
@@ -86,14 +135,19 @@ class SlotFile:
 
     def close(self) -> None:
         """Unmaps the slot. Views that are still alive keep the mapping until they go. Repeating it is fine."""
-        if self._data is None:
-            return
-        self._stop.set()
-        self._ready.wait()
-        self._data = None
-        with contextlib.suppress(BufferError):  # A reader still holds a view: the mapping goes with it.
-            self._map.close()
-        os.close(self._fd)
+        with self._guard:
+            if self._data is None:
+                return
+            self._data = None
+            if not self._ready.is_set():
+                self._error = self._closed_error()
+                self._ready.set()
+            with contextlib.suppress(BufferError):  # A reader still holds a view: the mapping goes with it.
+                self._map.close()
+            os.close(self._fd)
+
+    def _closed_error(self) -> LocalDirectoryError:
+        return LocalDirectoryError(f"slot {self.path} is closed: its manager was closed; use a newer one")
 
 
 def _open(path: Path | None, size: int) -> int:
@@ -101,8 +155,12 @@ def _open(path: Path | None, size: int) -> int:
         fd = os.memfd_create("emergency_ckpt_slot", os.MFD_CLOEXEC)
     else:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    if os.fstat(fd).st_size != size:
-        os.ftruncate(fd, size)
+    try:
+        if os.fstat(fd).st_size != size:
+            os.ftruncate(fd, size)
+    except OSError:
+        os.close(fd)
+        raise
     return fd
 
 

@@ -22,13 +22,13 @@ from emergency_ckpt.core.inventory import Holding
 from emergency_ckpt.core.layout import Layout, SlotEntry
 from emergency_ckpt.core.lineage import Activation, StepId, is_void
 from emergency_ckpt.core.slots import Outcome, SlotTable
-from emergency_ckpt.errors import CorruptDataError, LocalDirectoryError
+from emergency_ckpt.errors import CorruptDataError, LocalCapacityError, LocalDirectoryError
 from emergency_ckpt.local.claim import LOCK_WAIT, TAKEOVER_WAIT, Claim, claim_directory, directories
+from emergency_ckpt.local.file_system import slow_warning
 from emergency_ckpt.local.layout_files import LayoutFiles
 from emergency_ckpt.local.manifest import Manifest, find_damage, write_manifest
 from emergency_ckpt.local.recovery import (
     Found,
-    data_path,
     evict,
     find_slots,
     make_room,
@@ -36,6 +36,7 @@ from emergency_ckpt.local.recovery import (
     newest_of_run,
 )
 from emergency_ckpt.local.slot_file import SlotFile
+from emergency_ckpt.local.slot_files import SlotFiles
 
 READY_TIMEOUT = timedelta(minutes=10)
 
@@ -139,25 +140,24 @@ class LocalStore:
         self._claim = self._make_claim()
         self._changed = self._claim.changed if self._claim else threading.Condition()
         self._layouts = LayoutFiles(self.directory, layout)
+        # Steps that are gone for all but those who pinned them.
+        self._gone: set[StepId] = set()
         try:
-            found, count = self._find()
-            self._manifests: list[Manifest | None] = [found.own.get(i) for i in range(count)]
-            self._foreign = {i: m for i, m in found.foreign.items() if i < count}
+            found, self._numbers = self._find()
+            self._manifests: list[Manifest | None] = [found.own.get(n) for n in self._numbers]
+            self._foreign = {i: found.foreign[n] for i, n in enumerate(self._numbers) if n in found.foreign}
             self._promises = frozenset(found.promises)
-            self._deleted: set[StepId] = set()
-            self._files = [self._open_file(i) for i in range(count)]
             held = [m.step if m else None for m in self._manifests]
             activations = {a for m in self._manifests if m for a in m.activations}
             self._table = SlotTable.recovered(held, options.max_to_keep, activations, self._foreign)
             self._layouts.write_own({m.layout for m in found.foreign.values()})
+            # Last: nothing after it fails, so that no mapping is left behind.
+            kept = {i: found.sizes[n] for i, n in enumerate(self._numbers) if n in found.sizes}
+            self._files = SlotFiles(self.directory, self._slot_bytes, self._numbers, kept, self._foreign)
         except BaseException:
             if self._claim:
                 self._claim.release()
             raise
-        # What the first saves take. The others are read first: preparing them meanwhile would slow that down.
-        waiting = {i for i in range(count) if self._manifests[i] is not None or i in self._foreign}
-        self._unprepared = [self._files[i] for i in sorted(waiting, key=lambda i: i in self._foreign)]
-        self._preparers = [_start_preparing([file for i, file in enumerate(self._files) if i not in waiting])]
 
     # What is there.
 
@@ -191,41 +191,47 @@ class LocalStore:
     def verify(self) -> tuple[Holding, ...]:
         """Verifies every sealed slot against its checksums; damaged ones are emptied, and said.
 
-        Returns one holding per good slot of a known layout.
+        Returns one holding per good slot of a known layout whose step is neither void nor abandoned.
         """
-        holdings = []
+        self._notice_losses()
+        good: dict[StepId, Holding] = {}
         for index, manifest in enumerate(self._manifests):
-            if manifest is None or not self._table.slots[index].sealed:
+            slot = self._table.slots[index]
+            if manifest is None or not slot.sealed or manifest.step not in self.sealed_steps(listed_only=False):
                 continue
-            try:
-                layout = self._layouts.get(manifest.layout)
-                manifest.check_against(layout, self._files[index].nbytes)
-                damage = SealedSlot(index, manifest, layout, self._files[index].data).find_damage()
-            except CorruptDataError as error:
-                damage = str(error)
+            damage = "another slot holds it already" if manifest.step in good else self._find_damage(index)
             if damage:
                 self._log(
                     f"{manifest.step} in slot {index} of {self.directory} is damaged and given up: {damage}"
                 )
-                self.give_up(manifest.step)
+                with self._changed:
+                    self._give_up_slot(index)
                 continue
-            holdings.append(
-                Holding(
-                    manifest.step,
-                    manifest.layout,
-                    manifest.position,
-                    manifest.digest,
-                    tuple(sorted(manifest.extras)),
-                )
+            good[manifest.step] = Holding(
+                manifest.step,
+                manifest.layout,
+                manifest.position,
+                manifest.digest,
+                tuple(sorted(manifest.extras)),
             )
         with self._changed:
-            self._prepare_the_rest()
-        return tuple(holdings)
+            self._files.prepare_rest()
+        return tuple(good.values())
+
+    def _find_damage(self, index: int) -> str | None:
+        manifest = self._manifests[index]
+        assert manifest is not None
+        try:
+            layout = self._layouts.get(manifest.layout)
+            manifest.check_against(layout, self._files[index].nbytes)
+            return SealedSlot(index, manifest, layout, self._files[index].data).find_damage()
+        except CorruptDataError as error:
+            return str(error)
 
     def sealed_steps(self, listed_only: bool = True) -> tuple[StepId, ...]:
         """Sealed steps that are neither void nor abandoned, oldest first."""
         with self._changed:
-            listed = {m.step for m in self._manifests if m and (m.listed or not listed_only)} - self._deleted
+            listed = {m.step for m in self._manifests if m and (m.listed or not listed_only)} - self._gone
             return tuple(step for step in self._table.sealed_steps() if step in listed)
 
     def complete_steps(self) -> tuple[StepId, ...]:
@@ -253,27 +259,33 @@ class LocalStore:
         """Takes a slot for `step`, waiting up to `timeout` for one to become free.
 
         Returns the slot, or None and the reason why no slot may be overwritten. Raises LocalDirectoryError when
-        this store is closed or was taken over by a newer manager of the process.
+        the directory cannot be used, LocalCapacityError when slots have lost their memory; when this store is
+        closed or was taken over by a newer manager of the process (`usable` tells), LocalDirectoryError too.
         """
         deadline = time.monotonic() + timeout.total_seconds()
         with self._changed:
+            self._check_usable()
+            self._rebuild()
             while True:
                 self._check_usable()
-                table, index, reason = self._table.begin(step, pins)
+                failures = self._files.failures()
+                table, index, reason = self._table.begin(step, pins, failures)
                 if index is not None:
                     return self._take(index, step, table, reason)
                 remaining = deadline - time.monotonic()
+                if remaining <= 0 and failures:
+                    raise LocalCapacityError(f"{step} finds no slot: {reason}")
                 if remaining <= 0:
                     return None, reason
                 self._changed.wait(remaining)
 
-    def _take(self, index: int, step: StepId, table: SlotTable, reason: str) -> tuple[OpenSlot | None, str]:
+    def _take(self, index: int, step: StepId, table: SlotTable, reason: str) -> tuple[OpenSlot, str]:
         """Empties slot `index` and opens it; whatever interrupts this, table and manifests still agree."""
-        self._prepare_the_rest()
         before = self._table
         try:
             self._empty_for(index)
             self._update(table)
+            self._files.prepare_rest()
             return OpenSlot(index, step, self._files[index]), reason
         except BaseException as error:
             path = self._manifest_path(index)
@@ -284,31 +296,36 @@ class LocalStore:
                 self._foreign.pop(index, None)
                 self._update(before.empty(index))
             if isinstance(error, OSError):
-                return None, f"slot {index} of {self.directory} cannot be used: {error}"
+                raise LocalDirectoryError(
+                    f"slot {index} of {self.directory} cannot be used: {error}"
+                ) from error
             raise
 
     def _empty_for(self, index: int) -> None:
         """Removes the manifest, ours or another run's, and gives the file the size of a slot of this layout."""
         if self.directory and (foreign := self._foreign.get(index)):
-            evict(self.directory, index, foreign, self._log)
+            evict(self.directory, self._numbers[index], foreign, self._log)
             del self._foreign[index]
         self._remove_manifest(index)
-        if self._files[index].nbytes != self._slot_bytes:
-            resized = self._open_file(index)
-            self._preparers.append(_start_preparing([resized]))
-            self._files[index].close()
-            self._files[index] = resized
+        self._files.fit(index)
 
     def seal(self, slot: OpenSlot, manifest: Manifest) -> None:
-        """Puts the manifest of a completely written slot in place. Raises LocalDirectoryError once closed.
+        """Puts the manifest of a completely written slot in place.
 
-        A newer manager that takes the directory over waits for the slots that were begun before.
+        Raises LocalDirectoryError once closed, and where the slot is not in the directory any more. A newer
+        manager that takes the directory over waits for the slots that were begun before.
         """
         path = self._manifest_path(slot.index)
         with self._changed:
             self._check_open()
             table = self._table.seal(slot.index)
             if path:
+                there = self._claim is not None and self._claim.is_current()
+                if not there or slot.index in self._files.lost():
+                    raise LocalDirectoryError(
+                        f"{self.directory} was emptied or replaced while {slot.step} was written there. The "
+                        "next save makes it anew; find out what empties it."
+                    )
                 write_manifest(path, manifest)
             self._manifests[slot.index] = manifest
             self._update(table)
@@ -332,8 +349,11 @@ class LocalStore:
         with self._changed:
             index = self._table.find(step)
             if index is not None and not self._table.slots[index].pins:
-                self._remove_manifest(index)
-                self._update(self._table.empty(index))
+                self._give_up_slot(index)
+
+    def _give_up_slot(self, index: int) -> None:
+        self._remove_manifest(index)
+        self._update(self._table.empty(index))
 
     def delete(self, step: int) -> None:
         """Gives up and forgets the sealed steps of this number, of every generation.
@@ -345,7 +365,7 @@ class LocalStore:
                 if slot.step is None or slot.step.step != step or not slot.sealed:
                     continue
                 if slot.pins:
-                    self._deleted.add(slot.step)
+                    self._gone.add(slot.step)
                     self._unlink_manifest(index)
                 else:
                     self.give_up(slot.step)
@@ -368,7 +388,7 @@ class LocalStore:
         with self._changed:
             self._check_usable()
             index = self._table.find(step)
-            if index is None or step in self._deleted:
+            if index is None or step in self._gone:
                 return None
             self._update(self._table.pin(index))
             return self.sealed(step)
@@ -377,9 +397,11 @@ class LocalStore:
         with self._changed:
             self._update(self._table.unpin(index))
             slot = self._table.slots[index]
-            if slot.step in self._deleted and not slot.pins:
-                self._deleted.discard(slot.step)
-                self.give_up(slot.step)
+            if slot.step is None or slot.pins or not slot.sealed:
+                return
+            if slot.step in self._gone or slot.step in self._table.abandoned:
+                self._gone.discard(slot.step)
+                self._give_up_slot(index)
 
     def close(self) -> None:
         """Unmaps the slots and releases the directory; sealed data stays. Repeating it is fine.
@@ -390,19 +412,25 @@ class LocalStore:
         with self._changed:
             if self._closed:
                 return
-            owned = self._claim is not None and not self._claim.superseded
-            for index, slot in enumerate(self._table.slots):
-                if owned and self.directory and slot.step is not None and not slot.sealed:
-                    data_path(self.directory, index).unlink(missing_ok=True)
+            self._remove_unfinished()
             self._closed = True
             self._update(self._table)
-            self._prepare_the_rest()
-        for file in self._files:
-            file.close()
-        for preparer in self._preparers:
-            preparer.join()
+        self._files.close()
         if self._claim:
             self._claim.release()
+
+    def _remove_unfinished(self) -> None:
+        if not self._owns_directory():
+            return
+        for index, slot in enumerate(self._table.slots):
+            path = self._files.path(index)
+            if path is not None and slot.step is not None and not slot.sealed:
+                try:
+                    path.unlink(missing_ok=True)
+                except OSError as error:
+                    self._log(
+                        f"{path} cannot be removed: {error.strerror}; the next start may find it half written"
+                    )
 
     def _update(self, table: SlotTable) -> None:
         self._table = table
@@ -411,6 +439,11 @@ class LocalStore:
             self._claim.count_unsettled(0 if self._closed else table.unsettled())
         else:
             self._changed.notify_all()
+
+    @property
+    def usable(self) -> bool:
+        """Whether this store is neither closed nor taken over by a newer manager of the process."""
+        return not self._closed and not (self._claim and self._claim.superseded)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -426,13 +459,92 @@ class LocalStore:
                 f"{self.directory} was taken over by a newer manager of this process; close this one"
             )
 
+    # What somebody else did to the directory.
+
+    def _owns_directory(self) -> bool:
+        """Whether what lies in the directory is this store's to change. Raises LocalDirectoryError."""
+        return self._claim is not None and self.usable and self._claim.is_current()
+
+    def _notice_losses(self) -> None:
+        """Makes the directory whole again as far as possible; what cannot be is said."""
+        with self._changed:
+            if self.usable:
+                try:
+                    self._rebuild()
+                except LocalDirectoryError as error:
+                    self._log(str(error))
+
+    def _rebuild(self) -> None:
+        """Notices what was removed under this store, says it, and makes it anew.
+
+        Costs a few `stat` calls. Raises LocalDirectoryError where the directory cannot be made whole now; the
+        next call tries again. What is lost does not count as held here, whatever is raised.
+        """
+        if self._claim is None:
+            return
+        claimed = self._claim.is_current()
+        if not claimed:
+            self._log(
+                f"{self.directory} was emptied, replaced or taken away while this manager uses it; it is made "
+                "anew. Find out who did that: the ramdisk must not be touched while a job runs."
+            )
+        lost = self._files.lost()
+        try:
+            if not claimed:
+                self._claim.renew()
+        except LocalDirectoryError:
+            self._lose(range(len(self._files)))  # What still lies there is not this store's any more.
+            raise
+        self._lose(lost)
+        for index in lost:
+            slot = self._table.slots[index]
+            if slot.step is None:
+                self._files.replace(index)
+        self._put_manifests_back()
+        for name in self._layouts.write_missing():
+            self._log(f"the layout {name} was removed from {self.directory} and is written again")
+
+    def _lose(self, indices: Iterable[int]) -> None:
+        """The data of these slots is gone, but for those who read or write it now."""
+        for index in indices:
+            slot, manifest = self._table.slots[index], self._manifests[index]
+            if slot.step is None or not slot.sealed or slot.step in self._gone:
+                continue
+            self._log(
+                f"{slot.step} in slot {index} of {self.directory} is lost"
+                + ("; a drain that reads it goes on" if slot.pins else "")
+            )
+            self._update(self._table.forget(slot.step))
+            if manifest is not None and self._owns_directory():
+                self._unlink_manifest(index)
+            if slot.pins:
+                self._gone.add(slot.step)
+            else:
+                self._manifests[index] = None
+                self._update(self._table.empty(index))
+
+    def _put_manifests_back(self) -> None:
+        """A manifest that alone was removed is written again: its data is here, and so is what it said."""
+        for index, manifest in enumerate(self._manifests):
+            path = self._manifest_path(index)
+            if path is None or path.exists():
+                continue
+            if index in self._foreign:
+                del self._foreign[index]
+                self._update(self._table.empty(index))
+            elif manifest is not None and manifest.step not in self._gone and self._table.slots[index].sealed:
+                write_manifest(path, manifest)
+                self._log(
+                    f"the manifest of {manifest.step} was removed from {self.directory} and is written again"
+                )
+
     # Files.
 
     def _make_claim(self) -> Claim | None:
         options = self._options
         if options.directory is None:
             return None
-        return claim_directory(
+        claim = claim_directory(
             options.directory,
             options.ordinal,
             self._log,
@@ -440,20 +552,23 @@ class LocalStore:
             lock_wait=options.lock_wait,
             takeover_wait=options.takeover_wait,
         )
+        if warning := slow_warning(options.directory):
+            self._log(warning)
+        return claim
 
-    def _find(self) -> tuple[Found, int]:
-        """What is in the directory, and the number of slots to be used."""
+    def _find(self) -> tuple[Found, list[int]]:
+        """What is in the directory, and the numbers of the slots to be used."""
         options = self._options
         if self.directory is None:
-            return Found(), options.wanted_slots
+            return Found(), list(range(options.wanted_slots))
         found = find_slots(self.directory, self._run, self._layouts, options.foreign_run, self._log)
-        count = make_room(
+        numbers = make_room(
             self.directory, found, self._slot_bytes, options.wanted_slots, options.least_slots, self._log
         )
-        return found, count
+        return found, numbers
 
     def _manifest_path(self, index: int) -> Path | None:
-        return manifest_path(self.directory, index) if self.directory else None
+        return manifest_path(self.directory, self._numbers[index]) if self.directory else None
 
     def _remove_manifest(self, index: int) -> None:
         self._unlink_manifest(index)
@@ -462,7 +577,7 @@ class LocalStore:
     def _unlink_manifest(self, index: int) -> None:
         """Raises LocalDirectoryError; does nothing where the directory is no longer this store's."""
         path = self._manifest_path(index)
-        if path is None or self._closed or (self._claim and self._claim.superseded):
+        if path is None or not self._owns_directory():
             return
         try:
             path.unlink(missing_ok=True)
@@ -472,31 +587,8 @@ class LocalStore:
                 "directory and that it is not mounted read-only."
             ) from error
 
-    def _prepare_the_rest(self) -> None:
-        """Prepares the slots that were found full, once: they are about to be overwritten or closed."""
-        files, self._unprepared = self._unprepared, []
-        if files:
-            self._preparers.append(_start_preparing(files))
-
-    def _open_file(self, index: int) -> SlotFile:
-        if self.directory is None:
-            return SlotFile(None, self._slot_bytes)
-        path = data_path(self.directory, index)
-        kept = (self._manifests[index] is not None or index in self._foreign) and path.exists()
-        return SlotFile(path, path.stat().st_size if kept else self._slot_bytes)
-
 
 def held_positions(root: Path, run: str) -> dict[int, int | None]:
     """Per directory below `root`, the process index whose newest step of this run is in it. Takes no lock."""
     newest = {ordinal: newest_of_run(path, run) for ordinal, path in directories(root).items()}
     return {ordinal: manifest.position if manifest else None for ordinal, manifest in newest.items()}
-
-
-def _start_preparing(files: list[SlotFile]) -> threading.Thread:
-    def prepare() -> None:
-        for file in files:
-            file.prepare()
-
-    thread = threading.Thread(target=prepare, name="emergency_ckpt slots", daemon=True)
-    thread.start()
-    return thread

@@ -16,9 +16,9 @@ import numpy as np
 from emergency_ckpt.core.checksums import checksum_blocks, shard_seed
 from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.lineage import StepId
-from emergency_ckpt.errors import LocalCapacityError
+from emergency_ckpt.errors import LocalDirectoryError
 from emergency_ckpt.local.manifest import Manifest
-from emergency_ckpt.local.store import LocalStore, SealedSlot
+from emergency_ckpt.local.store import LocalStore, OpenSlot, SealedSlot
 from emergency_ckpt.persistent.reader import BoxRequest, StepReader
 from emergency_ckpt.runtime.job import Job
 
@@ -31,15 +31,23 @@ class Hydration:
         self.step = step
         # What may be here of this step is not to be used, but it may be all that is left of some shard.
         here = job.local.sealed(step) is not None
-        self._slot = None if here else job.local.begin(step, timedelta(0))[0]
+        self._slot = None if here else self._begin()
         self.data = self._slot_memory() if self._slot is not None else self._plain_memory()
+
+    def _begin(self) -> OpenSlot | None:
+        try:
+            return self._job.local.begin(self.step, timedelta(0))[0]
+        except LocalDirectoryError as error:  # The state can be restored all the same.
+            self._job.log.warning("restore", self.step.step, str(error))
+            return None
 
     def _slot_memory(self) -> np.ndarray:
         assert self._slot is not None
         try:
             self._slot.wait_ready()
             return self._slot.data
-        except LocalCapacityError:
+        except LocalDirectoryError as error:
+            self._job.log.warning("restore", self.step.step, str(error))
             self.discard()
             return self._plain_memory()
         except BaseException:

@@ -126,13 +126,15 @@ class SavePipeline(Worker[_Task]):
         except BaseException as error:
             task.abandon_reason = f"{type(error).__name__}: {error}"
             self._give_up_slot(task)
-            self.submit(task)
-            raise
+            if not isinstance(error, LocalDirectoryError) or not job.local.usable:
+                self.submit(task)
+                raise
+            # The ramdisk fails, which is no fault of the training: it goes on, and `check_for_errors` tells.
+            self._report_error(error, task)
         if task.slot is None:
-            task.snapshot.release()
-            task.snapshot = None
+            self._give_up_slot(task)
         # The snapshot has what is needed; holding on to the state would keep its memory.
-        task.content = dataclasses.replace(task.content, state=None)
+        task.content = dataclasses.replace(task.content, state=None) if task.content else None
         task.blocked_seconds = time.monotonic() - task.called_at
         self.submit(task)
         if task.slot is not None and not job.settings.asynchronous:

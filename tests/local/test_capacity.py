@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from emergency_ckpt.local.capacity import measure_room
+from emergency_ckpt.local.capacity import memory_limit_room
 
 
 @pytest.mark.parametrize(
@@ -32,4 +32,4 @@ def test_reclaimable_page_cache_is_room(tmp_path: Path, files: dict[str, str], r
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert measure_room(tmp_path, cgroup=tmp_path).memory_limit == room
+    assert memory_limit_room(tmp_path, tmp_path / "no groups") == room

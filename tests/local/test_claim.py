@@ -38,8 +38,8 @@ class Stores:
 
 
 @pytest.fixture
-def stores(tmp_path: Path) -> Iterator[Stores]:
-    stores = Stores(tmp_path)
+def stores(ramdisk: Path) -> Iterator[Stores]:
+    stores = Stores(ramdisk)
     yield stores
     for store in stores.opened:
         store.close()
@@ -230,32 +230,35 @@ def test_a_forked_child_takes_no_slot_of_its_parent(stores: Stores) -> None:
     assert [h.step for h in stores.open().verify()] == [StepId(1, 1)]
 
 
-def test_the_lock_of_a_trainer_that_is_slow_to_exit_is_waited_for(stores: Stores, tmp_path: Path) -> None:
+def test_the_lock_of_a_trainer_that_is_slow_to_exit_is_waited_for(stores: Stores, ramdisk: Path) -> None:
     messages: list[str] = []
-    with holder(tmp_path, "waits") as trainer:
+    with holder(ramdisk, "waits") as trainer:
 
         def end_it(message: str) -> None:
             messages.append(message)
             trainer.kill()
 
-        options = StoreOptions(tmp_path, 1, 3, 2, lock_wait=timedelta(seconds=60))
+        options = StoreOptions(ramdisk, 1, 3, 2, lock_wait=timedelta(seconds=60))
         store = LocalStore(options, "run-a", make_layout(), 0, end_it)
         stores.opened.append(store)
     assert ["has locked it" in message for message in messages] == [True]
-    assert store.directory == tmp_path / "emergency_ckpt/0"
+    assert store.directory == ramdisk / "emergency_ckpt/0"
     assert [h.step for h in store.verify()] == [StepId(1, 1)]
 
 
 def test_a_directory_that_stays_locked_is_passed_over_loudly(stores: Stores) -> None:
-    with holder(stores.path, "waits"):
+    with holder(stores.path, "waits") as trainer:
         store = stores.open(lock_wait=NO_WAIT)
     assert store.directory == stores.path / "emergency_ckpt/1"
-    assert "is still locked after 0 s and is passed over" in stores.messages[-1]
+    assert f"is still locked by process {trainer.pid} (" in stores.messages[-2]
+    assert "after 0 s and is passed over" in stores.messages[-2]
+    assert "They share the ramdisk" in stores.messages[-1]
 
 
 def test_a_locked_directory_without_steps_of_this_run_is_passed_over_at_once(stores: Stores) -> None:
-    with holder(stores.path, "waits"):
+    with holder(stores.path, "waits") as trainer:
         options = StoreOptions(stores.path, 1, 3, 2, lock_wait=timedelta(minutes=10))
         store = LocalStore(options, "run-b", make_layout(), 0, stores.messages.append)
         stores.opened.append(store)
-    assert stores.messages == []
+    (message,) = stores.messages
+    assert f"is in use by process {trainer.pid} (" in message
