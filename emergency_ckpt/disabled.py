@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from etils import epath
@@ -46,6 +46,9 @@ class DisabledCheckpointManager(CheckpointManager):
         return None
 
     def latest_complete_step(self) -> int | None:
+        return None
+
+    def best_step(self, metric: str | None = None, mode: Literal["max", "min"] = "max") -> int | None:
         return None
 
     def should_save(self, step: int) -> bool:

@@ -7,9 +7,10 @@ processes of the job make the same calls in the same order.
 from __future__ import annotations
 
 import json
+import operator
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import orbax.checkpoint as ocp
@@ -27,6 +28,7 @@ from emergency_ckpt.jaxio.preemption import PreemptionQuery
 from emergency_ckpt.runtime import extras as extras_room
 from emergency_ckpt.runtime.engine import Engine
 from emergency_ckpt.runtime.loading import load_parameters, load_state
+from emergency_ckpt.runtime.policies import Ranking
 from emergency_ckpt.runtime.restored_state import RestoredState
 from emergency_ckpt.runtime.restoring import Restored, RestoreReport
 from emergency_ckpt.runtime.saving import SaveContent
@@ -78,16 +80,17 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
           global_mesh: the job's mesh, over all processes.
           abstract_state: the state as `jax.ShapeDtypeStruct`s with shardings (or a state itself).
           options: Orbax's option object.
-          metadata, logger, item_handlers, handler_registry, persistent_non_replicated_directory: not supported
-            yet; refused unless None.
+          metadata: JSON about the whole run. Kept in the persistent directory where Orbax keeps it; the first
+            manager of the run that gives some wins.
+          logger: Orbax's `AbstractLogger`; its `log_entry` gets a dict per event (save, drain, restore, start).
+          item_handlers, handler_registry, persistent_non_replicated_directory: not supported yet; refused
+            unless None.
 
         Raises ConfigError for options that are not supported, TopologyError, UnsupportedStateError,
         LocalDirectoryError, LocalCapacityError, ForeignRunError or PersistentStoreError; PeerFailedError when
         another process failed so.
         """
         refused = {
-            "metadata": metadata,
-            "logger": logger,
             "item_handlers": item_handlers,
             "handler_registry": handler_registry,
             "persistent_non_replicated_directory": persistent_non_replicated_directory,
@@ -96,7 +99,11 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         if given:
             raise ConfigError(f"not supported yet, leave it out: {', '.join(given)}")
         settings = settings_from_orbax(
-            None if local_directory is None else str(local_directory), str(persistent_directory), options
+            None if local_directory is None else str(local_directory),
+            str(persistent_directory),
+            options,
+            metadata,
+            logger,
         )
         self._start(settings, global_mesh, abstract_state)
 
@@ -183,12 +190,28 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         newest = self._engine.newest_complete
         return newest.step if newest else None
 
-    def best_step(self) -> int | None:
-        """The newest step: this manager has no `best_fn` (as Orbax's without one)."""
-        return self.latest_step()
+    def best_step(self, metric: str | None = None, mode: Literal["max", "min"] = "max") -> int | None:
+        """The best restorable step, on any tier; the newest of those that are equally good. Local.
+
+        By the `metric` of that name that was saved with the steps, `mode` saying whether the highest or the
+        lowest value is best. Without a name: by the `BestN` among the persistent preservation policies; where
+        there is none, the newest step. Steps without the metric do not count; None where no step has it.
+        """
+        if mode not in ("max", "min"):
+            raise ConfigError(f"best_step: mode is {mode!r}; expected 'max' or 'min'")
+        if metric is not None:
+            ranking = Ranking(operator.itemgetter(metric), mode == "min")
+        elif self._settings.ranking is not None:
+            ranking = self._settings.ranking
+        else:
+            return self.latest_step()
+        return self._engine.catalog.best(self._engine.step_numbers(), ranking)
 
     def should_save(self, step: int) -> bool:
-        """Whether `save(step, …)` would save: something is due and the step is newer than all saved ones."""
+        """Whether `save(step, …)` would save: something is due and the step is newer than all saved ones.
+
+        With a save-decision policy that depends on more than the step, all processes ask about the same steps.
+        """
         return bool(self._due(step, force=False)) and not self._engine.is_old(step)
 
     def reached_preemption(self, step: int) -> bool:
@@ -241,18 +264,18 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
 
         Raises PersistentStoreError on all processes when the step did not reach the persistent tier.
         """
-        if not (self._save_on_completion and self._settings.schedule.persistent_period):
+        if not (self._save_on_completion and self._settings.schedule.persistent):
             self.wait_until_finished()
             return
 
         def prepare() -> SaveContent:
             return SaveContent(_state_of(state), extras_room.capture(extras), _plain_metadata(None, None))
 
-        self._engine.finish(step, self._settings.schedule.due(step, force=True), prepare)
+        self._engine.finish(step, self._engine.due(step, force=True), prepare)
 
     def _due(self, step: int, force: bool) -> Due:
         preempted = self._settings.save_on_preemption and self._preemption.reached(step)
-        return self._settings.schedule.due(step, first=self._engine.is_first, preempted=preempted, force=force)
+        return self._engine.due(step, preempted=preempted, force=force)
 
     # Restoring.
 
@@ -322,16 +345,19 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         return self._engine.catalog.saved_with(step).get("metrics") or None
 
     def metadata(self, step: int | None = None) -> Any:
-        """Orbax's `StepMetadata` of `step`, or `RootMetadata` for None. Local."""
+        """Orbax's `StepMetadata` of `step`, or `RootMetadata` for None. Local.
+
+        The commit time is that of the persistent tier; a step on ramdisks alone has none.
+        """
         if step is None:
-            return RootMetadata()
-        saved = self._engine.catalog.saved_with(step)
+            return RootMetadata(custom_metadata=self._engine.job.persistent.root_metadata() or {})
+        saved = self._engine.catalog.facts(step)
         return StepMetadata(
             item_metadata=self.item_metadata(step),
-            metrics=saved.get("metrics") or {},
-            custom_metadata=saved.get("custom_metadata") or {},
-            commit_timestamp_nsecs=None,
-            init_timestamp_nsecs=saved.get("started_nanoseconds"),
+            metrics=dict(saved.metrics),
+            custom_metadata=dict(saved.custom_metadata),
+            commit_timestamp_nsecs=saved.committed_nanoseconds,
+            init_timestamp_nsecs=saved.started_nanoseconds,
         )
 
     def item_metadata(self, step: int) -> Any:

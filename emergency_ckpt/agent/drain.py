@@ -64,6 +64,7 @@ class DrainJob:
     Attributes:
       committer: the process that commits (every process names the same).
       on_commit: called in the committer after each commit, for retention.
+      after_commit: the user's, called in every process after each commit.
     """
 
     local: LocalStore
@@ -77,6 +78,7 @@ class DrainJob:
     board: VerdictBoard
     log: CheckpointLogger
     on_commit: Callable[[], None]
+    after_commit: Callable[[], None] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +127,8 @@ class DrainWorker(Worker[_Request]):
                 reason=verdict.reason,
             )
         )
+        if verdict.result == "committed":
+            self._call_back(request.step)
 
     def _drain(self, request: _Request) -> tuple[Verdict, int]:
         job = self._job
@@ -193,9 +197,26 @@ class DrainWorker(Worker[_Request]):
             self._job.on_commit()
         except (EmergencyCheckpointError, OSError) as error:
             told = PersistentStoreError(f"after the commit of {step}, old steps could not be deleted: {error}")
-            told.__cause__ = error
-            self._job.log.error("retention", step.step, str(told))
-            self.note(told)
+            self._note_after_commit("retention", step, told, error)
+
+    def _call_back(self, step: StepId) -> None:
+        """The user's callback after a commit; whatever it raises, the commit stands."""
+        if self._job.after_commit is None:
+            return
+        try:
+            self._job.after_commit()
+        except Exception as error:
+            told = EmergencyCheckpointError(
+                f"{step} was committed, but the callback after it failed: {type(error).__name__}: {error}"
+            )
+            self._note_after_commit("drain", step, told, error)
+
+    def _note_after_commit(
+        self, operation: str, step: StepId, told: EmergencyCheckpointError, cause: Exception
+    ) -> None:
+        told.__cause__ = cause
+        self._job.log.error(operation, step.step, str(told))
+        self.note(told)
 
     def _await_verdict(self, attempt: Attempt) -> Verdict:
         # The committer gives up after its own time limit and says so; a margin lets that be heard.

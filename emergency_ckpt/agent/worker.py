@@ -39,6 +39,11 @@ class Worker(Generic[Request]):
             self._open += 1
         self._requests.put(request)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a request is waiting or being done."""
+        return self._open > 0
+
     def note(self, error: EmergencyCheckpointError) -> None:
         """Keeps an error for `take_errors`."""
         with self._idle:

@@ -32,6 +32,7 @@ from emergency_ckpt.persistent.step_files import (
     EXTRAS_FILE,
     LAYOUT_FILE,
     ORBAX_COMMIT_FILE,
+    ORBAX_METRICS_FILE,
     ORBAX_STEP_FILE,
     ORBAX_STRINGS_FILE,
     PARTS_DIRECTORY,
@@ -46,8 +47,6 @@ from emergency_ckpt.persistent.step_files import (
 from emergency_ckpt.persistent.store import Attempt, PersistentStep, PersistentStore
 from emergency_ckpt.persistent.values import Value, as_array
 from emergency_ckpt.persistent.writer import PartReport, part_store_name
-
-_METRICS_FILE = "metrics/metrics"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +123,7 @@ def commit_stages(
     if strings:
         files.write(f"{attempt.item}/{ORBAX_STRINGS_FILE}", json.dumps(strings).encode())
     if content.metrics:
-        files.write(_METRICS_FILE, json.dumps(content.metrics).encode())
+        files.write(ORBAX_METRICS_FILE, json.dumps(content.metrics).encode())
     files.write(ORBAX_STEP_FILE, _step_metadata(layout, content))
     yield "Orbax's metadata written"
     _write_side_files(store, files, attempt, layout, parts, content)

@@ -7,11 +7,13 @@ attempt lives under a name that carries its generation and nonce, so that what a
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import uuid
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from absl import logging
 
@@ -33,6 +35,9 @@ _ACTIVATIONS = f"{_RECORDS}/activations"
 _RECORD = re.compile(r"(\d{8,})\.json")
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _ATTEMPT = re.compile(r".+\.orbax-checkpoint-tmp-(?:g(\d+)-[0-9a-f]+-\d+|removed-[0-9a-f]+)")
+# Orbax's name, and the one that its early versions used.
+_ROOT_METADATA, _OLD_ROOT_METADATA = "metadata/_ROOT_METADATA", "metadata/metadata"
+_ROOT_METADATA_FIELDS = ("internal_metadata", "custom_metadata")
 _MINT_TRIES = 1000
 _REPLACE_TRIES = 10
 UNKNOWN_NONCE = "unknown"
@@ -291,7 +296,8 @@ class PersistentStore:
     def remove_leftovers(self, current: Generation) -> list[str]:
         """Removes attempts of generations older than `current` and half-deleted steps; returns their names.
 
-        Attempts of `current` stay, since they may be in progress, and so does what other programs write.
+        Attempts of `current` stay, since they may be in progress, and so does what other programs write (see
+        `remove_foreign_leftovers`).
         """
         removed = []
         for entry in self.files.entries():
@@ -300,6 +306,49 @@ class PersistentStore:
                 self.files.delete_tree(entry.name)
                 removed.append(entry.name)
         return removed
+
+    def remove_foreign_leftovers(self) -> list[str]:
+        """Removes steps that other programs left temporary, by Orbax's naming; returns their names.
+
+        Attempts of this package stay, of whatever generation. A program that is still writing loses its step.
+        """
+        removed = []
+        for entry in self.files.entries():
+            if entry.is_directory and _TEMPORARY in entry.name and not _ATTEMPT.fullmatch(entry.name):
+                self.files.delete_tree(entry.name)
+                removed.append(entry.name)
+        return removed
+
+    # What describes all steps.
+
+    def root_metadata(self) -> dict[str, Any] | None:
+        """The user's metadata of the whole directory, as Orbax keeps it; None where there is none."""
+        for path in _ROOT_METADATA, _OLD_ROOT_METADATA:
+            try:
+                content = json.loads(self.files.read(path))
+            except FileNotFoundError:
+                continue
+            except ValueError as error:
+                raise CorruptDataError(
+                    f"{self.files.locate(path)} is damaged: it is not JSON ({error})."
+                    " Delete it to go on without."
+                ) from error
+            if not isinstance(content, dict) or not isinstance(content.get("custom_metadata") or {}, dict):
+                raise CorruptDataError(
+                    f"{self.files.locate(path)} should hold a JSON object with 'custom_metadata'."
+                    " Delete it to go on without."
+                )
+            # Early versions wrote the user's fields at the top.
+            others = {key: value for key, value in content.items() if key not in _ROOT_METADATA_FIELDS}
+            return {**others, **(content.get("custom_metadata") or {})}
+        return None
+
+    def create_root_metadata(self, custom_metadata: Mapping[str, Any]) -> bool:
+        """Writes the metadata of the directory unless there is some; says whether it did."""
+        if self.root_metadata() is not None:
+            return False
+        content = {"internal_metadata": {}, "custom_metadata": dict(custom_metadata)}
+        return self.files.create(_ROOT_METADATA, json.dumps(content).encode())
 
     def _committed(self, attempt: Attempt) -> PersistentStep:
         return PersistentStep(

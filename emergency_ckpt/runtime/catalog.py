@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import dataclasses
+import datetime
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from emergency_ckpt.core.lineage import StepId
-from emergency_ckpt.errors import NoRestorableStepError
-from emergency_ckpt.persistent.reader import StepReader
+from emergency_ckpt.core.retention import SavedStep, best_step
+from emergency_ckpt.errors import CorruptDataError, NoRestorableStepError
+from emergency_ckpt.persistent.step_facts import StepFacts, read_step_facts
 from emergency_ckpt.persistent.store import PersistentStep, without_void
 from emergency_ckpt.runtime.job import Job
+from emergency_ckpt.runtime.policies import Ranking
 
 
 class Catalog:
@@ -17,6 +21,7 @@ class Catalog:
 
     def __init__(self, job: Job) -> None:
         self._job = job
+        self._infos: Mapping[PersistentStep, SavedStep] = {}
 
     def persistent(self) -> list[PersistentStep]:
         """Committed steps that no restore left behind, oldest first; reads the persistent directory."""
@@ -30,15 +35,45 @@ class Catalog:
 
     def saved_with(self, step: int) -> Mapping[str, Any]:
         """Metrics and custom metadata saved with `step`; raises NoRestorableStepError if it is nowhere."""
-        for held in reversed(self._job.local.sealed_steps(listed_only=False)):
-            slot = self._job.local.sealed(held) if held.step == step else None
-            if slot is not None:
-                return slot.manifest.metadata
-        found = self._find_persistent(step)
-        if found is None:
-            raise NoRestorableStepError(f"step {step} is on no tier; the steps that are: {self.numbers()}")
-        side = StepReader(found.path, found.item).side
-        return {"custom_metadata": side.custom_metadata, "metrics": side.metrics} if side else {}
+        facts = self._local_facts(step) or self._persistent_facts(step)
+        if facts is None:
+            raise self._absent(step)
+        return {"custom_metadata": facts.custom_metadata, "metrics": facts.metrics}
+
+    def facts(self, step: int) -> StepFacts:
+        """All that is known of `step` on any tier; raises NoRestorableStepError if it is nowhere."""
+        local, persistent = self._local_facts(step), self._persistent_facts(step)
+        if local and persistent:
+            return dataclasses.replace(local, committed_nanoseconds=persistent.committed_nanoseconds)
+        if found := local or persistent:
+            return found
+        raise self._absent(step)
+
+    def infos(self, steps: Sequence[PersistentStep]) -> list[SavedStep]:
+        """Committed steps as policies see them, ascending by number. Each is read once while it is asked for.
+
+        Raises CorruptDataError when a file that says so is damaged, PersistentStoreError.
+        """
+        known = self._infos
+        self._infos = {step: known.get(step) or self._read_info(step) for step in steps}
+        return sorted(self._infos.values(), key=lambda info: info.step)
+
+    def best(self, steps: Iterable[int], ranking: Ranking) -> int | None:
+        """The best of these steps; None where none of them has the metric."""
+        values: list[tuple[int, float]] = []
+        for step in steps:
+            try:
+                metrics = self.saved_with(step)["metrics"]
+            except (CorruptDataError, NoRestorableStepError) as error:
+                self._job.log.warning("metrics", step, f"not compared with the other steps: {error}")
+                continue
+            try:
+                value = ranking.value(metrics) if metrics else None
+            except KeyError:
+                value = None
+            if value is not None:
+                values.append((step, float(value)))
+        return best_step(values, lowest=ranking.lowest)
 
     def delete_persistent(self, step: int) -> None:
         """Deletes `step` from the persistent tier if it is there. One process calls it."""
@@ -46,5 +81,40 @@ class Catalog:
         if found is not None:
             self._job.persistent.delete_step(found)
 
+    def _read_info(self, held: PersistentStep) -> SavedStep:
+        facts = self._read_facts(held)
+        committed = facts.committed_nanoseconds
+        # Early versions of Orbax kept no times; like Orbax's own manager we then take the directory's.
+        time = utc_time(held.path.stat().st_mtime_ns if committed is None else committed)
+        return SavedStep(held.step_id.step, time, facts.metrics or None)
+
+    def _read_facts(self, held: PersistentStep) -> StepFacts:
+        return read_step_facts(self._job.persistent.files.below(held.path.name))
+
+    def _local_facts(self, step: int) -> StepFacts | None:
+        for held in reversed(self._job.local.sealed_steps(listed_only=False)):
+            slot = self._job.local.sealed(held) if held.step == step else None
+            if slot is not None:
+                saved = slot.manifest.metadata
+                return StepFacts(
+                    saved.get("started_nanoseconds"),
+                    None,
+                    saved.get("metrics") or {},
+                    saved.get("custom_metadata") or {},
+                )
+        return None
+
+    def _persistent_facts(self, step: int) -> StepFacts | None:
+        found = self._find_persistent(step)
+        return None if found is None else self._read_facts(found)
+
     def _find_persistent(self, step: int) -> PersistentStep | None:
         return next((held for held in self.persistent() if held.step_id.step == step), None)
+
+    def _absent(self, step: int) -> NoRestorableStepError:
+        return NoRestorableStepError(f"step {step} is on no tier; the steps that are: {self.numbers()}")
+
+
+def utc_time(nanoseconds: int) -> datetime.datetime:
+    """A Unix time as policies want it."""
+    return datetime.datetime.fromtimestamp(nanoseconds / 1e9, tz=datetime.UTC)

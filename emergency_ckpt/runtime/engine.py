@@ -14,8 +14,8 @@ from typing import Any
 
 import jax
 
-from emergency_ckpt.core.lineage import Activation, StepId
-from emergency_ckpt.core.schedule import Due
+from emergency_ckpt.core.lineage import Activation, StepId, is_void
+from emergency_ckpt.core.schedule import NOTHING_DUE, Due
 from emergency_ckpt.core.slots import Outcome
 from emergency_ckpt.errors import (
     CoordinationTimeoutError,
@@ -27,7 +27,10 @@ from emergency_ckpt.errors import (
 from emergency_ckpt.jaxio.binding import StateBinder
 from emergency_ckpt.runtime.agreement import agree, tell
 from emergency_ckpt.runtime.catalog import Catalog
+from emergency_ckpt.runtime.decisions import ToldDecisions
+from emergency_ckpt.runtime.history import History
 from emergency_ckpt.runtime.restoring import Restored
+from emergency_ckpt.runtime.retention import Retention
 from emergency_ckpt.runtime.saving import SaveContent, SavePipeline
 from emergency_ckpt.runtime.settings import Settings
 from emergency_ckpt.runtime.start import mint_generation, start_drains, start_job
@@ -59,8 +62,7 @@ class Engine:
         self._collectives = itertools.count()
         self._errors: list[EmergencyCheckpointError] = []
         self._closed = False
-        self._drain = start_drains(self.job)
-        self._pipeline = SavePipeline(self.job, self._binder, self._drain, self._base)
+        self._start_workers()
 
     # What there is. Local.
 
@@ -80,11 +82,6 @@ class Engine:
         found = [step for step in (self._base, self.newest_complete) if step is not None]
         return max(found, default=None)
 
-    @property
-    def is_first(self) -> bool:
-        """Whether no step of this run was restorable or asked for before."""
-        return self._base is None and self._requested is None
-
     def is_old(self, step: int) -> bool:
         """Whether `step` is not newer than every step that is there or was asked for."""
         return any(known is not None and step <= known.step for known in (self._base, self._requested))
@@ -94,6 +91,27 @@ class Engine:
         return self.catalog.numbers(() if self._began else self.survey.restorable)
 
     # Saving.
+
+    def due(self, step: int, *, preempted: bool = False, force: bool = False) -> Due:
+        """What `step` is due for. Local, unless a policy has to be asked: then all processes call it.
+
+        Raises what the policy raises, on process 0; PeerFailedError on the others; CoordinationTimeoutError.
+        """
+        schedule = self._settings.schedule
+        return schedule.due(
+            step,
+            local_first=self._base is None and not self._asked_for.local,
+            persistent_first=not (self._has_persistent or self._asked_for.persistent),
+            preempted=preempted,
+            force=force,
+            told=self._told(step, preempted) if schedule.asks and not force else NOTHING_DUE,
+        )
+
+    def _told(self, step: int, preempted: bool) -> Due:
+        """What process 0 decided about `step`. As in Orbax no policy is asked about a step that is old."""
+        if self.is_old(step) and (self._requested is None or step != self._requested.step):
+            return NOTHING_DUE
+        return self._decisions.of(step, lambda: self._history.decide(step, preempted))
 
     def save(self, step: int, due: Due, prepare: Prepare, slot_wait: timedelta) -> bool:
         """Saves a step that is due; the way depends on what became of the same step before."""
@@ -106,8 +124,17 @@ class Engine:
         if not self._began and not self._begin_without_restore():
             return False
         self._requested = current
+        self._asked_for = Due(
+            self._asked_for.local or due.local, self._asked_for.persistent or due.persistent, "asked for"
+        )
         self._survey_is_fresh = False
-        return self._pipeline.save(step, due, prepare, slot_wait)
+
+        def prepare_and_note() -> SaveContent:
+            content = prepare()
+            self._history.note(step, due, content.metadata.get("metrics") or {})
+            return content
+
+        return self._pipeline.save(step, due, prepare_and_note, slot_wait)
 
     def finish(self, step: int, due: Due, prepare: Prepare) -> None:
         """Saves the last step to the persistent tier, with all the patience that a drain may need. Collective.
@@ -131,7 +158,7 @@ class Engine:
         """
         newest = max(known for known in (self._base, self._requested) if known is not None)
         if step != newest.step:
-            if due.reason != "period":
+            if due.is_urgent:
                 self.job.log.warning("save", step, f"not saved: step {newest.step} was saved already")
             return False
         if newest == self._requested:
@@ -226,6 +253,7 @@ class Engine:
             raise
         self._began = True
         self._base = StepId(restored.report.generation, restored.report.step)
+        self._look_at_persistent(Activation(self.job.generation.number, self._base.step))
         for step in self.survey.restorable:
             if step <= self._base:
                 self.job.local.settle(step, Outcome.COMPLETE)  # All agreed that it is whole.
@@ -248,6 +276,7 @@ class Engine:
             if step not in numbers:
                 return numbers
             self.catalog.delete_persistent(step)
+            self._retention.forget_steps()
             return None
 
         key = f"delete/{next(self._collectives)}"
@@ -268,6 +297,12 @@ class Engine:
         self.survey = self._restorer.survey()
         self._survey_is_fresh = not self._began
         self._base = self.survey.newest
+        self._look_at_persistent()
+
+    def _look_at_persistent(self, *begun: Activation) -> None:
+        """Whether the persistent tier holds a step that is not void; the same on all processes."""
+        known = [*self.survey.activations, *begun]
+        self._has_persistent = any(not is_void(step, known) for step in self.survey.persistent)
 
     def _begin_generation(self) -> None:
         """Finishes all saves and begins a new generation, for a restore in the middle of a run. Collective."""
@@ -279,11 +314,32 @@ class Engine:
         generation = mint_generation(job, key, survey.highest_generation, survey.newest)
         self._collect_errors()
         self._close_workers()
+        if job.leads:
+            self._decisions.forget_generation()  # All have taken part in the survey: nobody waits for one.
         job.begin_generation(generation)
         self.survey = survey
         self._base, self._requested, self._began = survey.newest, None, False
-        self._drain = start_drains(job)
+        self._start_workers()
+
+    def _start_workers(self) -> None:
+        """What belongs to one generation."""
+        job = self.job
+        self._asked_for = NOTHING_DUE
+        self._look_at_persistent()
+        self._retention = Retention(job, self.catalog)
+        self._drain = start_drains(job, self._retention)
         self._pipeline = SavePipeline(job, self._binder, self._drain, self._base)
+        self._history = History(job, self.catalog, self._retention, self._in_progress)
+        self._decisions = ToldDecisions(
+            job.coordinator, job.generation.number, self._settings.coordination_timeout
+        )
+
+    def _in_progress(self) -> Due:
+        """The tiers for which a save has no end yet."""
+        saving = self._pipeline.in_progress()
+        # A drain begins before the save that it belongs to ends: asked in this order, none is overlooked.
+        draining = self._drain is not None and self._drain.busy
+        return Due(saving.local, saving.persistent or draining, "in progress")
 
     # Ending.
 

@@ -91,6 +91,7 @@ class SavePipeline(Worker[_Task]):
         self._newest_complete: StepId | None = None
         self._promised = promised
         self._unresolved: list[_Task] = []
+        self._in_progress: list[_Task] = []  # added to by the train loop, taken from by the writer thread
         super().__init__("save", self._do)
 
     @property
@@ -112,6 +113,7 @@ class SavePipeline(Worker[_Task]):
         """
         job = self._job
         task = _Task(self._next_ordinal, StepId(job.generation.number, step), due, time.monotonic())
+        self._in_progress.append(task)
         self._next_ordinal += 1
         try:
             task.content = prepare()
@@ -146,6 +148,11 @@ class SavePipeline(Worker[_Task]):
         if not task.done.wait(4 * self._job.settings.coordination_timeout.total_seconds()):
             raise CoordinationTimeoutError(f"{task.step} had no outcome within four coordination time-outs")
 
+    def in_progress(self) -> Due:
+        """The tiers for which a save has no outcome yet."""
+        tasks = tuple(self._in_progress)
+        return Due(any(t.due.local for t in tasks), any(t.due.persistent for t in tasks), "in progress")
+
     @property
     def next_ordinal(self) -> int:
         """The number of the next save of this generation; the same on all processes."""
@@ -165,6 +172,7 @@ class SavePipeline(Worker[_Task]):
         except Exception as error:
             self._report_error(_as_ours(error, task.step), task)
         finally:
+            self._in_progress.remove(task)
             task.done.set()
 
     def _finish(self, task: _Task) -> None:

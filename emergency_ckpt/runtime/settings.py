@@ -6,6 +6,8 @@ Option fields that are not supported are refused by name: nothing is ignored.
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,6 +16,16 @@ from emergency_ckpt.core.schedule import SaveSchedule
 from emergency_ckpt.errors import ConfigError
 from emergency_ckpt.persistent.arrays import WriteOptions
 from emergency_ckpt.persistent.store import StepNames
+from emergency_ckpt.runtime.policies import (
+    AskedPolicy,
+    Preservation,
+    Ranking,
+    local_max_to_keep,
+    persistent_preservation,
+    ranking_of,
+    tier_rule,
+)
+from emergency_ckpt.telemetry.log import EventListener
 
 if TYPE_CHECKING:
     from orbax.checkpoint.experimental.emergency.checkpoint_manager import CheckpointManagerOptions
@@ -28,9 +40,11 @@ class Settings:
     Attributes:
       persistent_directory: root of the persistent tier. local_directory: ramdisk directory, None for no local
         tier.
-      schedule: periods in steps.
+      schedule: when each tier saves; asked_locally, asked_persistently: whom process 0 asks where it says so.
       local_max_to_keep, persistent_max_to_keep: complete steps kept per tier (None: all).
       persistent_keep_period: steps divisible by it are never deleted.
+      preservation: decides instead of these two what the persistent tier keeps.
+      ranking: how steps are compared where no metric is named.
       replica_axis: position or name of the mesh's replica axis.
       names: how step directories are called.
       asynchronous: return from save() before the step is sealed.
@@ -39,7 +53,10 @@ class Settings:
       coordination_timeout, drain_timeout, slot_wait: time limits.
       write_options: how the persistent tier is written; read_bytes: how much of it is read at a time.
       foreign_run: what happens to another run's data on the ramdisk.
-      cleanup_attempts: remove what earlier lives of the run left uncommitted.
+      remove_foreign_leftovers: remove what other programs left uncommitted in the persistent directory.
+      root_metadata: the user's metadata of the run, JSON; None where none is given.
+      after_commit: called on every process after each persistent commit.
+      event_listener: gets the fields of every event.
     """
 
     persistent_directory: Path
@@ -60,13 +77,21 @@ class Settings:
     read_bytes: int = 1024**3
     foreign_run: Literal["evict", "error"] = "evict"
     log_format: Literal["text", "json"] = "text"
+    asked_locally: AskedPolicy | None = None
+    asked_persistently: AskedPolicy | None = None
+    preservation: Preservation | None = None
+    ranking: Ranking | None = None
+    remove_foreign_leftovers: bool = False
+    root_metadata: Mapping[str, Any] | None = None
+    after_commit: Callable[[], None] | None = None
+    event_listener: EventListener | None = None
 
     @property
     def wanted_slots(self) -> int:
         """One per kept step, one to write, one that a drain may hold meanwhile."""
         if self.local_directory is None:
             return 2
-        return self.local_max_to_keep + 1 + (1 if self.schedule.persistent_period else 0)
+        return self.local_max_to_keep + 1 + (1 if self.schedule.persistent else 0)
 
     @property
     def least_slots(self) -> int:
@@ -80,7 +105,7 @@ def settings_from_config(config: Config) -> Settings:
     return Settings(
         persistent_directory=Path(config.checkpoint_directory),
         local_directory=config.local_directory,
-        schedule=SaveSchedule(
+        schedule=SaveSchedule.of_periods(
             config.local_checkpoint_period if config.saves_locally else 0, config.checkpoint_period
         ),
         local_max_to_keep=config.local_checkpoint_max_to_keep,
@@ -108,51 +133,113 @@ def settings_from_orbax(
     local_directory: str | Path | None,
     persistent_directory: str | Path,
     options: CheckpointManagerOptions | None,
+    metadata: Mapping[str, Any] | None = None,
+    logger: Any = None,
 ) -> Settings:
-    """The settings that Orbax's own option objects ask for. Raises ConfigError for unsupported fields."""
+    """The settings that Orbax's own objects ask for. Raises ConfigError for what is not supported, by name."""
     from orbax.checkpoint.experimental.emergency import checkpoint_manager as orbax_emergency
 
     options = options or orbax_emergency.CheckpointManagerOptions()
     _refuse_unsupported(options)
     local, persistent = options.local, options.persistent
     multiprocessing = options.multiprocessing_options or orbax_emergency.MultiprocessingOptions()
-    local_path = Path(local_directory) if local_directory and not local.read_only else None
+    local_path = Path(local_directory) if local_directory else None
+    local_rule, asked_locally = tier_rule("local", local)
+    if local_path is None or local.read_only:
+        local_rule = asked_locally = None
+    persistent_rule, asked_persistently = tier_rule("persistent", persistent)
+    drain_timeout, after_commit = timedelta(seconds=1800), None
+    if options.async_options is not None:
+        drain_timeout = timedelta(seconds=options.async_options.timeout_secs)
+        after_commit = options.async_options.post_finalization_callback
     return Settings(
         persistent_directory=Path(persistent_directory),
         local_directory=local_path,
-        schedule=SaveSchedule(local.save_interval_steps if local_path else 0, persistent.save_interval_steps),
-        local_max_to_keep=1 if local.max_to_keep is None else local.max_to_keep,
+        schedule=SaveSchedule(local_rule, persistent_rule),
+        asked_locally=asked_locally,
+        asked_persistently=asked_persistently,
+        local_max_to_keep=local_max_to_keep(local),
         persistent_max_to_keep=persistent.max_to_keep,
         persistent_keep_period=persistent.keep_period,
+        preservation=persistent_preservation(persistent.preservation_policy),
+        ranking=ranking_of(persistent.preservation_policy),
         replica_axis=options.replica_axis_index,
         names=_step_names(options.step_name_format),
         asynchronous=options.enable_async_checkpointing,
         single_replica_restore=options.single_host_load_and_broadcast,
         coordination_timeout=timedelta(seconds=multiprocessing.coordination_timeout_secs),
+        drain_timeout=drain_timeout,
+        write_options=WriteOptions(timeout_seconds=drain_timeout.total_seconds()),
+        remove_foreign_leftovers=options.cleanup_tmp_directories,
+        root_metadata=_plain_json(metadata),
+        after_commit=after_commit,
+        event_listener=None if logger is None else logger.log_entry,
     )
 
 
+# Fields of Orbax's option objects that have their effect here. Any other one, those of later versions of Orbax
+# included, has to be at its default.
+_SUPPORTED = {
+    "": {
+        "local",
+        "persistent",
+        "replica_axis_index",
+        "step_name_format",
+        "cleanup_tmp_directories",
+        "enable_async_checkpointing",
+        "async_options",
+        "multiprocessing_options",
+        "single_host_load_and_broadcast",
+    },
+    "local": {
+        "save_interval_steps",
+        "max_to_keep",
+        "read_only",
+        "should_save_fn",
+        "save_decision_policy",
+        "preservation_policy",
+    },
+    "persistent": {
+        "save_interval_steps",
+        "max_to_keep",
+        "keep_period",
+        "should_save_fn",
+        "save_decision_policy",
+        "preservation_policy",
+    },
+    "async_options": {"timeout_secs", "post_finalization_callback"},
+    "multiprocessing_options": {"coordination_timeout_secs"},
+}
+
+
 def _refuse_unsupported(options: CheckpointManagerOptions) -> None:
-    set_fields = [
-        f"{tier}.{field}"
-        for tier, part, fields in (
-            ("local", options.local, ("should_save_fn", "save_decision_policy", "preservation_policy")),
-            (
-                "persistent",
-                options.persistent,
-                ("should_save_fn", "save_decision_policy", "preservation_policy"),
-            ),
-        )
-        for field in fields
-        if getattr(part, field, None) is not None
+    refused = [
+        f"{name}.{field.name}" if name else field.name
+        for name, supported in _SUPPORTED.items()
+        if (part := getattr(options, name) if name else options) is not None
+        for field in dataclasses.fields(part)
+        if field.name not in supported and not _is_default(field, getattr(part, field.name))
     ]
-    set_fields += [f"local.{f}" for f in ("debug_use_full_global_mesh",) if getattr(options.local, f, False)]
-    set_fields += [f for f in ("async_options",) if getattr(options, f, None) is not None]
-    if set_fields:
+    if refused:
         raise ConfigError(
-            f"these fields of CheckpointManagerOptions are not supported yet: {', '.join(set_fields)}. Leave "
-            "them at their defaults; use save_interval_steps, max_to_keep and keep_period."
+            f"these fields of CheckpointManagerOptions are not supported: {', '.join(refused)}. Leave them at "
+            "their defaults."
         )
+
+
+def _is_default(field: dataclasses.Field[Any], value: Any) -> bool:
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return value is default or value == default
+
+
+def _plain_json(metadata: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The metadata as it will be read again, so that later changes by the caller do not reach it."""
+    if metadata is None:
+        return None
+    try:
+        return json.loads(json.dumps(dict(metadata)))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"metadata must be a JSON object: {error}") from error
 
 
 def _step_names(name_format: Any) -> StepNames:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,7 +12,6 @@ from emergency_ckpt.agent.drain import DrainJob, DrainWorker
 from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.core.placement import assign_directories
-from emergency_ckpt.core.retention import superseded_steps
 from emergency_ckpt.errors import NoRestorableStepError, PersistentStoreError, StateMismatchError
 from emergency_ckpt.jaxio.coordination import Coordinator, open_coordinator
 from emergency_ckpt.jaxio.layouts import build_layout
@@ -19,11 +19,12 @@ from emergency_ckpt.jaxio.orbax_metadata import layout_metadata_files
 from emergency_ckpt.jaxio.topology import Topology
 from emergency_ckpt.local.claim import directory_identity
 from emergency_ckpt.local.store import LocalStore, StoreOptions, held_positions
-from emergency_ckpt.persistent.store import Generation, PersistentStore, without_void
+from emergency_ckpt.persistent.store import Generation, PersistentStore
 from emergency_ckpt.runtime.agreement import agree, tell
 from emergency_ckpt.runtime.board import CoordinatedBoard
 from emergency_ckpt.runtime.job import LEADER, Job
 from emergency_ckpt.runtime.restoring import Restorer
+from emergency_ckpt.runtime.retention import Retention
 from emergency_ckpt.runtime.settings import Settings
 from emergency_ckpt.runtime.survey import Survey
 from emergency_ckpt.telemetry.events import StartEvent
@@ -50,10 +51,11 @@ def start_job(settings: Settings, mesh: jax.sharding.Mesh, abstract_state: Any) 
     layout = build_layout(abstract_state, topology, layout_metadata_files(abstract_state, item))
     persistent = PersistentStore(settings.persistent_directory, settings.names)
     context = LogContext(None, None, topology.process_index, topology.slice_index)
-    log = CheckpointLogger(context, Metrics(), settings.log_format)
+    log = CheckpointLogger(context, Metrics(), settings.log_format, settings.event_listener)
 
     def make_root() -> str:
         settings.persistent_directory.mkdir(parents=True, exist_ok=True)
+        _keep_root_metadata(persistent, settings.root_metadata, log)
         return persistent.run_id()
 
     run = tell(coordinator, "start/run", make_root, timeout)
@@ -122,11 +124,25 @@ def _warn_of_foreign_steps(job: Job, survey: Survey) -> None:
         )
 
 
+def _keep_root_metadata(
+    persistent: PersistentStore, metadata: Mapping[str, Any] | None, log: CheckpointLogger
+) -> None:
+    """Writes the user's metadata of the run. As with Orbax, what an earlier life wrote stays."""
+    if metadata is None or persistent.create_root_metadata(metadata):
+        return
+    found = persistent.root_metadata()
+    if found != metadata:
+        log.warning("start", None, f"the directory keeps its metadata {found}; {dict(metadata)} is not written")
+
+
 def _remove_leftovers(job: Job) -> None:
     """Tidies up after earlier lives. It must not keep the job from starting: leftovers are invisible anyway."""
     try:
         for name in job.persistent.remove_leftovers(job.generation):
             job.log.info("start", None, f"removed {name}, which an earlier life of the run left uncommitted")
+        if job.settings.remove_foreign_leftovers:
+            for name in job.persistent.remove_foreign_leftovers():
+                job.log.info("start", None, f"removed {name}, which another program left uncommitted")
     except (PersistentStoreError, OSError) as error:
         job.log.warning("start", None, f"leftovers of earlier lives could not be removed: {error}")
 
@@ -142,9 +158,9 @@ def mint_generation(job: Job, key: str, highest_seen: int, parent: StepId | None
     return Generation(number, nonce, parent)
 
 
-def start_drains(job: Job) -> DrainWorker | None:
+def start_drains(job: Job, retention: Retention) -> DrainWorker | None:
     """The drain worker of the current generation; None where nothing goes to the persistent tier."""
-    if not job.settings.schedule.persistent_period:
+    if job.settings.schedule.persistent is None:
         return None
     return DrainWorker(
         DrainJob(
@@ -158,27 +174,10 @@ def start_drains(job: Job) -> DrainWorker | None:
             timeout=job.settings.drain_timeout,
             board=CoordinatedBoard(job.coordinator),
             log=job.log,
-            on_commit=lambda: delete_superseded(job),
+            on_commit=retention.apply,
+            after_commit=job.settings.after_commit,
         )
     )
-
-
-def delete_superseded(job: Job) -> None:
-    """Deletes persistent steps that retention gives up, and void ones. One process calls it."""
-    settings = job.settings
-    steps = job.persistent.steps()
-    valid = without_void(steps, job.local.activations)
-    superseded = set(
-        superseded_steps(
-            [s.step_id.step for s in valid], settings.persistent_max_to_keep, settings.persistent_keep_period
-        )
-    )
-    for step in steps:
-        void = step not in valid
-        if void or step.step_id.step in superseded:
-            job.persistent.delete_step(step)
-            why = "a restore left it behind" if void else "newer ones are kept"
-            job.log.info("retention", step.step_id.step, f"deleted the persistent {step.step_id}: {why}")
 
 
 def _open_local(

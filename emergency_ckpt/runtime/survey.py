@@ -28,6 +28,7 @@ class Survey:
       highest_generation: the highest generation that anybody has seen.
       lost: the newest step that was complete once, where nothing is restorable any more.
       unusable: a step newer than all of these that the ramdisks hold whole and this job cannot use.
+      persistent: steps of the persistent tier, void ones included, oldest first.
       planner: on process 0 only, for planning the restore.
     """
 
@@ -37,6 +38,7 @@ class Survey:
     highest_generation: int
     lost: StepId | None
     unusable: Unusable | None = None
+    persistent: tuple[StepId, ...] = ()
     planner: Planner | None = None
 
     @property
@@ -51,6 +53,7 @@ class Survey:
             "highest_generation": self.highest_generation,
             "lost": [self.lost.generation, self.lost.step] if self.lost else None,
             "unusable": _unusable_json(self.unusable) if self.unusable else None,
+            "persistent": [[s.generation, s.step] for s in self.persistent],
         }
 
     @classmethod
@@ -62,6 +65,7 @@ class Survey:
             raw["highest_generation"],
             StepId(*raw["lost"]) if raw["lost"] else None,
             _parse_unusable(raw["unusable"]) if raw["unusable"] else None,
+            tuple(StepId(g, s) for g, s in raw["persistent"]),
             planner,
         )
 
@@ -111,6 +115,7 @@ def take_survey(
         max([*generations, newest.number if newest else 0]),
         None if restorable else max(promised, default=None),
         planner.unusable(),
+        steps,
         planner,
     )
 

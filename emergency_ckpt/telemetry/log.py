@@ -11,6 +11,7 @@ import datetime
 import json
 import logging
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 from absl import logging as absl_logging
@@ -19,6 +20,7 @@ from emergency_ckpt.telemetry.events import Event, Severity
 from emergency_ckpt.telemetry.metrics import Metrics
 
 LogFormat = Literal["text", "json"]
+EventListener = Callable[[dict[str, Any]], object]
 
 _LEVELS: dict[str, int] = {
     "info": absl_logging.INFO,
@@ -48,22 +50,38 @@ class LogContext:
 class CheckpointLogger:
     """Writes the lines of one process and counts its events. Safe to use from any thread."""
 
-    def __init__(self, context: LogContext, metrics: Metrics, log_format: LogFormat = "text") -> None:
+    def __init__(
+        self,
+        context: LogContext,
+        metrics: Metrics,
+        log_format: LogFormat = "text",
+        listener: EventListener | None = None,
+    ) -> None:
+        """`listener` gets every event as well, as the fields of its JSON line; its errors become warnings."""
         if log_format not in ("text", "json"):
             raise ValueError(f"log_format is {log_format!r}; expected 'text' or 'json'")
         self.context = context
         self.metrics = metrics
         self.log_format: LogFormat = log_format
+        self._listener = listener
 
     def bind(self, **changes: Any) -> CheckpointLogger:
-        """A logger with some fields of the context replaced (`bind(generation=3)`), and the same metrics."""
-        return CheckpointLogger(dataclasses.replace(self.context, **changes), self.metrics, self.log_format)
+        """A logger with some fields of the context replaced (`bind(generation=3)`), all else the same."""
+        context = dataclasses.replace(self.context, **changes)
+        return CheckpointLogger(context, self.metrics, self.log_format, self._listener)
 
     @absl_logging.skip_log_prefix
     def emit(self, event: Event) -> None:
         """Counts the event and writes its line."""
         self.metrics.observe(event)
-        self._write(event.severity, event.operation, event.step, event.describe(), _event_fields(event))
+        fields, message = _event_fields(event), event.describe()
+        self._write(event.severity, event.operation, event.step, message, fields)
+        if self._listener is None:
+            return
+        try:
+            self._listener(self._entry(event.severity, event.operation, event.step, message, fields))
+        except Exception as error:  # It is the user's, and saving goes on whatever it raises.
+            self.warning("log", event.step, f"the logger failed on an event: {type(error).__name__}: {error}")
 
     @absl_logging.skip_log_prefix
     def info(self, operation: str, step: int | None, message: str, **details: Any) -> None:
@@ -113,8 +131,15 @@ class CheckpointLogger:
     def _json_line(
         self, severity: Severity, operation: str, step: int | None, message: str, fields: dict[str, Any]
     ) -> str:
+        entry = self._entry(severity, operation, step, message, fields)
+        return json.dumps(entry, separators=(",", ":"), allow_nan=False)
+
+    def _entry(
+        self, severity: Severity, operation: str, step: int | None, message: str, fields: dict[str, Any]
+    ) -> dict[str, Any]:
+        """All that a line says, in JSON's types."""
         context = self.context
-        line = {
+        entry = {
             "severity": severity.upper(),
             "time": datetime.datetime.now(datetime.UTC).isoformat(),
             "operation": operation,
@@ -125,7 +150,7 @@ class CheckpointLogger:
             "slice": context.slice,
             "message": message,
         }
-        return json.dumps(_plain(line | fields), separators=(",", ":"), allow_nan=False)
+        return _plain(entry | fields)
 
 
 def write_json_lines_bare() -> None:

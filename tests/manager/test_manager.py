@@ -119,8 +119,8 @@ def test_what_cannot_be_saved_is_refused_by_name(opened: Opener, mesh: Mesh) -> 
 
 
 def test_options_that_are_not_supported_are_refused_by_name(mesh: Mesh, ramdisk: Path, tmp_path: Path) -> None:
-    options = CheckpointManagerOptions(local=LocalCheckpointOptions(should_save_fn=lambda step, last: True))
-    with pytest.raises(ConfigError, match=r"local\.should_save_fn"):
+    options = CheckpointManagerOptions(local=LocalCheckpointOptions(debug_use_full_global_mesh=True))
+    with pytest.raises(ConfigError, match=r"local\.debug_use_full_global_mesh"):
         CheckpointManager(ramdisk, tmp_path, mesh, {"w": jnp.zeros(3)}, options=options)
     with pytest.raises(ConfigError, match="item_handlers"):
         CheckpointManager(ramdisk, tmp_path, mesh, {"w": jnp.zeros(3)}, item_handlers={})

@@ -1,0 +1,73 @@
+"""What is known of a committed step beside its state: times, metrics and custom metadata. Read, never written.
+
+Of our steps the user's part comes from the side file, which has a checksum; times, and all of another program's
+steps, from Orbax's own files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from emergency_ckpt.errors import CorruptDataError
+from emergency_ckpt.persistent.files import Files
+from emergency_ckpt.persistent.step_files import (
+    ORBAX_METRICS_FILE,
+    ORBAX_STEP_FILE,
+    SideInfo,
+    parse_side_file_name,
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepFacts:
+    """What a step says of itself.
+
+    Attributes:
+      started_nanoseconds, committed_nanoseconds: Unix times; None where the step does not say.
+      metrics, custom_metadata: of the user; empty where there are none.
+    """
+
+    started_nanoseconds: int | None
+    committed_nanoseconds: int | None
+    metrics: Mapping[str, Any]
+    custom_metadata: Mapping[str, Any]
+
+
+def read_step_facts(files: Files) -> StepFacts:
+    """The facts of the step whose files these are. Raises CorruptDataError, PersistentStoreError."""
+    said = _json_object(files, ORBAX_STEP_FILE)
+    sides = [entry.name for entry in files.entries() if parse_side_file_name(entry.name)]
+    if sides:
+        name = max(sides, key=lambda found: parse_side_file_name(found) or (0, ""))
+        side = SideInfo.from_bytes(files.read(name), files.locate(name))
+        metrics, custom = side.metrics, side.custom_metadata
+    else:
+        metrics, custom = _json_object(files, ORBAX_METRICS_FILE), said.get("custom_metadata") or {}
+    return StepFacts(
+        _nanoseconds(said.get("init_timestamp_nsecs")),
+        _nanoseconds(said.get("commit_timestamp_nsecs")),
+        metrics,
+        custom,
+    )
+
+
+def _json_object(files: Files, path: str) -> Mapping[str, Any]:
+    """Content of a file of Orbax's; nothing where there is no such file."""
+    try:
+        content = json.loads(files.read(path))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise CorruptDataError(f"{files.locate(path)} is damaged: it is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CorruptDataError(
+            f"{files.locate(path)} is damaged: {type(content).__name__} instead of an object"
+        )
+    return content
+
+
+def _nanoseconds(value: Any) -> int | None:
+    return value if isinstance(value, int) and value > 0 else None
