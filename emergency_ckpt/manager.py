@@ -33,6 +33,7 @@ from emergency_ckpt.runtime.restored_state import RestoredState
 from emergency_ckpt.runtime.restoring import Restored, RestoreReport
 from emergency_ckpt.runtime.saving import SaveContent
 from emergency_ckpt.runtime.settings import Settings, settings_from_config, settings_from_orbax
+from emergency_ckpt.runtime.wanted import asks_for_part, part_of_state
 
 if TYPE_CHECKING:
     from emergency_ckpt.config import Config
@@ -284,9 +285,23 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
 
         With None, damaged steps are passed over until one is whole. The arrays have the shapes, dtypes and
         shardings of the abstract state that the manager was made with; `args` is accepted for Orbax's callers.
-        Raises NoRestorableStepError, with the reasons and the newest restorable step, when there is none.
+
+        With `Composite(state=PyTreeRestore(item, restore_args, partial_restore=True))`, or where leaves of the
+        item are `orbax.checkpoint.PLACEHOLDER`, only the other leaves of the item are read, with its shardings
+        (those of the abstract state where it names none), and nothing else changes: no step becomes void, and
+        training goes on as if it had not been called. It waits for saves and drains that are running.
+
+        Raises NoRestorableStepError, with the reasons and the newest restorable step, when there is none; for
+        a part also StateMismatchError, naming every leaf that is not there as it is wanted.
         """
-        del args
+        asked = args.get("state") if isinstance(args, ocp.args.Composite) else args
+        if asks_for_part(asked):
+            job = self._engine.job
+            read = self._engine.restore_part(
+                step, lambda: part_of_state(asked, self._abstract_state, job.layout, job.topology)
+            )
+            self._last_restore = read.report
+            return ocp.args.Composite(state=read.state)
         return ocp.args.Composite(state=self._restore(step).state)
 
     def restore_or_init(
@@ -319,10 +334,10 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
     def _fresh_state(self, init: Callable[[], PyTree]) -> tuple[PyTree, str]:
         topology, read_bytes = self._engine.job.topology, self._settings.read_bytes
         if path := self._load_full_state_path:
-            return load_state(path, self._abstract_state, topology, read_bytes), path
+            return self._engine.load(lambda: load_state(path, self._abstract_state, topology, read_bytes)), path
         if path := self._load_parameters_path:
-            state = load_parameters(path, self._abstract_state, init, topology, read_bytes)
-            return state, f"the parameters of {path}"
+            into = self._engine.load(lambda: load_parameters(path, self._abstract_state, topology, read_bytes))
+            return into(init()), f"the parameters of {path}"
         return init(), "scratch"
 
     def _restore(self, wanted: int | None) -> Restored:

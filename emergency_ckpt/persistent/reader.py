@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -151,8 +151,24 @@ class StepReader:
 
     def values(self) -> dict[str, Value]:
         """The leaves that are not arrays, by name."""
+        return dict(self._values)
+
+    def values_of(self, names: Iterable[str]) -> dict[str, Value]:
+        """The values of these leaves, as far as they are there; a 0-d array counts as a number."""
+        wanted = set(names)
+        found = {name: value for name, value in self._values.items() if name in wanted}
+        for name in sorted(wanted - found.keys()):
+            leaf = self.leaves.get(name)
+            if leaf is not None and leaf.shape == ():
+                out = np.empty((), dtype_of(leaf.dtype))
+                self.read_box(name, Box((), ()), out)
+                found[name] = out.item()
+        return found
+
+    @functools.cached_property
+    def _values(self) -> Mapping[str, Value]:
         if self.side is not None:
-            return dict(self.side.values)
+            return self.side.values
         self._open(self._tree.numbers)
         numbers = settle(
             [self._arrays[name].read() for name in self._tree.numbers],
@@ -162,16 +178,22 @@ class StepReader:
         strings = read_strings(self._files, self.item, self._tree.strings)
         return {**{n: v.item() for n, v in zip(self._tree.numbers, numbers, strict=True)}, **strings}
 
-    def check_leaves(self, wanted: Iterable[LeafSpec]) -> tuple[str, ...]:
-        """Returns the leaves that are saved but not wanted.
+    def check_leaves(self, wanted: Iterable[LeafSpec], values: Collection[str] = ()) -> tuple[str, ...]:
+        """Returns the array leaves that are saved but not wanted. `values` names the other leaves.
 
+        A saved number may be wanted as a 0-d array that can hold it, and the other way round.
         Raises StateMismatchError, naming every leaf that is missing or has another shape or dtype.
         """
         by_name = {leaf.name: leaf for leaf in wanted}
         wrong = [
-            f"{name}: saved {_describe(self.leaves.get(name))}, wanted {_describe(leaf)}"
+            f"{name}: saved {self._describe_saved(name)}, wanted {_describe(leaf)}"
             for name, leaf in sorted(by_name.items())
-            if self.leaves.get(name) != leaf
+            if self.leaves.get(name) != leaf and self._number_as(leaf) is None
+        ]
+        wrong += [
+            f"{name}: saved {self._describe_saved(name)}, wanted a value"
+            for name in sorted(values)
+            if name not in self._values and getattr(self.leaves.get(name), "shape", None) != ()
         ]
         extra = tuple(name for name in self.leaves if name not in by_name)
         if wrong:
@@ -201,6 +223,7 @@ class StepReader:
         Raises StateMismatchError when an array does not fit its leaf, CorruptDataError for a box that is
         missing or does not verify, PersistentStoreError when the store fails or the time is over.
         """
+        requests = [request for request in requests if not self._put_number(request)]
         for request in requests:
             self._check_request(request)
         self._open(dict.fromkeys(request.leaf for request in requests))
@@ -300,6 +323,35 @@ class StepReader:
             "recheck_cached_data": False,
             "recheck_cached_metadata": False,
         }
+
+    def _number_as(self, leaf: LeafSpec) -> np.ndarray | None:
+        """The saved number that is wanted as this array, None if there is none that it can hold.
+
+        Floats are rounded, as JAX does with Python's; other numbers must be kept exactly.
+        """
+        value = self._values.get(leaf.name)
+        if leaf.shape != () or value is None or isinstance(value, str):
+            return None
+        saved, dtype = np.asarray(value), dtype_of(leaf.dtype)
+        with np.errstate(all="ignore"):
+            array = saved.astype(dtype)
+            has_fractions = np.asarray(0.5).astype(dtype).item() == 0.5
+        rounds = saved.dtype.kind == "f" and has_fractions
+        return array if rounds or array.item() == saved.item() else None
+
+    def _put_number(self, request: BoxRequest) -> bool:
+        """Fills a request for a leaf that was saved as a number; False for any other."""
+        if request.leaf in self.leaves or request.out.shape != ():
+            return False
+        array = self._number_as(LeafSpec(request.leaf, (), request.out.dtype.name))
+        if array is None:
+            return False
+        request.out[...] = array
+        return True
+
+    def _describe_saved(self, name: str) -> str:
+        value = self._values.get(name)
+        return _describe(self.leaves.get(name)) if value is None else f"the {type(value).__name__} {value!r}"
 
     def _check_request(self, request: BoxRequest) -> None:
         leaf = self.leaves.get(request.leaf)

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
@@ -23,6 +23,7 @@ from emergency_ckpt.errors import (
     NoRestorableStepError,
     PeerFailedError,
     PersistentStoreError,
+    StateMismatchError,
 )
 from emergency_ckpt.jaxio.binding import StateBinder
 from emergency_ckpt.runtime.agreement import agree, tell
@@ -34,10 +35,12 @@ from emergency_ckpt.runtime.retention import Retention
 from emergency_ckpt.runtime.saving import SaveContent, SavePipeline
 from emergency_ckpt.runtime.settings import Settings
 from emergency_ckpt.runtime.start import mint_generation, start_drains, start_job
+from emergency_ckpt.runtime.wanted import Wanted
 
 _FINISH_TRIES = 2
 
 Prepare = Callable[[], SaveContent]
+Loaded = TypeVar("Loaded")
 
 
 class Engine:
@@ -258,6 +261,44 @@ class Engine:
             if step <= self._base:
                 self.job.local.settle(step, Outcome.COMPLETE)  # All agreed that it is whole.
         return restored
+
+    def load(self, read: Callable[[], Loaded]) -> Loaded:
+        """What `read` gives; raises on all processes when it fails on one. Collective."""
+        loaded: list[Loaded] = []
+        limit = self._settings.coordination_timeout + self._settings.drain_timeout
+        key = f"load/{next(self._collectives)}"
+        agree(self.job.coordinator, key, lambda: loaded.append(read()), lambda _: None, limit)
+        return loaded[0]
+
+    def restore_part(self, step: int | None, make_wanted: Callable[[], Wanted]) -> Restored:
+        """Reads a part of the newest restorable step, or of `step`; nothing else changes. Collective.
+
+        `make_wanted` says which part; all processes must want the same. Raises what it raises, and what
+        `Restorer.restore_part` does.
+        """
+        self._check_open()
+        job, wanted = self.job, None
+
+        def mine() -> str:
+            nonlocal wanted
+            wanted = make_wanted()
+            # A save or a drain in the background could take a slot, or delete a step, that is being read.
+            self.wait()
+            return wanted.fingerprint
+
+        def decide(fingerprints: list[str]) -> None:
+            odd = [p for p, found in enumerate(fingerprints) if found != fingerprints[0]]
+            if odd:
+                raise StateMismatchError(
+                    f"processes {odd} ask for another part of the state than process 0; all processes must "
+                    "give restore() the same leaves with the same shardings"
+                )
+
+        limit = self._settings.coordination_timeout + self._settings.drain_timeout
+        agree(job.coordinator, f"part/{next(self._collectives)}", mine, decide, limit)
+        assert wanted is not None
+        survey = self.survey if self._survey_is_fresh else self._restorer.survey()
+        return self._restorer.restore_part(survey, step, wanted)
 
     def reload(self) -> None:
         """Looks again at what can be restored. Collective."""

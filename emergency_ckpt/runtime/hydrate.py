@@ -1,7 +1,7 @@
 """Hydrating: making this process's slot for one step whole, from the persistent tier or from another slice.
 
 Until all processes hold the restored state no sealed slot is given up for it: where no slot is free, the bytes
-wait in ordinary memory and move into a slot afterwards.
+wait in ordinary memory and move into a slot afterwards. A part of a step goes into memory only.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 from emergency_ckpt.core.checksums import checksum_blocks, shard_seed
 from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.lineage import StepId
+from emergency_ckpt.core.part import Part
 from emergency_ckpt.errors import LocalDirectoryError
 from emergency_ckpt.local.manifest import Manifest
 from emergency_ckpt.local.store import LocalStore, OpenSlot, SealedSlot
@@ -26,12 +27,14 @@ from emergency_ckpt.runtime.job import Job
 class Hydration:
     """The slot, or the memory in its place, that receives one step. Close it with `seal` or `discard`."""
 
-    def __init__(self, job: Job, step: StepId) -> None:
+    def __init__(self, job: Job, step: StepId, part: Part) -> None:
         self._job = job
         self.step = step
+        self._part = part
         # What may be here of this step is not to be used, but it may be all that is left of some shard.
         here = job.local.sealed(step) is not None
-        self._slot = None if here else self._begin()
+        takes_slot = part.is_whole and not here
+        self._slot = self._begin() if takes_slot else None
         self.data = self._slot_memory() if self._slot is not None else self._plain_memory()
 
     def _begin(self) -> OpenSlot | None:
@@ -55,13 +58,14 @@ class Hydration:
             raise
 
     def _plain_memory(self) -> np.ndarray:
+        # Pages that nothing is written to, those between the leaves of a part, take no memory.
         return np.empty(self._job.layout.data_bytes(self._job.process), np.uint8)
 
     def read_persistent(self, reader: StepReader) -> tuple[tuple[int, ...], ...]:
-        """Reads all shards of this process, verified where the step has checksums; returns block checksums."""
+        """Reads this process's shards, verified where the step has checksums; returns block checksums."""
         job = self._job
         requests = []
-        for entry in job.layout.slot_entries(job.process):
+        for entry in self._part.entries(job.process):
             shard = job.layout.shards[entry.shard]
             target = self.data[entry.offset : entry.offset + entry.nbytes]
             requests.append(BoxRequest(shard.leaf, shard.box, job.layout.typed(entry.shard, target)))
@@ -69,10 +73,14 @@ class Hydration:
         return self.checksums()
 
     def checksums(self) -> tuple[tuple[int, ...], ...]:
-        """Block checksums of what is in the slot now, entry by entry."""
+        """Block checksums of what is in the slot now, entry by entry; none for what is not of this part."""
         job = self._job
-        found = []
+        found: list[tuple[int, ...]] = []
+        wanted = set(self._part.entries(job.process))
         for entry in job.layout.slot_entries(job.process):
+            if entry not in wanted:
+                found.append(())
+                continue
             seed = shard_seed(self.step.generation, job.layout, entry.shard)
             found.append(checksum_blocks(self.data[entry.offset : entry.offset + entry.nbytes], seed))
         return tuple(found)
@@ -94,9 +102,11 @@ class Hydration:
         if slot is not None:
             self._job.local.discard(slot)
 
-    def sealed_as(self, manifest: Manifest) -> SealedSlot:
-        """A view of what would be sealed, for verification."""
-        return SealedSlot(-1, manifest, self._job.layout, self.data)
+    def find_damage(self, manifest: Manifest) -> str | None:
+        """Verifies what was received before it counts as a slot. A part is verified when it is assembled."""
+        if not self._part.is_whole:
+            return None
+        return SealedSlot(-1, manifest, self._job.layout, self.data).find_damage()
 
 
 @dataclasses.dataclass(frozen=True)

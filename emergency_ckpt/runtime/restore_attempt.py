@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 
@@ -29,15 +29,18 @@ from emergency_ckpt.persistent.reader import StepReader
 from emergency_ckpt.runtime.agreement import agree
 from emergency_ckpt.runtime.hydrate import Hydrated, Hydration, fitted, make_manifest
 from emergency_ckpt.runtime.job import Job
+from emergency_ckpt.runtime.loading import read_state
+from emergency_ckpt.runtime.wanted import Wanted
 
 _READ_PAUSES_SECONDS = (0.5, 2.0, 5.0)
+_Read = TypeVar("_Read")
 
 
 @dataclasses.dataclass(frozen=True)
 class Held:
-    """The restored state of this process, before anything is reported."""
+    """The restored leaves of this process by name, before anything is reported."""
 
-    state: Any
+    leaves: Mapping[str, Any]
     extras: str | None
     why_no_extras: str
 
@@ -46,21 +49,25 @@ class Attempt:
     """One round: one plan carried out by this process."""
 
     def __init__(
-        self, job: Job, plan: RestorePlan, abstract_state: Any, mesh: jax.sharding.Mesh, replica_axis: str
+        self, job: Job, plan: RestorePlan, wanted: Wanted, mesh: jax.sharding.Mesh, replica_axis: str
     ) -> None:
         self._job = job
         self._plan = plan
-        self._abstract_state = abstract_state
+        self._wanted = wanted
         self._mesh = mesh
         self._replica_axis = replica_axis
         self._source = plan.sources[job.process]
         self._whole: Hydrated | None = None
         self._receiving: Hydration | None = None
+        self._boxes: Mapping[str, Any] = {}
         self._extras: str | None = None
         self._why_no_extras = f"{plan.step} was saved without any"
 
     def run(self, key: str) -> list[Strike]:
-        """Makes this process's slot whole. Returns the sources that turned out bad, alike on all processes."""
+        """Makes this process's slot whole, or reads the wanted part of it.
+
+        Returns the sources that turned out bad, alike on all processes.
+        """
         found = self._agree(f"{key}/hydrated", lambda: self._hydrate(key))
         if not found:
             self._collect_extras(key)
@@ -70,6 +77,15 @@ class Attempt:
 
     def finish(self, key: str, activation: Activation) -> Held | list[Strike]:
         """Assembles the state; once all processes hold it, what it leaves behind is void."""
+        held = self.hold(key, activation)
+        if isinstance(held, Held):
+            self._job.local.activate([activation])
+            self._job.local.settle(self._plan.step, Outcome.COMPLETE)
+            self._settle()
+        return held
+
+    def hold(self, key: str, activation: Activation | None = None) -> Held | list[Strike]:
+        """Assembles what is wanted; once all processes hold it, `activation` is recorded if there is one."""
         job = self._job
         held: list[Held] = []
 
@@ -81,13 +97,7 @@ class Attempt:
                 return [self._own_strike()]
             return []
 
-        found = self._agree(key, mine, activation)
-        if found:
-            return found
-        job.local.activate([activation])
-        job.local.settle(self._plan.step, Outcome.COMPLETE)
-        self._settle()
-        return held[0]
+        return self._agree(key, mine, activation) or held[0]
 
     def _settle(self) -> None:
         """Everybody holds the state by now: that this ramdisk cannot take it is no reason to fail."""
@@ -132,46 +142,49 @@ class Attempt:
         """Everything but receiving a broadcast: the own slot, or the persistent tier."""
         job, step = self._job, self._plan.step
         self._give_extras(key)
+        try:
+            if self._wanted.boxes:
+                self._boxes = self._read_persistent(self._boxes_from_persistent)
+            if self._source.kind is SourceKind.PERSISTENT:
+                self._whole = self._read_persistent(self._from_persistent)
+        except CorruptDataError as error:
+            # Only what is proven to be damaged may cost a step: a store that fails is asked again, and if it
+            # fails for good, the restore fails and nothing becomes void.
+            job.log.error("restore", step.step, str(error))
+            return [Strike(step, None)]
         if self._source.kind is SourceKind.OWN_SLOT:
             slot = job.local.sealed(step)
             if slot is None:
                 return [Strike(step, job.process)]
             self._note_other_job(slot.manifest)
             self._whole = Hydrated(fitted(slot, job.layout, job.process), job.local)
-        elif self._source.kind is SourceKind.PERSISTENT:
-            try:
-                self._whole = self._read_persistent()
-            except CorruptDataError as error:
-                # Only what is proven to be damaged may cost a step: a store that fails is asked again, and if
-                # it fails for good, the restore fails and nothing becomes void.
-                job.log.error("restore", step.step, str(error))
-                return [Strike(step, None)]
-        else:
+        elif self._source.kind is SourceKind.BROADCAST:
             # Made before anybody enters the broadcast, so that an error here is agreed on first.
-            self._receiving = Hydration(job, step)
+            self._receiving = Hydration(job, step, self._wanted.part)
         if self._whole is not None and self._receivers(job.process):
             job.coordinator.put(f"{key}/manifest/{job.process}", self._whole.slot.manifest.to_bytes())
         return []
 
-    def _read_persistent(self) -> Hydrated:
+    def _read_persistent(self, read: Callable[[], _Read]) -> _Read:
         for pause_seconds in _READ_PAUSES_SECONDS:
             try:
-                return self._from_persistent()
+                return read()
             except PersistentStoreError as error:
                 self._job.log.warning(
                     "restore", self._plan.step.step, f"reading is tried again in {pause_seconds} s: {error}"
                 )
                 time.sleep(pause_seconds)
-        return self._from_persistent()
+        return read()
+
+    def _boxes_from_persistent(self) -> Mapping[str, Any]:
+        """The leaves that are wanted otherwise than the slots have them."""
+        settings, reader = self._job.settings, self._checked_reader()
+        seconds = settings.drain_timeout.total_seconds()
+        return read_state(reader, self._wanted.boxes, self._job.topology, settings.read_bytes, seconds)
 
     def _from_persistent(self) -> Hydrated:
         job, step = self._job, self._plan.step
-        reader = _reader(job, step)
-        reader.check_leaves(job.layout.leaves)
-        if not reader.verified:
-            job.log.warning(
-                "restore", step.step, f"{reader.path} was written by another program: its bytes are unverified"
-            )
+        reader = self._checked_reader()
         self._take_persistent_extras(reader)
         own = {job.process: self._extras} if self._extras is not None else {}
         metadata = {}
@@ -180,14 +193,26 @@ class Attempt:
                 "custom_metadata": dict(reader.side.custom_metadata),
                 "metrics": dict(reader.side.metrics),
             }
-        values = {name: value for name, value in reader.values().items() if name in job.layout.value_leaves}
-        hydration = Hydration(job, step)
+        values = reader.values_of(self._wanted.part.value_leaves)
+        hydration = Hydration(job, step, self._wanted.part)
         try:
             checksums = hydration.read_persistent(reader)
             return hydration.seal(make_manifest(job, step, checksums, values, own, metadata))
         except BaseException:
             hydration.discard()
             raise
+
+    def _checked_reader(self) -> StepReader:
+        """The step in the persistent tier, known to have every wanted leaf."""
+        reader = _reader(self._job, self._plan.step)
+        reader.check_leaves(self._wanted.leaves, self._wanted.values)
+        if not reader.verified:
+            self._job.log.warning(
+                "restore",
+                self._plan.step.step,
+                f"{reader.path} was written by another program: its bytes are unverified",
+            )
+        return reader
 
     def _broadcast(self, key: str) -> list[Strike]:
         """Sends or receives slot bytes over the device network; what arrives is verified before it counts."""
@@ -222,7 +247,7 @@ class Attempt:
             if self._extras is not None:
                 extras[job.process] = self._extras
         manifest = make_manifest(job, step, sent.checksums, sent.values, extras, sent.metadata)
-        damage = hydration.sealed_as(manifest).find_damage()
+        damage = hydration.find_damage(manifest)
         if damage:
             job.log.error("restore", step.step, f"what process {sender} sent does not verify: {damage}")
             hydration.discard()
@@ -232,9 +257,11 @@ class Attempt:
         return []
 
     def _transfers(self) -> list[Transfer]:
-        layout = self._job.layout
         senders = sorted({s.process for s in self._plan.sources if s.process is not None})
-        return [Transfer(p, self._receivers(p), 0, layout.data_bytes(p)) for p in senders]
+        ranges = self._wanted.part.ranges
+        return [
+            Transfer(p, self._receivers(p), offset, nbytes) for p in senders for offset, nbytes in ranges(p)
+        ]
 
     def _receivers(self, sender: int) -> tuple[int, ...]:
         return tuple(
@@ -294,20 +321,21 @@ class Attempt:
     def _assemble(self) -> Held:
         assert self._whole is not None
         job, slot = self._job, self._whole.slot
-        state = assemble(
-            self._abstract_state,
+        leaves = assemble(
+            self._wanted.slots,
             job.layout,
             job.process,
             slot.manifest.step.generation,
             lambda shard: StoredShard(slot.shard(shard), slot.checksums(shard)),
             slot.manifest.values,
         )
-        return Held(state, self._extras, self._why_no_extras)
+        return Held({**leaves, **self._boxes}, self._extras, self._why_no_extras)
 
     def _own_strike(self) -> Strike:
         """The source that this process's bytes came from."""
         step, job = self._plan.step, self._job
-        job.local.give_up(step)
+        if self._wanted.part.is_whole or self._source.kind is SourceKind.OWN_SLOT:
+            job.local.give_up(step)
         if self._source.kind is SourceKind.OWN_SLOT:
             return Strike(step, job.process)
         if self._source.kind is SourceKind.BROADCAST:
@@ -316,16 +344,16 @@ class Attempt:
         return Strike(step, None)
 
 
-def persistent_mismatch(job: Job, plan: RestorePlan) -> str:
+def persistent_mismatch(job: Job, plan: RestorePlan, wanted: Wanted) -> str:
     """Every leaf in which the persistent step of a plan differs from what is wanted; empty if none does.
 
     Process 0 asks before anybody reads, so that all processes raise the same error. A step that cannot be read
     is none of its business: whoever is to read it finds out, and says so.
     """
-    if not any(source.kind is SourceKind.PERSISTENT for source in plan.sources):
+    if not wanted.boxes and not any(source.kind is SourceKind.PERSISTENT for source in plan.sources):
         return ""
     try:
-        _reader(job, plan.step).check_leaves(job.layout.leaves)
+        _reader(job, plan.step).check_leaves(wanted.leaves, wanted.values)
     except StateMismatchError as error:
         return str(error)
     except (CorruptDataError, PersistentStoreError) as error:

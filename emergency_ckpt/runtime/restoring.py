@@ -2,7 +2,8 @@
 
 Rounds of: process 0 plans; each process makes its slot whole; bytes are broadcast where slices lack them; each
 assembles and verifies its arrays. A bad source found in any of these is struck and the next round plans without
-it. Only when every process holds the state do the steps left behind become void (invariants 1, 4, 5).
+it. Only when every process holds the state do the steps left behind become void (invariants 1, 4, 5); where a
+part of the state is restored, none do.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import dataclasses
 import itertools
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from emergency_ckpt.core.inventory import Inventory
 from emergency_ckpt.core.lineage import Activation, StepId
-from emergency_ckpt.core.restore_plan import RestorePlan, SourceKind, Strike
+from emergency_ckpt.core.restore_plan import Planner, RestorePlan, SourceKind, Strike
 from emergency_ckpt.errors import NoRestorableStepError, StateMismatchError
 from emergency_ckpt.persistent.store import Generation
 from emergency_ckpt.runtime.agreement import agree, tell
@@ -25,7 +27,9 @@ from emergency_ckpt.runtime.job import Job
 from emergency_ckpt.runtime.layout_exchange import fetch_layouts, publish_layouts
 from emergency_ckpt.runtime.restore_attempt import Attempt, Held, persistent_mismatch
 from emergency_ckpt.runtime.survey import Survey, own_inventory, take_survey
+from emergency_ckpt.runtime.wanted import Wanted, whole_state
 from emergency_ckpt.telemetry.events import RejectedStepEvent, RestoreEvent, SourceBytes
+from emergency_ckpt.telemetry.units import format_seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,20 +102,55 @@ class Restorer:
         Raises NoRestorableStepError, with the reasons, when there is none, and StateMismatchError, with every
         leaf that differs, when the persistent step to be read is one of another state; both on all processes.
         """
+
+        def finish(attempt: Attempt, key: str, plan: RestorePlan) -> Held | list[Strike]:
+            return attempt.finish(key, Activation(generation.number, plan.step.step))
+
+        restored = self._restore(survey, wanted, whole_state(self._abstract_state, self._job.layout), finish)
+        self._job.log.emit(self._event(restored.report))
+        return restored
+
+    def restore_part(self, survey: Survey, wanted: int | None, part: Wanted) -> Restored:
+        """Restores `part` of the newest restorable step, or of step `wanted`, and changes nothing. Collective.
+
+        Raises NoRestorableStepError as `restore` does, and StateMismatchError for leaves that the step does not
+        have as they are wanted.
+        """
+
+        def finish(attempt: Attempt, key: str, _: RestorePlan) -> Held | list[Strike]:
+            return attempt.hold(key)
+
+        restored = self._restore(survey, wanted, part, finish)
+        report = restored.report
+        self._job.log.info(
+            "restore",
+            report.step,
+            f"{len(part.leaves) + len(part.values)} leaves of generation {report.generation} were read in "
+            f"{format_seconds(report.seconds)}; {report.source}; {report.reason}",
+        )
+        return restored
+
+    def _restore(
+        self,
+        survey: Survey,
+        step: int | None,
+        wanted: Wanted,
+        finish: Callable[[Attempt, str, RestorePlan], Held | list[Strike]],
+    ) -> Restored:
         job = self._job
         session = f"restore/{next(self._sessions)}"
         started = time.monotonic()
         strikes: set[Strike] = set()
         for round_number in itertools.count():
             key = f"{session}/{round_number}"
-            plan = self._plan(f"{key}/plan", survey, wanted, strikes)
-            attempt = Attempt(job, plan, self._abstract_state, self._mesh, self._replica_axis)
+            plan = self._plan(f"{key}/plan", survey, step, wanted, strikes)
+            attempt = Attempt(job, plan, wanted, self._mesh, self._replica_axis)
             try:
                 found = attempt.run(key)
                 if not found:
-                    restored = attempt.finish(f"{key}/held", Activation(generation.number, plan.step.step))
-                    if not isinstance(restored, list):
-                        return self._report(restored, plan, started)
+                    restored = finish(attempt, f"{key}/held", plan)
+                    if isinstance(restored, Held):
+                        return self._restored(restored, plan, wanted, started)
                     found = restored
             finally:
                 attempt.close()
@@ -127,18 +166,23 @@ class Restorer:
                 )
         raise AssertionError("unreachable: every round restores, raises or strikes a source")
 
-    def _plan(self, key: str, survey: Survey, wanted: int | None, strikes: set[Strike]) -> RestorePlan:
+    def _plan(
+        self, key: str, survey: Survey, step: int | None, wanted: Wanted, strikes: set[Strike]
+    ) -> RestorePlan:
         job = self._job
 
         def make() -> Any:
-            assert survey.planner is not None
-            plan, reason = survey.planner.plan(wanted, strikes)
-            remaining = [] if plan else survey.planner.restorable(strikes)
+            planner = survey.planner
+            assert planner is not None
+            if wanted.boxes and strikes:
+                planner = _with_persistent_copy(planner, strikes)
+            plan, reason = planner.plan(step, strikes)
+            remaining = [] if plan else planner.restorable(strikes)
             return {
                 "plan": plan.to_json() if plan else None,
                 "reason": reason,
                 "remaining": [[step.generation, step.step] for step in remaining],
-                "mismatch": persistent_mismatch(job, plan) if plan else "",
+                "mismatch": self._mismatch(planner, plan, wanted) if plan else "",
             }
 
         answer = tell(job.coordinator, key, make, job.settings.coordination_timeout)
@@ -147,30 +191,73 @@ class Restorer:
         if answer["plan"] is None:
             self.remaining = tuple(StepId(g, s) for g, s in answer["remaining"])
             newest = self.remaining[-1].step if self.remaining else None
-            asked = "No step can be restored" if wanted is None else f"Step {wanted} cannot be restored"
+            asked = "No step can be restored" if step is None else f"Step {step} cannot be restored"
             other = "" if newest is None else f" The newest restorable step is {newest}."
             raise NoRestorableStepError(f"{asked}: {answer['reason']}.{other}")
         return RestorePlan.from_json(answer["plan"])
 
-    def _report(self, restored: Held, plan: RestorePlan, started: float) -> Restored:
-        job = self._job
-        nbytes = sum(entry.nbytes for entry in job.layout.slot_entries(job.process))
-        source = _source_name(job, plan)
-        event = RestoreEvent(
+    def _mismatch(self, planner: Planner, plan: RestorePlan, wanted: Wanted) -> str:
+        """Why the step of the plan cannot give every wanted leaf; empty if it can."""
+        if wanted.boxes and plan.step not in planner.persistent:
+            return _not_in_slots(planner, plan.step, wanted)
+        return persistent_mismatch(self._job, plan, wanted)
+
+    def _restored(self, held: Held, plan: RestorePlan, wanted: Wanted, started: float) -> Restored:
+        nbytes = sum(entry.nbytes for entry in wanted.part.entries(self._job.process))
+        report = RestoreReport(
             step=plan.step.step,
-            saved_generation=plan.step.generation,
-            plan=source,
+            generation=plan.step.generation,
             reason=plan.reason,
-            sources=(SourceBytes(source, len(job.layout.process_shards[job.process]), nbytes),),
+            source=_source_name(self._job, plan, wanted),
             seconds=time.monotonic() - started,
+            bytes=nbytes,
         )
-        job.log.emit(event)
-        report = RestoreReport(plan.step.step, plan.step.generation, plan.reason, source, event.seconds, nbytes)
-        return Restored(restored.state, restored.extras, restored.why_no_extras, report)
+        return Restored(wanted.tree(held.leaves), held.extras, held.why_no_extras, report)
+
+    def _event(self, report: RestoreReport) -> RestoreEvent:
+        shards = len(self._job.layout.process_shards[self._job.process])
+        return RestoreEvent(
+            step=report.step,
+            saved_generation=report.generation,
+            plan=report.source,
+            reason=report.reason,
+            sources=(SourceBytes(report.source, shards, report.bytes),),
+            seconds=report.seconds,
+        )
 
 
-def _source_name(job: Job, plan: RestorePlan) -> str:
+def _with_persistent_copy(planner: Planner, strikes: set[Strike]) -> Planner:
+    """For walking back to steps that can give what only the persistent tier may have."""
+    usable = {step for step in planner.persistent if Strike(step, None) not in strikes}
+    return dataclasses.replace(
+        planner,
+        inventories=tuple(
+            dataclasses.replace(each, holdings=tuple(h for h in each.holdings if h.step in usable))
+            for each in planner.inventories
+        ),
+    )
+
+
+def _not_in_slots(planner: Planner, step: StepId, wanted: Wanted) -> str:
+    """Why `step`, which is not in the persistent tier, cannot give every wanted leaf, and what can."""
+    others = [s.step for s in planner.restorable() if s in planner.persistent]
+    instead = f"restore one of the steps {others}, which are there" if others else "there is no step there"
+    return (
+        f"{step} is on the ramdisks only, where shards lie as this manager's state is cut. These leaves are "
+        "wanted otherwise and can only be read from the persistent tier:\n  "
+        + "\n  ".join(wanted.reasons)
+        + "\n"
+        f"Ask for them with the shapes and shardings of this manager's state, or {instead}."
+    )
+
+
+def _source_name(job: Job, plan: RestorePlan, wanted: Wanted) -> str:
+    if not wanted.slots:
+        return SourceKind.PERSISTENT.value
     source = plan.sources[job.process]
     if source.kind is SourceKind.BROADCAST and source.process is not None:
-        return f"broadcast from slice {job.layout.process_slice[source.process]}"
-    return source.kind.value
+        name = f"broadcast from slice {job.layout.process_slice[source.process]}"
+    else:
+        name = source.kind.value
+    boxes = wanted.boxes and source.kind is not SourceKind.PERSISTENT
+    return f"{name}, {len(wanted.boxes)} leaves persistent" if boxes else name

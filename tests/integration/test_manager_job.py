@@ -38,6 +38,19 @@ STORIES: dict[str, list[dict[str, Any]]] = {
     "flipped_bit": [{"flip": [3], "until": 15}],
     "flipped_in_all_copies": [{"flip": [1, 3], "until": 20}, {"until": 21}],
     "older_on_request": [{"wanted": 10, "until": 11}, {"until": 12}, {"until": 14}],
+    "part": [
+        {
+            "wipe": [2, 3],
+            "parts": [
+                (14, "as saved"),
+                (1, "as saved"),
+                (10, "otherwise"),
+                (14, "otherwise"),
+                (14, "otherwise on process 1"),
+            ],
+            "until": 14,
+        }
+    ],
     "nowhere": [{"wanted": 11, "until": 20}],
     "persistent_damaged": [{"wipe": ALL, "flip_persistent": True, "until": 12}],
     "one_process_fails": [{"block_lock": [2], "until": 15}],
@@ -129,6 +142,22 @@ def test_an_older_step_on_request_voids_the_newer_ones(told: Told) -> None:
     # 12 and 14 of the old generation are void: the run goes on from 10, until 12 is saved anew.
     assert [start for start, _ in sources(after)] == [10] * 4
     assert [start for start, _ in sources(later)] == [12] * 4
+
+
+def test_a_part_is_read_from_every_tier_by_all_processes_and_changes_nothing(told: Told) -> None:
+    (life,) = told["part"]
+    tiers = [r["parts"][:3] for r in life]
+    assert tiers[:2] == [["own slot", "persistent", "own slot, 1 leaves persistent"]] * 2
+    assert (
+        tiers[2:]
+        == [["broadcast from slice 0", "persistent", "broadcast from slice 0, 1 leaves persistent"]] * 2
+    )
+    for answer in life:
+        assert answer["parts"][3].startswith(
+            "StateMismatchError: step 14 (generation 1) is on the ramdisks only"
+        )
+        assert "processes [1] ask for another part of the state than process 0" in answer["parts"][4]
+    assert sources(life) == [(14, "own slot")] * 2 + [(14, "broadcast from slice 0")] * 2
 
 
 def test_a_step_that_is_nowhere_is_refused_with_the_newest_that_is(told: Told) -> None:

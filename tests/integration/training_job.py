@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -84,6 +86,7 @@ def train(
     flags: dict[str, Any],
     wanted: int | None = None,
     refused_at: dict[str, int] | None = None,
+    parts: Sequence[tuple[int, str]] = (),
 ) -> dict[str, Any]:
     """Restores (step `wanted`, or the newest), checks, trains to step `until`, and tells what happened."""
     mesh = make_mesh(slices)
@@ -92,6 +95,7 @@ def train(
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     manager = CheckpointManager.from_config(make_config(root, flags), mesh, abstract)
     listed, latest = list(manager.all_steps()), manager.latest_step()
+    read = [read_part(manager, mesh, *asked) for asked in parts]
     if wanted is None:
         restored = manager.restore_or_init(lambda: state)
         state, start, extras = restored.state, restored.step or 0, dict(restored.extras)
@@ -116,6 +120,7 @@ def train(
     result = {
         "listed": listed,
         "latest": latest,
+        "parts": read,
         "start": start,
         "source": report.source if report else "scratch",
         "reason": report.reason if report else "",
@@ -126,6 +131,34 @@ def train(
     }
     manager.close()
     return result
+
+
+def read_part(manager: CheckpointManager, mesh: Mesh, step: int, cut: str) -> str:
+    """Reads and checks a part of `step`, cut as it was saved or in another way; tells where it came from."""
+    right = make_state(mesh, step)
+    place = NamedSharding(mesh, P("fsdp") if cut == "as saved" else P(("fsdp", "replica")))
+    if cut == "otherwise on process 1" and jax.process_index() != 1:
+        place = NamedSharding(mesh, P("fsdp"))
+    half = right["params"]["half"]
+    item = {
+        "params": {"half": jax.ShapeDtypeStruct(half.shape, half.dtype, sharding=place), "w": ocp.PLACEHOLDER},
+        "count": jax.ShapeDtypeStruct((3,), np.int32),
+    }
+    try:
+        found = manager.restore(step, ocp.args.Composite(state=ocp.args.PyTreeRestore(item)))["state"]
+    except EmergencyCheckpointError as error:
+        return f"{type(error).__name__}: {error}"
+    assert found["params"]["w"] is ocp.PLACEHOLDER
+    assert found["params"]["half"].sharding == place
+    for name, array, wanted in (
+        ("half", found["params"]["half"], half),
+        ("count", found["count"], right["count"]),
+    ):
+        whole = multihost_utils.process_allgather(array, tiled=True)
+        right_bits = multihost_utils.process_allgather(wanted, tiled=True)
+        assert whole.tobytes() == right_bits.tobytes(), f"{name} does not belong to step {step}"
+    assert manager.last_restore is not None
+    return manager.last_restore.source
 
 
 def train_until_preempted(root: str) -> dict[str, Any]:
@@ -170,7 +203,13 @@ def live(root: str, slices: int, life: dict[str, Any]) -> dict[str, Any]:
             flip_byte(path)
     try:
         return train(
-            root, slices, life["until"], life.get("flags", {}), life.get("wanted"), life.get("refused_at")
+            root,
+            slices,
+            life["until"],
+            life.get("flags", {}),
+            life.get("wanted"),
+            life.get("refused_at"),
+            life.get("parts", ()),
         )
     except EmergencyCheckpointError as error:
         return {"error": f"{type(error).__name__}: {error}"}
