@@ -17,6 +17,7 @@ import numpy as np
 from emergency_ckpt.core.checksums import block_seed, checksum_blocks, copy_and_checksum
 from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.shards import Box, Shard, block_ranges, dtype_of
+from emergency_ckpt.core.values import Value
 from emergency_ckpt.errors import CorruptDataError, StateMismatchError
 from emergency_ckpt.jaxio.state import Leaf, LeafKind, box_of, decode_value, flatten
 
@@ -41,7 +42,7 @@ def assemble(
     process_index: int,
     generation: int,
     read: Callable[[int], StoredShard],
-    values: Mapping[str, Any],
+    values: Mapping[str, Value],
     *,
     threads: int = DEFAULT_THREADS,
 ) -> Any:
@@ -153,7 +154,7 @@ def _verify_block(
         )
 
 
-def _finish(leaf: Leaf, pieces: Sequence[_Piece], values: Mapping[str, Any]) -> Any:
+def _finish(leaf: Leaf, pieces: Sequence[_Piece], values: Mapping[str, Value]) -> Any:
     """The leaf, once its pieces are verified."""
     if leaf.kind is LeafKind.VALUE:
         return decode_value(leaf, values)

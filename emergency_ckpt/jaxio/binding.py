@@ -14,14 +14,15 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 import numpy as np
 
+from emergency_ckpt.core.conversion import as_array, converted
 from emergency_ckpt.core.layout import Layout
-from emergency_ckpt.core.shards import Box
+from emergency_ckpt.core.shards import Box, dtype_of
+from emergency_ckpt.core.values import VALUE_TYPES, Value, captured
 from emergency_ckpt.errors import StateMismatchError, UnsupportedStateError
 from emergency_ckpt.jaxio.state import (
     Leaf,
     LeafKind,
     describe_leaf,
-    encode_value,
     flatten,
     leaf_name,
     process_boxes,
@@ -42,10 +43,10 @@ class ShardBuffer(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Binding:
-    """A live state as the shards of this process, in the order of the slot, and its values as JSON."""
+    """A live state as the shards of this process, in the order of the slot, and its values as they are now."""
 
     buffers: Sequence[ShardBuffer]
-    values: Mapping[str, Any]
+    values: Mapping[str, Value]
 
 
 class StateBinder:
@@ -70,19 +71,20 @@ class StateBinder:
         ]
 
     def bind(self, state: Any) -> Binding:
-        """The buffers of all shards of this process. Local; reads no data and does not wait for the devices.
+        """The buffers of all shards of this process, and its values. Local.
 
-        Raises StateMismatchError for a state with other leaves, shapes, dtypes or boxes than the layout, and
-        UnsupportedStateError for a deleted array, both naming the leaf.
+        Reads no shards and does not wait for them; it waits for 0-d arrays that stand where the abstract state
+        has a value. Raises StateMismatchError for a state with other leaves, shapes, dtypes or boxes than the
+        layout, and UnsupportedStateError for a deleted array, both naming the leaf.
         """
         leaves, treedef = jax.tree_util.tree_flatten(state)
         if treedef != self._treedef:
             self._accept_structure(state, treedef)
         found: list[ShardBuffer] = []
-        values: dict[str, Any] = {}
+        values: dict[str, Value] = {}
         for expected, leaf in zip(self._leaves, leaves, strict=True):
             if isinstance(expected, _ValueLeaf):
-                values[expected.name] = expected.encode(leaf)
+                values[expected.name] = expected.value(leaf)
             else:
                 found += expected.buffers(leaf)
         found.sort(key=operator.itemgetter(0))
@@ -102,16 +104,42 @@ class StateBinder:
 
 
 class _ValueLeaf:
-    """A leaf that was described as a value: any number, bool or string will do, now and later."""
+    """A leaf that was described as a value: any that can be restored as such will do, now and later.
+
+    It may become a 0-d array in training code (`TrainState.step` after the first jitted step). Its number is
+    read at the save, since the array may be donated afterwards.
+    """
 
     def __init__(self, leaf: Leaf) -> None:
         self.name = leaf.name
         self._leaf = leaf
 
-    def encode(self, value: Any) -> Any:
-        if not isinstance(value, (bool, int, float, str, np.generic)):
-            _refuse(self._leaf, value)
-        return encode_value(self.name, value)
+    def value(self, leaf: Any) -> Value:
+        assert self._leaf.value_type is not None
+        found = self._scalar(leaf) if isinstance(leaf, jax.Array) else leaf
+        if not isinstance(found, (*VALUE_TYPES, np.ndarray)):
+            _refuse(self._leaf, leaf)
+        value = captured(self.name, found)
+        try:
+            converted(value, self._leaf.value_type)
+        except (ValueError, TypeError) as error:
+            raise StateMismatchError(
+                f"leaf {self.name!r}: found {value!r:.80} of type {type(value).__name__}, but the abstract "
+                f"state of this manager has {self._leaf.describe()}, which cannot hold it ({error}); save "
+                "states of one kind, from the first step on"
+            ) from error
+        return value
+
+    def _scalar(self, leaf: jax.Array) -> np.ndarray:
+        """A number that is computed on devices; every process that holds it has its own copy of it."""
+        key = jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        if leaf.shape or key or not leaf.sharding.addressable_devices:
+            _refuse(self._leaf, leaf)
+        try:
+            return np.asarray(leaf.addressable_shards[0].data)
+        except RuntimeError as error:
+            raise_if_deleted(self.name, leaf, error)
+            raise
 
 
 class _ArrayLeaf:
@@ -130,10 +158,8 @@ class _ArrayLeaf:
 
     def buffers(self, leaf: Any) -> list[ShardBuffer]:
         """Each distinct shard that this process holds, once."""
-        if isinstance(leaf, np.ndarray):
-            return self._numpy_buffer(leaf)
         if not isinstance(leaf, jax.Array):
-            _refuse(self._leaf, leaf)
+            return self._host_buffers(leaf)
         try:
             if leaf.dtype != self._dtype or leaf.shape != self._shape or leaf.sharding != self._sharding:
                 self._accept(leaf)
@@ -154,9 +180,20 @@ class _ArrayLeaf:
         self._places = tuple((at, shard) for shard, at in places.items())
         self._on_cpu = all(device.platform == "cpu" for device in leaf.sharding.addressable_devices)
 
-    def _numpy_buffer(self, leaf: np.ndarray) -> list[ShardBuffer]:
-        self._check(describe_leaf(self.name, leaf), leaf)
-        return [ShardBuffer(shard, self.name, leaf, True) for shard in self._shards.values()]
+    def _host_buffers(self, leaf: Any) -> list[ShardBuffer]:
+        """A numpy array in place of one that every process holds whole, or a number in place of a scalar."""
+        number = self._number(leaf)
+        if number is None:
+            self._check(describe_leaf(self.name, leaf), leaf)
+        data = leaf if number is None else number
+        return [ShardBuffer(shard, self.name, data, True) for shard in self._shards.values()]
+
+    def _number(self, leaf: Any) -> np.ndarray | None:
+        """What is to be stored for a Python or numpy number that the dtype of this scalar holds exactly."""
+        scalar = self._leaf.kind is not LeafKind.PRNG_KEY and not self._leaf.shape
+        if not scalar or not isinstance(leaf, (bool, int, float, complex, np.generic, np.ndarray)):
+            return None
+        return as_array(leaf, dtype_of(self._leaf.dtype))
 
     def _check(self, found: Leaf, leaf: Any) -> None:
         wanted = self._leaf
@@ -187,9 +224,11 @@ def raise_if_deleted(name: str, leaf: Any, cause: Exception) -> None:
 
 
 def _refuse(wanted: Leaf, leaf: Any) -> NoReturn:
+    found = describe_leaf(wanted.name, leaf)
+    number = f" {leaf!r:.80}" if found.kind is LeafKind.VALUE else ""
     raise StateMismatchError(
-        f"leaf {wanted.name!r}: found {describe_leaf(wanted.name, leaf).describe()}, but the abstract state of "
-        f"this manager has {wanted.describe()}; save states of one kind, from the first step on"
+        f"leaf {wanted.name!r}: found {found.describe()}{number}, but the abstract state of this manager has "
+        f"{wanted.describe()}; save states of one kind, from the first step on"
     )
 
 

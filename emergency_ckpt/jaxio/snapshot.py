@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from emergency_ckpt.core.values import Value
 from emergency_ckpt.jaxio.binding import ShardBuffer, StateBinder, raise_if_deleted
 
 DEFAULT_WINDOW_BYTES = 512 * 1024 * 1024
@@ -31,7 +32,7 @@ def take_snapshot(binder: StateBinder, state: Any, *, window_bytes: int = DEFAUL
 
 
 class Snapshot:
-    """Shards to be consumed once, and the values of the leaves that are not arrays (as JSON).
+    """Shards to be consumed once, and the values of the leaves that are not arrays.
 
     Attributes:
       values: value by leaf name.
@@ -40,7 +41,7 @@ class Snapshot:
     """
 
     def __init__(
-        self, held: list[ShardBuffer], values: Mapping[str, Any], window_bytes: int = DEFAULT_WINDOW_BYTES
+        self, held: list[ShardBuffer], values: Mapping[str, Value], window_bytes: int = DEFAULT_WINDOW_BYTES
     ) -> None:
         self.values = values
         self.may_defer = all(isinstance(buffer.data, np.ndarray) for buffer in held)

@@ -17,8 +17,14 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from emergency_ckpt.core.conversion import converted
+from emergency_ckpt.core.dtypes import MACHINE_DEPENDENT
 from emergency_ckpt.core.shards import Box, dtype_of
+from emergency_ckpt.core.values import Value, captured
 from emergency_ckpt.errors import StateMismatchError, UnsupportedStateError
+
+# Numbers that TensorStore has no dtype for, and for which bytes cannot stand in.
+_WITHOUT_STORE = ("complex32", "bcomplex32")
 
 
 class LeafKind(enum.StrEnum):
@@ -94,7 +100,7 @@ def flatten(state: Any) -> FlatState:
     """Describes every leaf of a live or abstract state, without touching data.
 
     Abstract leaves are `jax.ShapeDtypeStruct`s. Raises UnsupportedStateError, naming the leaf, for what cannot
-    be checkpointed: tracers, objects, strings in arrays, two leaves of one name.
+    be checkpointed: tracers, objects, two leaves of one name.
     """
     keyed, treedef = jax.tree_util.tree_flatten_with_path(state)
     names = [leaf_name(path) for path, _ in keyed]
@@ -118,15 +124,12 @@ def describe_leaf(name: str, leaf: Any) -> Leaf:
         )
     if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
         return _describe_array(name, leaf)
-    if isinstance(leaf, np.ndarray):
-        return Leaf(name, LeafKind.NUMPY, leaf.shape, stored_dtype(name, leaf.dtype))
-    if isinstance(leaf, (bool, int, float, str, np.generic)):
-        encode_value(name, leaf)
-        return Leaf(name, LeafKind.VALUE, value_type=type(leaf))
-    raise UnsupportedStateError(
-        f"leaf {name!r} is of type {type(leaf).__name__}, which cannot be checkpointed; expected a jax or "
-        "numpy array, a typed PRNG key, a number, a bool or a string. Keep other objects out of the state."
-    )
+    if isinstance(leaf, np.ndarray) and type(leaf) in (np.ndarray, np.memmap):
+        dtype = _storable(leaf.dtype)
+        if dtype is not None:
+            return Leaf(name, LeafKind.NUMPY, leaf.shape, dtype)
+    captured(name, leaf)
+    return Leaf(name, LeafKind.VALUE, value_type=np.ndarray if isinstance(leaf, np.ndarray) else type(leaf))
 
 
 def _describe_array(name: str, leaf: jax.Array | jax.ShapeDtypeStruct) -> Leaf:
@@ -194,31 +197,19 @@ def stored_dtype(name: str, dtype: Any) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _storable(dtype: Any) -> str | None:
-    """The name from which `core` makes the very same dtype again, None where there is none."""
+    """The name from which `core` makes the very same dtype again, None for what both tiers cannot hold."""
     try:
         again = dtype_of(dtype.name)
     except (ValueError, AttributeError):
         return None
-    return dtype.name if again == dtype and dtype.kind not in "mMSU" else None
+    refused = dtype.kind in "mMSU" or dtype.type in MACHINE_DEPENDENT or dtype.name in _WITHOUT_STORE
+    return dtype.name if again == dtype and not refused else None
 
 
-def encode_value(name: str, value: Any) -> Any:
-    """A value leaf as plain JSON; raises UnsupportedStateError where JSON cannot hold it exactly."""
-    plain = value.item() if isinstance(value, np.generic) else value
-    if isinstance(value, np.generic) and not isinstance(plain, (bool, int, float, str)):
-        plain = float(value) if np.can_cast(value.dtype, np.float64, "safe") else plain
-    if isinstance(plain, (bool, int, float, str)):
-        return plain
-    raise UnsupportedStateError(
-        f"leaf {name!r} is a scalar of type {type(value).__name__}, which JSON cannot hold; "
-        "wrap it as a numpy array: np.asarray(value)"
-    )
+def decode_value(leaf: Leaf, values: Mapping[str, Value]) -> Any:
+    """The saved value of a value leaf, in the type that is wanted.
 
-
-def decode_value(leaf: Leaf, values: Mapping[str, Any]) -> Any:
-    """The saved value of a value leaf; numpy scalars and enums come back in the type that is wanted.
-
-    Raises StateMismatchError when it was not saved, or does not fit into that type.
+    Raises StateMismatchError when it was not saved, or cannot be had in that type without loss.
     """
     if leaf.name not in values:
         raise StateMismatchError(
@@ -226,15 +217,14 @@ def decode_value(leaf: Leaf, values: Mapping[str, Any]) -> Any:
             f"saved values: {sorted(values)}"
         )
     saved = values[leaf.name]
-    if leaf.value_type in (None, bool, int, float, str):
-        return saved
-    found = leaf.value_type(saved)
-    if found != saved and saved == saved:
+    assert leaf.value_type is not None
+    try:
+        return converted(saved, leaf.value_type)
+    except (ValueError, TypeError) as error:
         raise StateMismatchError(
-            f"leaf {leaf.name!r} was saved as {saved!r}, which {leaf.value_type.__name__} cannot hold; "
-            "ask for the type that was saved"
-        )
-    return found
+            f"leaf {leaf.name!r} was saved as {type(saved).__name__} {saved!r:.80} and is wanted as "
+            f"{leaf.describe()}, which cannot hold it ({error}); ask for the type that was saved"
+        ) from error
 
 
 def process_boxes(leaf: Leaf, process_index: int, process_count: int) -> dict[int, tuple[Box, ...]]:

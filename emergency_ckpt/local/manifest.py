@@ -20,10 +20,11 @@ from emergency_ckpt.core.checksums import checksum_blocks
 from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.lineage import Activation, StepId
 from emergency_ckpt.core.shards import BLOCK_BYTES, block_ranges
+from emergency_ckpt.core.values import Value, values_from_json, values_to_json
 from emergency_ckpt.errors import CorruptDataError
 from emergency_ckpt.local.small_files import read_file, replace_file
 
-FORMAT = "emergency_ckpt manifest 1"
+FORMAT = "emergency_ckpt manifest 2"
 _MAX_BYTES = 256 * 1024 * 1024
 _MAX_VERIFY_THREADS = 8
 _T = TypeVar("_T")
@@ -53,7 +54,7 @@ class Manifest:
     position: int
     process_count: int
     checksums: tuple[tuple[int, ...], ...]
-    values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    values: Mapping[str, Value] = dataclasses.field(default_factory=dict)
     extras: Mapping[int, Any] = dataclasses.field(default_factory=dict)
     listed: bool = True
     activations: tuple[Activation, ...] = ()
@@ -63,7 +64,7 @@ class Manifest:
     @property
     def digest(self) -> str:
         """One checksum over all block checksums and values: equal for bit-identical replicas."""
-        values = json.dumps(self.values, sort_keys=True)
+        values = json.dumps(values_to_json(self.values))
         return xxhash.xxh3_64_hexdigest(json.dumps(self.checksums).encode() + values.encode())
 
     def to_bytes(self) -> bytes:
@@ -76,7 +77,7 @@ class Manifest:
                 "position": self.position,
                 "process_count": self.process_count,
                 "checksums": self.checksums,
-                "values": self.values,
+                "values": values_to_json(self.values),
                 "extras": {str(owner): extras for owner, extras in self.extras.items()},
                 "listed": self.listed,
                 "activations": [[a.generation, a.step] for a in self.activations],
@@ -114,7 +115,7 @@ class Manifest:
             position=_number(raw["position"]),
             process_count=_number(raw["process_count"]),
             checksums=tuple(tuple(_number(c) for c in blocks) for blocks in _typed(raw["checksums"], list)),
-            values=_typed(raw["values"], dict),
+            values=values_from_json(raw["values"]),
             extras={_number(int(owner)): extras for owner, extras in _typed(raw["extras"], dict).items()},
             listed=_typed(raw["listed"], bool),
             activations=tuple(

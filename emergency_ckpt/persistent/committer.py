@@ -12,9 +12,11 @@ import time
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import tensorstore as ts
 
 from emergency_ckpt.core.layout import Layout, LeafSpec
+from emergency_ckpt.core.values import Value
 from emergency_ckpt.errors import CorruptDataError, PersistentStoreError
 from emergency_ckpt.persistent.arrays import (
     WriteOptions,
@@ -26,6 +28,7 @@ from emergency_ckpt.persistent.arrays import (
 )
 from emergency_ckpt.persistent.chunks import chunk_count
 from emergency_ckpt.persistent.files import Files
+from emergency_ckpt.persistent.orbax_values import orbax_values, tree_with_values
 from emergency_ckpt.persistent.step_files import (
     CHECKSUMS_FILE,
     CLAIM_FILE,
@@ -35,6 +38,7 @@ from emergency_ckpt.persistent.step_files import (
     ORBAX_METRICS_FILE,
     ORBAX_STEP_FILE,
     ORBAX_STRINGS_FILE,
+    ORBAX_TREE_FILE,
     PARTS_DIRECTORY,
     SideInfo,
     block_count,
@@ -45,7 +49,6 @@ from emergency_ckpt.persistent.step_files import (
     side_file_name,
 )
 from emergency_ckpt.persistent.store import Attempt, PersistentStep, PersistentStore
-from emergency_ckpt.persistent.values import Value, as_array
 from emergency_ckpt.persistent.writer import PartReport, part_store_name
 
 
@@ -107,21 +110,21 @@ def commit_stages(
     yield "claimed"
     context = new_context()
     stores = [part_store_name(attempt, part.part) for part in parts if part.shards]
-    numbers = {name: as_array(name, v) for name, v in content.values.items() if not isinstance(v, str)}
-    if numbers:
+    values = orbax_values(content.values)
+    if values.numbers:
         stores.append(part_store_name(attempt, "values"))
-        _write_numbers(files, f"{attempt.item}/{stores[-1]}", attempt, numbers, context, options)
+        _write_numbers(files, f"{attempt.item}/{stores[-1]}", attempt, values.numbers, context, options)
         yield "values written"
     _merge(files, attempt, stores, context, options)
     yield "merged"
-    _check_merged(files, attempt, layout, parts, len(numbers), context, options)
+    _check_merged(files, attempt, layout, parts, len(values.numbers), context, options)
     yield "merge checked"
-    strings = {name: v for name, v in content.values.items() if isinstance(v, str)}
     for path, data in layout.metadata_files:
         if path != ORBAX_STEP_FILE:
-            files.write(f"{attempt.item}/{path}", data)
-    if strings:
-        files.write(f"{attempt.item}/{ORBAX_STRINGS_FILE}", json.dumps(strings).encode())
+            described = tree_with_values(data, values) if path == ORBAX_TREE_FILE else data
+            files.write(f"{attempt.item}/{path}", described)
+    if values.strings:
+        files.write(f"{attempt.item}/{ORBAX_STRINGS_FILE}", json.dumps(values.strings).encode())
     if content.metrics:
         files.write(ORBAX_METRICS_FILE, json.dumps(content.metrics).encode())
     files.write(ORBAX_STEP_FILE, _step_metadata(layout, content))
@@ -172,7 +175,7 @@ def _write_numbers(
     files: Files,
     directory: str,
     attempt: Attempt,
-    numbers: Mapping[str, Any],
+    numbers: Mapping[str, np.ndarray],
     context: ts.Context,
     options: WriteOptions,
 ) -> None:

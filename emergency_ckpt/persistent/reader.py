@@ -21,6 +21,7 @@ from emergency_ckpt.core.checksums import block_seed, first_bad_block
 from emergency_ckpt.core.layout import Layout, LeafSpec
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.core.shards import Box, Shard, dtype_of
+from emergency_ckpt.core.values import Value
 from emergency_ckpt.errors import (
     CorruptDataError,
     EmergencyCheckpointError,
@@ -50,7 +51,6 @@ from emergency_ckpt.persistent.step_files import (
     unseal,
 )
 from emergency_ckpt.persistent.tree_metadata import TreeMetadata, read_strings, read_tree_metadata
-from emergency_ckpt.persistent.values import Value
 
 _OPENED_AT_ONCE = 256
 

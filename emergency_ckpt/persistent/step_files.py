@@ -20,8 +20,8 @@ import xxhash
 from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.core.shards import BLOCK_BYTES, block_ranges
+from emergency_ckpt.core.values import Value, values_from_json, values_to_json
 from emergency_ckpt.errors import CorruptDataError
-from emergency_ckpt.persistent.values import Value, values_from_json, values_to_json
 
 ITEM_NAMES = ("default", "state", "items")
 ORBAX_TREE_FILE = "_METADATA"

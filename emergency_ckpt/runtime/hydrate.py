@@ -17,6 +17,7 @@ from emergency_ckpt.core.checksums import checksum_blocks, shard_seed
 from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.core.part import Part
+from emergency_ckpt.core.values import Value
 from emergency_ckpt.errors import LocalDirectoryError
 from emergency_ckpt.local.manifest import Manifest
 from emergency_ckpt.local.store import LocalStore, OpenSlot, SealedSlot
@@ -151,7 +152,7 @@ def make_manifest(
     job: Job,
     step: StepId,
     checksums: tuple[tuple[int, ...], ...],
-    values: Mapping[str, Any],
+    values: Mapping[str, Value],
     extras: Mapping[int, str],
     metadata: Mapping[str, Any],
 ) -> Manifest:

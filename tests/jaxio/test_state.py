@@ -1,7 +1,6 @@
-"""Names, kinds and refusals of leaves; values through JSON."""
+"""Names, kinds and refusals of leaves."""
 
 import enum
-import json
 import typing
 
 import flax.nnx as nnx
@@ -13,11 +12,10 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax.training import train_state
-from hypothesis import given
-from hypothesis import strategies as st
 
+from emergency_ckpt.core.values import captured
 from emergency_ckpt.errors import StateMismatchError, UnsupportedStateError
-from emergency_ckpt.jaxio.state import LeafKind, decode_value, describe_leaf, encode_value, flatten
+from emergency_ckpt.jaxio.state import LeafKind, decode_value, describe_leaf, flatten
 from tests.jaxio.states import kinds_state, shardings_state
 
 
@@ -102,15 +100,12 @@ def test_typed_keys_are_stored_as_their_key_data():
     "leaf",
     [
         object(),
-        b"bytes",
-        1j,
-        np.complex64(1),
-        np.array(["text"]),
         np.array([object()]),
-        np.array([1.0], dtype=">f4"),
-        np.array([(1, 2)], dtype=[("a", "i4"), ("b", "i4")]),
-        np.array(["2020-01-01"], dtype="datetime64[D]"),
-        np.datetime64("2020-01-01"),
+        np.array(["a"], np.dtypes.StringDType()),
+        np.ma.masked_array([1.0, 2.0], [True, False]),
+        np.zeros(1, [("a", "i4")]).view(np.recarray),
+        np.zeros(2**20, "S2"),
+        1 << 2**24,
     ],
     ids=lambda leaf: f"{type(leaf).__name__} {getattr(leaf, 'dtype', '')}",
 )
@@ -142,29 +137,19 @@ class Phase(enum.IntEnum):
     WARM = 3
 
 
-@given(
-    st.one_of(
-        st.booleans(),
-        st.integers(),
-        st.floats(allow_nan=True),
-        st.text(),
-        st.integers(-(2**63), 2**63 - 1).map(np.int64),
-        st.floats(width=32).map(np.float32),
-        st.floats(width=16).map(np.float16),
-        st.booleans().map(np.bool_),
-        st.just(Phase.WARM),
-    )
+@pytest.mark.parametrize(
+    "value", [True, 3, 0.5, 1j, "s", b"b", Phase.WARM, np.float16(1), np.datetime64("2020"), np.array(["a"])]
 )
-def test_values_come_back_through_json_with_their_type(value):
+def test_values_are_described_by_their_type_and_come_back_in_it(value):
     leaf = describe_leaf("v", value)
-    saved = json.loads(json.dumps({"v": encode_value("v", value)}))
-    found = decode_value(leaf, saved)
+    assert leaf.kind is LeafKind.VALUE
+    found = decode_value(leaf, {"v": captured("v", value)})
     assert type(found) is type(value)
-    assert found == value or (found != found and value != value)
+    assert found == value
 
 
 def test_a_value_that_does_not_fit_the_wanted_numpy_type_is_refused():
-    with pytest.raises(StateMismatchError, match=r"'v' was saved as 0.5, which int32 cannot hold"):
+    with pytest.raises(StateMismatchError, match=r"'v' was saved as float 0.5 .*value of type int32"):
         decode_value(describe_leaf("v", np.int32(1)), {"v": 0.5})
 
 
