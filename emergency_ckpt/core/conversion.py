@@ -12,6 +12,7 @@ from typing import Any, TypeAlias, cast
 
 import numpy as np
 
+from emergency_ckpt.core.dtypes import MACHINE_DEPENDENT
 from emergency_ckpt.core.values import Array, Value
 
 Number: TypeAlias = bool | int | float | complex
@@ -70,7 +71,7 @@ def _text(value: str | bytes, wanted: Any) -> Any:
 
 def _as_python(number: Number, wanted: Any) -> Number | None:
     """The number as one of Python's, or as a class that the user derived from one."""
-    base = cast(Any, next((kind for kind in _NUMBERS if issubclass(wanted, kind)), None))
+    base = _base(wanted)
     # A complex number without an imaginary part is the same as its real part.
     plain = number.real if isinstance(number, complex) and base is not complex else number
     try:
@@ -78,6 +79,10 @@ def _as_python(number: Number, wanted: Any) -> Number | None:
     except _FAILURES:
         return None
     return found if found is not None and _same(found, number) else None
+
+
+def _base(wanted: Any) -> Any:
+    return next((kind for kind in _NUMBERS if issubclass(wanted, kind)), None)
 
 
 def _as_numpy(number: Number, wanted: Any) -> np.generic | None:
@@ -104,21 +109,19 @@ def _exact(value: Any) -> Number | None:
         return value if isinstance(value, _NUMBERS) else None
     scalar = cast(Any, value)
     kind = _kind(scalar.dtype)
-    if kind is None:
-        return None
-    found: Number = kind(scalar)
-    # Of longdouble only what a double holds too.
-    return found if found == scalar or found != found else None
+    return None if kind is None else kind(scalar)
 
 
 def _kind(dtype: np.dtype[Any]) -> type[Number] | None:
     """Python's kind of number for a dtype, ml_dtypes included (which numpy takes for structures)."""
+    if dtype.type in MACHINE_DEPENDENT:
+        return None
     name = dtype.name
     for kind, prefixes in (
         (bool, ("bool",)),
         (int, ("int", "uint")),
-        (float, ("float", "bfloat", "longdouble")),
-        (complex, ("complex", "bcomplex", "clongdouble")),
+        (float, ("float", "bfloat")),
+        (complex, ("complex", "bcomplex")),
     ):
         if name.startswith(prefixes):
             return kind
