@@ -270,7 +270,7 @@ def _holder(path: Path) -> str:
     except (OSError, StopIteration, IndexError):  # Another container's process, or one that just ended.
         return " another process"
     stopped = " and is stopped (SIGCONT lets it go on)" if state in "Tt" else ""
-    return f" process {pid} ({command.strip():.60}{stopped})"
+    return f" process {pid} ({' '.join(command.split()):.60}){stopped}"
 
 
 def _forget_inherited_claims() -> None:

@@ -114,7 +114,13 @@ class SlotFiles:
     def _open_new(self, index: int, *, reuse: bool) -> None:
         path, old = self.path(index), self._files[index]
         if path is not None and not reuse:
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise LocalDirectoryError(
+                    f"cannot replace the slot file {path}: {error.strerror}. Check the owner of the local "
+                    "checkpoint directory and that it is not mounted read-only."
+                ) from error
         new = SlotFile(path, self._slot_bytes)
         if old is not None:
             old.close()

@@ -194,29 +194,39 @@ class LocalStore:
         Returns one holding per good slot of a known layout whose step is neither void nor abandoned.
         """
         self._notice_losses()
-        good: dict[StepId, Holding] = {}
+        good: dict[int, Holding] = {}
         for index, manifest in enumerate(self._manifests):
             slot = self._table.slots[index]
             if manifest is None or not slot.sealed or manifest.step not in self.sealed_steps(listed_only=False):
                 continue
-            damage = "another slot holds it already" if manifest.step in good else self._find_damage(index)
-            if damage:
-                self._log(
-                    f"{manifest.step} in slot {index} of {self.directory} is damaged and given up: {damage}"
-                )
-                with self._changed:
-                    self._give_up_slot(index)
+            if damage := self._find_damage(index):
+                self._give_up_damaged(index, damage)
                 continue
-            good[manifest.step] = Holding(
+            good[index] = Holding(
                 manifest.step,
                 manifest.layout,
                 manifest.position,
                 manifest.digest,
                 tuple(sorted(manifest.extras)),
             )
+        for index, holding in list(good.items()):
+            if index not in good:
+                continue
+            twins = [i for i, other in good.items() if other.step == holding.step and i > index]
+            differ = any(good[i] != holding for i in twins)
+            for twin in [index, *twins] if differ else twins:
+                self._give_up_damaged(twin, "another slot says that it holds the same step")
+                del good[twin]
         with self._changed:
             self._files.prepare_rest()
         return tuple(good.values())
+
+    def _give_up_damaged(self, index: int, damage: str) -> None:
+        with self._changed:
+            step = self._table.slots[index].step
+            self._log(f"{step} in slot {index} of {self.directory} is damaged and given up: {damage}")
+            if self._table.slots[index].pins == 0:
+                self._give_up_slot(index)
 
     def _find_damage(self, index: int) -> str | None:
         manifest = self._manifests[index]
@@ -497,12 +507,18 @@ class LocalStore:
             raise
         self._lose(lost)
         for index in lost:
-            slot = self._table.slots[index]
-            if slot.step is None:
-                self._files.replace(index)
+            if self._table.slots[index].step is None:
+                self._make_anew(index)
         self._put_manifests_back()
         for name in self._layouts.write_missing():
             self._log(f"the layout {name} was removed from {self.directory} and is written again")
+
+    def _make_anew(self, index: int) -> None:
+        path = self._manifest_path(index)
+        if path is not None and path.exists():
+            self._log(f"{path} is not of this manager and is removed: another directory lies there now")
+        self._unlink_manifest(index)
+        self._files.replace(index)
 
     def _lose(self, indices: Iterable[int]) -> None:
         """The data of these slots is gone, but for those who read or write it now."""

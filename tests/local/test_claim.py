@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -253,6 +254,18 @@ def test_a_directory_that_stays_locked_is_passed_over_loudly(stores: Stores) -> 
     assert f"is still locked by process {trainer.pid} (" in stores.messages[-2]
     assert "after 0 s and is passed over" in stores.messages[-2]
     assert "They share the ramdisk" in stores.messages[-1]
+
+
+def test_a_stopped_process_that_holds_the_lock_is_waited_for_with_a_limit_and_named(stores: Stores) -> None:
+    with holder(stores.path, "waits") as trainer:
+        trainer.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, trainer.pid, os.WSTOPPED)
+        store = stores.open(lock_wait=timedelta(milliseconds=1))
+        trainer.send_signal(signal.SIGCONT)
+    assert store.directory == stores.path / "emergency_ckpt/1"
+    waiting, passed_over, _ = stores.messages
+    assert f"process {trainer.pid} (" in waiting
+    assert "is stopped (SIGCONT lets it go on)" in passed_over
 
 
 def test_a_locked_directory_without_steps_of_this_run_is_passed_over_at_once(stores: Stores) -> None:
