@@ -43,10 +43,14 @@ class Source:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Strike:
-    """A source that turned out bad: a process's slot for a step, or the persistent step (`process` None)."""
+    """A source that turned out bad: a process's slot for a step, or the persistent step (`process` None).
+
+    `why` says what was found; it is one strike whatever it says.
+    """
 
     step: StepId
     process: int | None
+    why: str = dataclasses.field(default="", compare=False)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -152,7 +156,7 @@ class Planner:
         for step in self.candidates():
             if self._plan_step(step, ())[0] is not None:
                 return None
-            if not self._uncovered(self._holders(step, ())[0]):
+            if not self._uncovered(self._holders(step, {})[0]):
                 continue  # The shards fit: something else is missing.
             by_layout: dict[str, list[int]] = collections.defaultdict(list)
             for inventory in self.inventories:
@@ -166,9 +170,11 @@ class Planner:
         return None
 
     def _plan_step(self, step: StepId, strikes: Collection[Strike]) -> tuple[RestorePlan | None, str]:
-        struck = {strike.process for strike in strikes if strike.step == step}
+        struck = {strike.process: strike.why for strike in strikes if strike.step == step}
         persistent = step in self.persistent and None not in struck
         holders, notes = self._holders(step, struck)
+        if None in struck:
+            notes.append(_because("the persistent tier is unusable", struck[None]))
         if step.generation == 0 and persistent:
             # Another program may have written this step number anew since it was copied to the ramdisks.
             holders = {}
@@ -182,8 +188,8 @@ class Planner:
         uncovered = [] if persistent else self._uncovered(holders)
         if uncovered:
             lost = "; ".join(f"the shards of {_processes(group)} have no survivor" for group in uncovered)
-            tier = "the persistent tier is unusable" if None in struck else "the persistent tier lacks it"
-            return None, f"step {step.step}: {'; '.join([lost, tier, *notes])}"
+            tier = [] if None in struck else ["the persistent tier lacks it"]
+            return None, f"step {step.step}: {'; '.join([lost, *tier, *notes])}"
         chosen = self._sources(holders)
         reason = f"step {step.step}: {self._summary(chosen)}"
         if notes:
@@ -207,7 +213,7 @@ class Planner:
                 sources[p] = Source(SourceKind.PERSISTENT) if reads else Source(SourceKind.BROADCAST, first)
         return sources
 
-    def _holders(self, step: StepId, struck: Collection[int | None]) -> tuple[dict[int, Holding], list[str]]:
+    def _holders(self, step: StepId, struck: Mapping[int | None, str]) -> tuple[dict[int, Holding], list[str]]:
         """Processes whose own slot is usable for this step; and what speaks against the others."""
         notes: list[str] = []
         usable: dict[int, Holding] = {}
@@ -217,7 +223,8 @@ class Planner:
                 if holding.step != step:
                     continue
                 if inventory.process in struck:
-                    notes.append(f"the copy of process {inventory.process} is damaged")
+                    damaged = f"the copy of process {inventory.process} is damaged"
+                    notes.append(_because(damaged, struck[inventory.process]))
                 elif not self._fits(inventory.process, holding):
                     misfits[self._misfit(holding)].append(inventory.process)
                 else:
@@ -325,6 +332,10 @@ class Planner:
         if self.layout.slice_count > 1 and members == sorted(processes):
             return ("slice " if len(slices) == 1 else "slices ") + ", ".join(map(str, slices))
         return _processes(processes)
+
+
+def _because(what: str, why: str) -> str:
+    return f"{what} ({why})" if why else what
 
 
 def _other_states(changed: Iterable[tuple[str, ...]]) -> list[str]:

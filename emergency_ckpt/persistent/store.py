@@ -169,11 +169,20 @@ class PersistentStore:
             return Generation(_number(names[-1]), UNKNOWN_NONCE)
 
     def record_activation(self, activation: Activation) -> None:
-        """Records that all processes hold the state from which this generation begins. Repeating it is fine."""
+        """Records that all processes hold the state from which this generation begins. Repeating it is fine.
+
+        A record that is there although the store reported an error counts: whoever starts next would find it.
+        """
         path = f"{_ACTIVATIONS}/{activation.generation:08d}.json"
         content = {"generation": activation.generation, "step": activation.step}
         self._withdraw_unreadable_activation()
-        if self.files.create(path, seal(content)):
+        try:
+            created = self.files.create(path, seal(content))
+        except PersistentStoreError:
+            if activation not in self.activations():
+                raise
+            return
+        if created:
             return
         found = self._activation(path)
         if found is None:

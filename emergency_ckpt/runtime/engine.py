@@ -6,8 +6,8 @@ order, and every answer on which a later collective call depends is the same on 
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-import itertools
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -62,7 +62,9 @@ class Engine:
         # The newest step that this generation was asked to save.
         self._requested: StepId | None = None
         self._began = False  # whether this generation has a beginning that all agreed on
-        self._collectives = itertools.count()
+        # Whether a restore of this generation failed when its activation may have been recorded already.
+        self._doubtful = False
+        self._calls: collections.Counter[str] = collections.Counter()
         self._errors: list[EmergencyCheckpointError] = []
         self._closed = False
         self._start_workers()
@@ -124,6 +126,9 @@ class Engine:
         current = StepId(self.job.generation.number, step)
         if self.newest_complete == current:
             return self._drain_again(current)
+        if not self._began and self._doubtful:
+            self._begin_generation(self._call("save"))
+            current = StepId(self.job.generation.number, step)
         if not self._began and not self._begin_without_restore():
             return False
         self._requested = current
@@ -144,10 +149,12 @@ class Engine:
 
         Raises PersistentStoreError on all processes when it did not get there.
         """
-        for _ in range(_FINISH_TRIES):
+        call = self._call("finish")
+        for attempt in range(_FINISH_TRIES):
+            key = f"{call}/{attempt}"
             self.save(step, due, prepare, self._settings.drain_timeout)
-            self.wait()
-            if self._is_persistent(step):
+            self._wait_together(key)
+            if self._is_persistent(step, key):
                 return
         self._collect_errors()
         causes = "; ".join(map(str, self._errors))
@@ -170,8 +177,9 @@ class Engine:
                 return self._agree_to_repeat(newest)  # It was abandoned.
         if not due.persistent:
             return False
-        self._wait_for_drains()
-        return not self._is_persistent(step)
+        key = self._call("persistent")
+        self._wait_together(key)
+        return not self._is_persistent(step, key)
 
     def _agree_to_repeat(self, step: StepId) -> bool:
         """Whether all processes repeat an abandoned save. One that repeats it alone would be out of step."""
@@ -197,12 +205,12 @@ class Engine:
         self._drain.drain(step, slot.index)
         return True
 
-    def _is_persistent(self, step: int) -> bool:
+    def _is_persistent(self, step: int, key: str) -> bool:
         """Whether `step` is committed, as process 0 finds it. Collective."""
         return bool(
             tell(
                 self.job.coordinator,
-                f"persistent/{next(self._collectives)}",
+                f"{key}/persistent",
                 lambda: any(held.step_id.step == step for held in self.catalog.persistent()),
                 self._settings.coordination_timeout,
             )
@@ -220,9 +228,10 @@ class Engine:
         def decide(_: list[Any]) -> None:
             job.persistent.record_activation(activation)
 
-        key = f"begin/{next(self._collectives)}"
         try:
-            agree(job.coordinator, key, lambda: None, decide, self._settings.coordination_timeout)
+            agree(
+                job.coordinator, self._call("begin"), lambda: None, decide, self._settings.coordination_timeout
+            )
         except CoordinationTimeoutError:
             raise  # Others may have gone on: nothing that this process did now would be in step with them.
         except EmergencyCheckpointError as error:
@@ -240,19 +249,25 @@ class Engine:
     def restore(self, wanted: int | None) -> Restored:
         """Restores the newest restorable step, or step `wanted`. Collective. Raises NoRestorableStepError."""
         self._check_open()
-        if self._began:
-            self._begin_generation()
+        key = self._call("restore")
+        if self._began or self._doubtful:
+            self._begin_generation(key)
         elif not self._survey_is_fresh:
-            self.survey = self._restorer.survey()
+            self.survey = self._restorer.survey(key)
         self._survey_is_fresh = False
         try:
-            restored = self._restorer.restore(self.survey, wanted, self.job.generation)
+            restored = self._restorer.restore(self.survey, wanted, self.job.generation, key)
         except NoRestorableStepError:
             # What turned out to be damaged is not there any more; training may go on from the rest.
             remaining = self._restorer.remaining
             lost = None if remaining else self.survey.lost or self.survey.newest
             self.survey = dataclasses.replace(self.survey, restorable=remaining, lost=lost)
             self._base = self.survey.newest
+            raise
+        except EmergencyCheckpointError:
+            # If the activation is in the store, it stands: all processes held the state. Which it is, a new
+            # generation finds out.
+            self._doubtful = True
             raise
         self._began = True
         self._base = StepId(restored.report.generation, restored.report.step)
@@ -266,8 +281,7 @@ class Engine:
         """What `read` gives; raises on all processes when it fails on one. Collective."""
         loaded: list[Loaded] = []
         limit = self._settings.coordination_timeout + self._settings.drain_timeout
-        key = f"load/{next(self._collectives)}"
-        agree(self.job.coordinator, key, lambda: loaded.append(read()), lambda _: None, limit)
+        agree(self.job.coordinator, self._call("load"), lambda: loaded.append(read()), lambda _: None, limit)
         return loaded[0]
 
     def restore_part(self, step: int | None, make_wanted: Callable[[], Wanted]) -> Restored:
@@ -277,13 +291,11 @@ class Engine:
         `Restorer.restore_part` does.
         """
         self._check_open()
-        job, wanted = self.job, None
+        key, wanted = self._call("part"), None
 
         def mine() -> str:
             nonlocal wanted
             wanted = make_wanted()
-            # A save or a drain in the background could take a slot, or delete a step, that is being read.
-            self.wait()
             return wanted.fingerprint
 
         def decide(fingerprints: list[str]) -> None:
@@ -294,22 +306,25 @@ class Engine:
                     "give restore() the same leaves with the same shardings"
                 )
 
-        limit = self._settings.coordination_timeout + self._settings.drain_timeout
-        agree(job.coordinator, f"part/{next(self._collectives)}", mine, decide, limit)
+        agree(self.job.coordinator, f"{key}/wanted", mine, decide, self._settings.coordination_timeout)
         assert wanted is not None
-        survey = self.survey if self._survey_is_fresh else self._restorer.survey()
-        return self._restorer.restore_part(survey, step, wanted)
+        # A save or a drain in the background could take a slot, or delete a step, that is being read.
+        self._wait_together(key)
+        survey = self.survey if self._survey_is_fresh else self._restorer.survey(key)
+        return self._restorer.restore_part(survey, step, wanted, key)
 
     def reload(self) -> None:
         """Looks again at what can be restored. Collective."""
         self._check_open()
-        self.wait()
-        self._look_again()
+        key = self._call("reload")
+        self._wait_together(key)
+        self._look_again(key)
 
     def delete(self, step: int) -> None:
         """Deletes `step` on all tiers. Collective. Raises NoRestorableStepError when it is on none."""
         self._check_open()
-        self.wait()
+        key = self._call("delete")
+        self._wait_together(key)
 
         def remove() -> list[int] | None:
             """Deletes the step if it is there; otherwise says which steps are."""
@@ -320,8 +335,7 @@ class Engine:
             self._retention.forget_steps()
             return None
 
-        key = f"delete/{next(self._collectives)}"
-        numbers = tell(self.job.coordinator, key, remove, self._settings.coordination_timeout)
+        numbers = tell(self.job.coordinator, f"{key}/persistent", remove, self._settings.coordination_timeout)
         if numbers is not None:
             raise NoRestorableStepError(f"step {step} is on no tier; the steps that are: {numbers}")
         agree(
@@ -331,11 +345,11 @@ class Engine:
             lambda _: None,
             self._settings.coordination_timeout,
         )
-        self._look_again()
+        self._look_again(key)
         self._pipeline.forget(step, self.survey.newest)
 
-    def _look_again(self) -> None:
-        self.survey = self._restorer.survey()
+    def _look_again(self, key: str) -> None:
+        self.survey = self._restorer.survey(key)
         self._survey_is_fresh = not self._began
         self._base = self.survey.newest
         self._look_at_persistent()
@@ -345,14 +359,14 @@ class Engine:
         known = [*self.survey.activations, *begun]
         self._has_persistent = any(not is_void(step, known) for step in self.survey.persistent)
 
-    def _begin_generation(self) -> None:
+    def _begin_generation(self, key: str) -> None:
         """Finishes all saves and begins a new generation, for a restore in the middle of a run. Collective."""
         job = self.job
-        self.wait()
+        self._wait_together(key)
         # Nothing is given up until the new generation exists: if this fails, the old one goes on.
-        survey = self._restorer.survey()
-        key = f"generation/{next(self._collectives)}"
+        survey = self._restorer.survey(key)
         generation = mint_generation(job, key, survey.highest_generation, survey.newest)
+        self._pipeline.release_unresolved()
         self._collect_errors()
         self._close_workers()
         if job.leads:
@@ -360,6 +374,7 @@ class Engine:
         job.begin_generation(generation)
         self.survey = survey
         self._base, self._requested, self._began = survey.newest, None, False
+        self._doubtful = False
         self._start_workers()
 
     def _start_workers(self) -> None:
@@ -406,16 +421,39 @@ class Engine:
             self._close_workers()
             self.job.local.close()
 
+    def _call(self, kind: str) -> str:
+        """The prefix of the keys of one call that all processes make.
+
+        It is taken before anything can fail, so that a process which fails on the way is in step with the
+        others at the next call.
+        """
+        self._calls[kind] += 1
+        return f"{kind}/{self._calls[kind]}"
+
+    def _wait_together(self, key: str) -> None:
+        """Waits on all processes; where one of them waits in vain, all raise, and none goes on without it."""
+        limit = self._save_patience + self._drain_patience + self._settings.coordination_timeout
+        agree(self.job.coordinator, f"{key}/waited", self.wait, lambda _: None, limit)
+
+    # Each save and each drain has a limit of its own; several may be queued.
+
+    @property
+    def _save_patience(self) -> timedelta:
+        return 4 * self._settings.coordination_timeout
+
+    @property
+    def _drain_patience(self) -> timedelta:
+        return 2 * self._settings.drain_timeout + timedelta(seconds=60)
+
     def _wait_for_saves(self) -> None:
-        # Each save and each drain has a limit of its own; several may be queued.
-        patience = 4 * self._settings.coordination_timeout
-        if not self._pipeline.wait(patience):
-            raise CoordinationTimeoutError(f"saves were still running after {patience.total_seconds():.0f} s")
+        if not self._pipeline.wait(self._save_patience):
+            seconds = self._save_patience.total_seconds()
+            raise CoordinationTimeoutError(f"saves were still running after {seconds:.0f} s")
 
     def _wait_for_drains(self) -> None:
-        patience = 2 * self._settings.drain_timeout + timedelta(seconds=60)
-        if self._drain is not None and not self._drain.wait(patience):
-            raise CoordinationTimeoutError(f"drains were still running after {patience.total_seconds():.0f} s")
+        if self._drain is not None and not self._drain.wait(self._drain_patience):
+            seconds = self._drain_patience.total_seconds()
+            raise CoordinationTimeoutError(f"drains were still running after {seconds:.0f} s")
 
     def _collect_errors(self) -> None:
         self._errors += self._pipeline.take_errors()

@@ -94,7 +94,7 @@ class Attempt:
                 held.append(self._assemble())
             except CorruptDataError as error:
                 job.log.error("restore", self._plan.step.step, str(error))
-                return [self._own_strike()]
+                return [self._own_strike(str(error))]
             return []
 
         return self._agree(key, mine, activation) or held[0]
@@ -122,10 +122,12 @@ class Attempt:
         job = self._job
 
         def decide(answers: list[Any]) -> Any:
-            found = sorted({tuple(strike) for answer in answers for strike in answer}, key=str)
+            # Many processes may have found one source bad: what one of them says is enough.
+            by_source = {tuple(strike[:3]): strike for answer in answers for strike in answer}
+            found = [by_source[source] for source in sorted(by_source, key=str)]
             if not found and activation is not None:
                 job.persistent.record_activation(activation)
-            return [list(strike) for strike in found]
+            return found
 
         answer = agree(
             job.coordinator,
@@ -134,7 +136,7 @@ class Attempt:
             decide,
             job.settings.drain_timeout + job.settings.coordination_timeout,
         )
-        return [Strike(StepId(g, s), p) for g, s, p in answer]
+        return [Strike(StepId(g, s), p, why) for g, s, p, why in answer]
 
     # Getting the bytes.
 
@@ -151,11 +153,11 @@ class Attempt:
             # Only what is proven to be damaged may cost a step: a store that fails is asked again, and if it
             # fails for good, the restore fails and nothing becomes void.
             job.log.error("restore", step.step, str(error))
-            return [Strike(step, None)]
+            return [Strike(step, None, str(error))]
         if self._source.kind is SourceKind.OWN_SLOT:
             slot = job.local.sealed(step)
             if slot is None:
-                return [Strike(step, job.process)]
+                return [Strike(step, job.process, "it was given up meanwhile")]
             self._note_other_job(slot.manifest)
             self._whole = Hydrated(fitted(slot, job.layout, job.process), job.local)
         elif self._source.kind is SourceKind.BROADCAST:
@@ -249,10 +251,11 @@ class Attempt:
         manifest = make_manifest(job, step, sent.checksums, sent.values, extras, sent.metadata)
         damage = hydration.find_damage(manifest)
         if damage:
-            job.log.error("restore", step.step, f"what process {sender} sent does not verify: {damage}")
+            why = f"what process {sender} sent does not verify: {damage}"
+            job.log.error("restore", step.step, why)
             hydration.discard()
             from_store = self._plan.sources[sender].kind is SourceKind.PERSISTENT
-            return [Strike(step, None if from_store else sender)]
+            return [Strike(step, None if from_store else sender, why)]
         self._whole = hydration.seal(manifest)
         return []
 
@@ -331,17 +334,17 @@ class Attempt:
         )
         return Held({**leaves, **self._boxes}, self._extras, self._why_no_extras)
 
-    def _own_strike(self) -> Strike:
+    def _own_strike(self, why: str) -> Strike:
         """The source that this process's bytes came from."""
         step, job = self._plan.step, self._job
         if self._wanted.part.is_whole or self._source.kind is SourceKind.OWN_SLOT:
             job.local.give_up(step)
         if self._source.kind is SourceKind.OWN_SLOT:
-            return Strike(step, job.process)
+            return Strike(step, job.process, why)
         if self._source.kind is SourceKind.BROADCAST:
             sender = self._plan.sources[self._source.process or 0]
-            return Strike(step, self._source.process if sender.kind is SourceKind.OWN_SLOT else None)
-        return Strike(step, None)
+            return Strike(step, self._source.process if sender.kind is SourceKind.OWN_SLOT else None, why)
+        return Strike(step, None, why)
 
 
 def persistent_mismatch(job: Job, plan: RestorePlan, wanted: Wanted) -> str:
@@ -372,5 +375,5 @@ def _reader(job: Job, step: StepId) -> StepReader:
     )
 
 
-def _strike_json(strike: Strike) -> Sequence[int | None]:
-    return [strike.step.generation, strike.step.step, strike.process]
+def _strike_json(strike: Strike) -> Sequence[int | str | None]:
+    return [strike.step.generation, strike.step.step, strike.process, strike.why]

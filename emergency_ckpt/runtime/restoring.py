@@ -22,7 +22,7 @@ from emergency_ckpt.core.lineage import Activation, StepId
 from emergency_ckpt.core.restore_plan import Planner, RestorePlan, SourceKind, Strike
 from emergency_ckpt.errors import NoRestorableStepError, StateMismatchError
 from emergency_ckpt.persistent.store import Generation
-from emergency_ckpt.runtime.agreement import agree, tell
+from emergency_ckpt.runtime.agreement import agree
 from emergency_ckpt.runtime.job import Job
 from emergency_ckpt.runtime.layout_exchange import fetch_layouts, publish_layouts
 from emergency_ckpt.runtime.restore_attempt import Attempt, Held, persistent_mismatch
@@ -70,13 +70,12 @@ class Restorer:
         self._mesh = mesh
         axis = job.settings.replica_axis
         self._replica_axis = str(axis if isinstance(axis, str) else mesh.axis_names[axis])
-        self._sessions = itertools.count()
         self.remaining: tuple[StepId, ...] = ()  # what the last failed restore left restorable, oldest first
 
-    def survey(self) -> Survey:
-        """Finds out what can be restored now. Collective."""
+    def survey(self, call: str) -> Survey:
+        """Finds out what can be restored now. Collective; `call` names it and is the same on all processes."""
         job, timeout = self._job, self._job.settings.coordination_timeout
-        key = f"survey/{next(self._sessions)}"
+        key = f"{call}/survey"
         surveyed: list[Survey] = []
 
         def decide(inventories: list[Any]) -> Any:
@@ -96,7 +95,7 @@ class Restorer:
         job.local.activate(survey.activations)
         return survey
 
-    def restore(self, survey: Survey, wanted: int | None, generation: Generation) -> Restored:
+    def restore(self, survey: Survey, wanted: int | None, generation: Generation, call: str) -> Restored:
         """Restores the newest restorable step, or step `wanted`, as the beginning of `generation`. Collective.
 
         Raises NoRestorableStepError, with the reasons, when there is none, and StateMismatchError, with every
@@ -106,11 +105,12 @@ class Restorer:
         def finish(attempt: Attempt, key: str, plan: RestorePlan) -> Held | list[Strike]:
             return attempt.finish(key, Activation(generation.number, plan.step.step))
 
-        restored = self._restore(survey, wanted, whole_state(self._abstract_state, self._job.layout), finish)
+        whole = whole_state(self._abstract_state, self._job.layout)
+        restored = self._restore(survey, wanted, whole, finish, call)
         self._job.log.emit(self._event(restored.report))
         return restored
 
-    def restore_part(self, survey: Survey, wanted: int | None, part: Wanted) -> Restored:
+    def restore_part(self, survey: Survey, wanted: int | None, part: Wanted, call: str) -> Restored:
         """Restores `part` of the newest restorable step, or of step `wanted`, and changes nothing. Collective.
 
         Raises NoRestorableStepError as `restore` does, and StateMismatchError for leaves that the step does not
@@ -120,7 +120,7 @@ class Restorer:
         def finish(attempt: Attempt, key: str, _: RestorePlan) -> Held | list[Strike]:
             return attempt.hold(key)
 
-        restored = self._restore(survey, wanted, part, finish)
+        restored = self._restore(survey, wanted, part, finish, call)
         report = restored.report
         self._job.log.info(
             "restore",
@@ -136,13 +136,13 @@ class Restorer:
         step: int | None,
         wanted: Wanted,
         finish: Callable[[Attempt, str, RestorePlan], Held | list[Strike]],
+        call: str,
     ) -> Restored:
         job = self._job
-        session = f"restore/{next(self._sessions)}"
         started = time.monotonic()
         strikes: set[Strike] = set()
         for round_number in itertools.count():
-            key = f"{session}/{round_number}"
+            key = f"{call}/{round_number}"
             plan = self._plan(f"{key}/plan", survey, step, wanted, strikes)
             attempt = Attempt(job, plan, wanted, self._mesh, self._replica_axis)
             try:
@@ -161,7 +161,7 @@ class Restorer:
                     RejectedStepEvent(
                         step=strike.step.step,
                         saved_generation=strike.step.generation,
-                        reason=f"the copy of {where} is damaged",
+                        reason=f"the copy of {where} is damaged: {strike.why}",
                     )
                 )
         raise AssertionError("unreachable: every round restores, raises or strikes a source")
@@ -185,7 +185,9 @@ class Restorer:
                 "mismatch": self._mismatch(planner, plan, wanted) if plan else "",
             }
 
-        answer = tell(job.coordinator, key, make, job.settings.coordination_timeout)
+        # All say that they are here: nobody waits for a silent process as long as for one that reads.
+        timeout = job.settings.coordination_timeout
+        answer = agree(job.coordinator, key, lambda: None, lambda _: make(), timeout)
         if answer["mismatch"]:
             raise StateMismatchError(answer["mismatch"])
         if answer["plan"] is None:

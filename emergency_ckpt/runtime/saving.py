@@ -164,6 +164,16 @@ class SavePipeline(Worker[_Task]):
             self._newest_complete = None
         self._promised = newest
 
+    def release_unresolved(self) -> None:
+        """Gives up the saves whose outcome could not be learnt, so that no drain is waited for in vain.
+
+        Call when nothing is under way and no further save follows.
+        """
+        for task in self._unresolved:
+            if task.due.persistent and task.slot is not None:
+                self._job.local.unpin(task.slot.index)
+        self._unresolved.clear()
+
     # In the writer thread.
 
     def _do(self, task: _Task) -> None:

@@ -64,7 +64,7 @@ def start_job(settings: Settings, mesh: jax.sharding.Mesh, abstract_state: Any) 
     job = Job(settings, run, item, topology, layout, coordinator, local, persistent, Generation(0, ""), log)
     try:
         restorer = Restorer(job, abstract_state, mesh)
-        survey = restorer.survey()
+        survey = restorer.survey("start")
         _check_unusable(job, survey)
         job.begin_generation(mint_generation(job, "start", survey.highest_generation, survey.newest))
     except BaseException:
