@@ -431,9 +431,14 @@ class Engine:
         return f"{kind}/{self._calls[kind]}"
 
     def _wait_together(self, key: str) -> None:
-        """Waits on all processes; where one of them waits in vain, all raise, and none goes on without it."""
-        limit = self._save_patience + self._drain_patience + self._settings.coordination_timeout
-        agree(self.job.coordinator, f"{key}/waited", self.wait, lambda _: None, limit)
+        """Waits on all processes; where one of them waits in vain, all raise, and none goes on without it.
+
+        All say first that they are here, so that nobody waits for a silent process as long as for a drain.
+        """
+        coordinator, timeout = self.job.coordinator, self._settings.coordination_timeout
+        agree(coordinator, f"{key}/here", lambda: None, lambda _: None, timeout)
+        limit = self._save_patience + self._drain_patience + timeout
+        agree(coordinator, f"{key}/waited", self.wait, lambda _: None, limit)
 
     # Each save and each drain has a limit of its own; several may be queued.
 

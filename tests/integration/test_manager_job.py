@@ -53,6 +53,32 @@ STORIES: dict[str, list[dict[str, Any]]] = {
     ],
     "nowhere": [{"wanted": 11, "until": 20}],
     "persistent_damaged": [{"wipe": ALL, "flip_persistent": True, "until": 12}],
+    "shard_of_one_place_damaged": [{"wipe": ALL, "flip_shard": {"step": 10, "rows": [8, 16]}, "until": 3}],
+    "counterparts_swapped": [{"swap": [[0, 2], [1, 3]], "until": 16}, {"swap": [[0, 2]], "until": 17}],
+    "swapped_within_a_slice": [{"swap": [[0, 1]], "until": 16}, {"until": 17}],
+    "swapped_within_all_slices": [{"swap": [[0, 1], [2, 3]], "until": 12}, {"until": 13}],
+    "swapped_with_nothing_persistent": [
+        {"swap": [[0, 1], [2, 3]], "drop_persistent": True, "until": 15},
+        {"swap": [[0, 1], [2, 3]], "until": 15},
+    ],
+    "state_changed": [
+        {"rows": 32, "until": 15},
+        {"rows": 32, "until": 15, "flags": {"enable_single_replica_ckpt_restoring": True}, "wipe": [1]},
+        {"rows": 32, "until": 15, "drop_persistent": True},
+        {"until": 15},
+    ],
+    "slow_drain": [
+        {
+            "until": 60,
+            "hold_commits_until": 40,
+            "flags": {
+                "local_checkpoint_period": 1,
+                "checkpoint_period": 4,
+                "local_checkpoint_slot_wait_seconds": 0.01,
+            },
+        },
+        {"until": 61},
+    ],
     "one_process_fails": [{"block_lock": [2], "until": 15}],
     "one_save_refused": [{"until": 20, "refused_at": {"process": 1, "step": 18}}, {"until": 20}],
     "every_step": [
@@ -171,6 +197,68 @@ def test_a_damaged_persistent_step_is_refused_not_half_restored(told: Told) -> N
         assert answer["error"].startswith("NoRestorableStepError: No step can be restored: step 10:")
 
 
+def test_a_persistent_shard_that_some_processes_find_damaged_is_walked_back_from_by_all(told: Told) -> None:
+    (life,) = told["shard_of_one_place_damaged"]
+    assert sources(life) == [(1, "persistent")] * 4
+    for answer in life:
+        assert "step 10: the persistent tier is unusable (reading params.w[8:16, 0:300]" in answer["reason"]
+
+
+def test_hosts_that_changed_places_between_slices_lose_nothing(told: Told) -> None:
+    first, second = told["counterparts_swapped"]
+    assert sources(first) == [(14, "own slot")] * 4
+    assert [r["extras"]["data"]["position"] for r in first] == [1400, 1401, 1402, 1403]
+    assert sources(second) == [(16, "own slot")] * 4
+    assert [r["extras"]["data"]["position"] for r in second] == [1600, 1601, 1602, 1603]
+
+
+def test_hosts_that_changed_places_within_a_slice_take_the_step_from_another_slice(told: Told) -> None:
+    first, second = told["swapped_within_a_slice"]
+    assert sources(first) == [(14, "broadcast from slice 1")] * 2 + [(14, "own slot")] * 2
+    why = "the copies of processes 0, 1 cannot be used: the shards in them are those of other processes now"
+    assert why in first[0]["reason"]
+    assert [r["extras"]["data"]["position"] for r in first] == [1400, 1401, 1402, 1403]
+    assert sources(second) == [(16, "own slot")] * 4
+
+
+def test_hosts_that_changed_places_within_all_slices_read_the_persistent_tier(told: Told) -> None:
+    first, second = told["swapped_within_all_slices"]
+    assert sources(first) == [(10, "persistent")] * 4
+    assert "step 14: the copies of processes 0, 1, 2, 3 cannot be used" in first[0]["reason"]
+    assert sources(second) == [(12, "own slot")] * 4
+
+
+def test_hosts_on_wrong_places_with_nothing_else_are_an_error_that_costs_nothing(told: Told) -> None:
+    first, second = told["swapped_with_nothing_persistent"]
+    for answer in first:
+        assert answer["error"].startswith("NoRestorableStepError: the ramdisks hold step 14 (generation 1)")
+        assert "a job of 4 processes in 2 slices saved it" in answer["error"]
+    assert sources(second) == [(14, "own slot")] * 4
+
+
+def test_a_changed_state_names_the_leaves_on_all_processes_and_voids_nothing(told: Told) -> None:
+    persistent, broadcast, ramdisks, right = told["state_changed"]
+    for answer in [*persistent, *broadcast, *ramdisks]:
+        assert answer["error"].startswith("StateMismatchError: ")
+        assert "params.half: saved bfloat16[80], wanted bfloat16[160]" in answer["error"]
+        assert "params.w: saved float32[16, 300], wanted float32[32, 300]" in answer["error"]
+        assert "count" not in answer["error"]
+    assert "the ramdisks hold step 14" in ramdisks[0]["error"]
+    assert sources(right) == [(14, "own slot"), (14, "broadcast from slice 1"), *[(14, "own slot")] * 2]
+
+
+def test_saves_that_outrun_the_drains_are_abandoned_alike_and_all_tiers_go_on(told: Told) -> None:
+    first, second = told["slow_drain"]
+    assert [start for start, _ in sources(first)] == [14] * 4
+    ends = [r["counters"]["saves_abandoned"] + r["counters"]["saves_skipped"] for r in first]
+    assert ends[0] > 0
+    assert ends == [ends[0]] * 4
+    assert len({r["counters"]["saves_complete"] for r in first}) == 1
+    assert first[0]["counters"]["saves_skipped"] > 0
+    assert len(set(first[0]["committed"]) - {1, 10}) >= 1
+    assert [start for start, _ in sources(second)] == [first[0]["complete"]] * 4
+
+
 def test_an_error_of_one_process_is_told_to_all(told: Told) -> None:
     errors = [answer["error"] for answer in told["one_process_fails"][0]]
     assert errors[2].startswith("LocalDirectoryError: cannot write below")
@@ -198,7 +286,8 @@ def test_synchronous_saves_are_sealed_when_the_call_returns(told: Told) -> None:
 def test_one_slice_of_two_hosts_and_no_local_tier_work_as_well(tmp_path: Path) -> None:
     stories = {
         "one_slice": [{"until": 12}, {"until": 13}, {"wipe": [1], "until": 13}],
-        "one_ramdisk_for_both": [{"until": n, "flags": {"shared_ramdisk": True}} for n in (12, 16, 20)],
+        "one_ramdisk_for_both": [{"until": n, "flags": {"shared_ramdisk": True}} for n in (12, 16, 20)]
+        + [{"until": 21, "flags": {"shared_ramdisk": True}, "swap_shared": True}],
         "no_local_tier": [{"until": 25, "flags": NO_LOCAL_TIER}, {"until": 26, "flags": NO_LOCAL_TIER}],
     }
     answers = run_job(live_through, 2, str(tmp_path / "none"), str(tmp_path), 1, stories)
@@ -208,7 +297,7 @@ def test_one_slice_of_two_hosts_and_no_local_tier_work_as_well(tmp_path: Path) -
     assert sources(one_slice[1]) == [(12, "own slot")] * 2
     # Nobody else has the shards of process 1; process 0 still holds the very step that is persistent.
     assert sources(one_slice[2]) == [(10, "own slot"), (10, "persistent")]
-    assert [sources(life) for life in shared[1:]] == [[(n, "own slot")] * 2 for n in (12, 16)]
+    assert [sources(life) for life in shared[1:]] == [[(n, "own slot")] * 2 for n in (12, 16, 20)]
     assert off[0][0]["steps"] == [1, 10, 20]
     assert sources(off[1]) == [(20, "persistent")] * 2
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,19 +23,25 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from emergency_ckpt import CheckpointManager, Config
+from emergency_ckpt.agent import drain
 from emergency_ckpt.errors import EmergencyCheckpointError, ExtrasError
 
 ROWS = 16
+COLUMNS = 300  # enough for shards that are not kept within the index of the persistent array database
 
 
 def make_mesh(slices: int) -> Mesh:
     return Mesh(np.array(jax.devices()).reshape(slices, -1), ("replica", "fsdp"))
 
 
+def make_weights(step: int, rows: int = ROWS) -> np.ndarray:
+    return np.arange(rows * COLUMNS, dtype=np.float32).reshape(rows, COLUMNS) / 7 + np.float32(step)
+
+
 def make_state(mesh: Mesh, step: int, rows: int = ROWS) -> dict[str, Any]:
     """The state after `step` steps."""
     sharded, replicated = NamedSharding(mesh, P("fsdp")), NamedSharding(mesh, P())
-    weights = np.arange(rows * 3, dtype=np.float32).reshape(rows, 3) / 7 + np.float32(step)
+    weights = make_weights(step, rows)
     half = (np.arange(rows * 5) % 11 + step % 64).astype(jnp.bfloat16)
     values = {
         "params": {"w": (weights, sharded), "half": (half, sharded)},
@@ -87,11 +94,16 @@ def train(
     wanted: int | None = None,
     refused_at: dict[str, int] | None = None,
     parts: Sequence[tuple[int, str]] = (),
+    rows: int = ROWS,
+    hold_commits_until: int = 0,
 ) -> dict[str, Any]:
-    """Restores (step `wanted`, or the newest), checks, trains to step `until`, and tells what happened."""
+    """Restores (step `wanted`, or the newest), checks, trains to step `until`, and tells what happened.
+
+    `hold_commits_until` keeps process 0 from committing any drain before it has trained to that step.
+    """
     mesh = make_mesh(slices)
     process = jax.process_index()
-    state = make_state(mesh, 0)
+    state = make_state(mesh, 0, rows)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     manager = CheckpointManager.from_config(make_config(root, flags), mesh, abstract)
     listed, latest = list(manager.all_steps()), manager.latest_step()
@@ -105,7 +117,10 @@ def train(
     if extras:
         assert extras == {"data": {"position": 100 * start + process}}, extras
     step_fn = jax.jit(_step, donate_argnums=0)
+    gate = _CommitGate() if hold_commits_until else None
     for step in range(start + 1, until + 1):
+        if gate and step == hold_commits_until:
+            gate.open()
         state = step_fn(state, _increments(mesh, step))
         if refused_at == {"process": process, "step": step}:
             with contextlib.suppress(ExtrasError):
@@ -128,6 +143,8 @@ def train(
         "steps": list(manager.all_steps()),
         "generation": manager.generation,
         "counters": manager.metrics_snapshot(),
+        "complete": manager.latest_complete_step(),
+        "committed": sorted(int(p.name) for p in manager.directory.iterdir() if p.name.isdigit()),
     }
     manager.close()
     return result
@@ -161,6 +178,23 @@ def read_part(manager: CheckpointManager, mesh: Mesh, step: int, cut: str) -> st
     return manager.last_restore.source
 
 
+class _CommitGate:
+    """Commits of this process wait, as for a store that is very slow, until the gate is opened."""
+
+    def __init__(self) -> None:
+        self._opened = threading.Event()
+        self._real = drain.commit
+        drain.commit = self._commit
+
+    def open(self) -> None:
+        drain.commit = self._real
+        self._opened.set()
+
+    def _commit(self, *args: Any) -> Any:
+        assert self._opened.wait(60)
+        return self._real(*args)
+
+
 def train_until_preempted(root: str) -> dict[str, Any]:
     """Trains until all processes are told to leave at one step, which is saved on every tier."""
     mesh = make_mesh(2)
@@ -190,6 +224,16 @@ def _step(state: dict[str, Any], following: dict[str, Any]) -> dict[str, Any]:
 def live(root: str, slices: int, life: dict[str, Any]) -> dict[str, Any]:
     """One life of a job: each process damages its own ramdisk as told, then all train; errors become text."""
     process = jax.process_index()
+    for one, other in life.get("swap", ()):
+        if process == one:
+            swap(Path(root) / f"ramdisk_{one}", Path(root) / f"ramdisk_{other}")
+    if life.get("swap_shared") and process == 0:
+        swap(Path(root) / "ramdisk/emergency_ckpt/0", Path(root) / "ramdisk/emergency_ckpt/1")
+    if life.get("drop_persistent") and process == 0:
+        for path in Path(root).glob("bucket/job/checkpoints/[0-9]*"):
+            shutil.rmtree(path)
+    if "flip_shard" in life and process == 0:
+        flip_shard(Path(root), **life["flip_shard"])
     if process in life.get("wipe", ()):
         shutil.rmtree(Path(root) / f"ramdisk_{process}")
     if process in life.get("flip", ()):
@@ -201,6 +245,7 @@ def live(root: str, slices: int, life: dict[str, Any]) -> dict[str, Any]:
     if life.get("flip_persistent") and process == 0:
         for path in Path(root).glob("bucket/job/checkpoints/*/*/**/d/*"):
             flip_byte(path)
+    multihost_utils.sync_global_devices("damaged")
     try:
         return train(
             root,
@@ -210,6 +255,8 @@ def live(root: str, slices: int, life: dict[str, Any]) -> dict[str, Any]:
             life.get("wanted"),
             life.get("refused_at"),
             life.get("parts", ()),
+            life.get("rows", ROWS),
+            life.get("hold_commits_until", 0),
         )
     except EmergencyCheckpointError as error:
         return {"error": f"{type(error).__name__}: {error}"}
@@ -228,8 +275,33 @@ def live_through(
         if jax.process_index() == 0 and (Path(trained) / "bucket").exists():
             shutil.copytree(Path(trained) / "bucket", place / "bucket")
         multihost_utils.sync_global_devices(name)
-        told[name] = [live(str(place), slices, life) for life in lives]
+        told[name] = []
+        for number, life in enumerate(lives):
+            multihost_utils.sync_global_devices(f"{name} {number}")
+            told[name].append(live(str(place), slices, life))
     return told
+
+
+def swap(one: Path, other: Path) -> None:
+    aside = one.with_name("aside")
+    one.rename(aside)
+    other.rename(one)
+    aside.rename(other)
+
+
+def flip_shard(root: Path, step: int, rows: list[int]) -> None:
+    """Flips one bit of these rows of the weights in a persistent step, wherever they lie in it."""
+    needle = make_weights(step)[rows[0] : rows[1]].tobytes()
+    found = [
+        (path, at)
+        for path in root.glob(f"bucket/job/checkpoints/{step}/**/d/*")
+        if (at := path.read_bytes().find(needle)) >= 0
+    ]
+    assert found
+    for path, at in found:
+        content = bytearray(path.read_bytes())
+        content[at] ^= 4
+        path.write_bytes(content)
 
 
 def flip_byte(path: Path) -> None:
