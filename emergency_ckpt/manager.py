@@ -25,8 +25,10 @@ from emergency_ckpt.errors import (
     UnsupportedStateError,
 )
 from emergency_ckpt.jaxio.preemption import PreemptionQuery
-from emergency_ckpt.runtime import extras as extras_room
+from emergency_ckpt.runtime.datasets import DatasetDirectory
 from emergency_ckpt.runtime.engine import Engine
+from emergency_ckpt.runtime.extras import WantedExtras, capture, fits
+from emergency_ckpt.runtime.items import DATASET, STATE, ItemHandlers, split_items
 from emergency_ckpt.runtime.loading import load_parameters, load_state
 from emergency_ckpt.runtime.policies import Ranking
 from emergency_ckpt.runtime.restored_state import RestoredState
@@ -84,21 +86,14 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
           metadata: JSON about the whole run. Kept in the persistent directory where Orbax keeps it; the first
             manager of the run that gives some wins.
           logger: Orbax's `AbstractLogger`; its `log_entry` gets a dict per event (save, drain, restore, start).
-          item_handlers, handler_registry, persistent_non_replicated_directory: not supported yet; refused
-            unless None.
+          item_handlers, handler_registry: Orbax's handlers of items other than the state.
+          persistent_non_replicated_directory: where the item `dataset` of persistent steps goes as well, in a
+            plain Orbax checkpoint of its own; for items that are too large for the step's commit.
 
         Raises ConfigError for options that are not supported, TopologyError, UnsupportedStateError,
         LocalDirectoryError, LocalCapacityError, ForeignRunError or PersistentStoreError; PeerFailedError when
         another process failed so.
         """
-        refused = {
-            "item_handlers": item_handlers,
-            "handler_registry": handler_registry,
-            "persistent_non_replicated_directory": persistent_non_replicated_directory,
-        }
-        given = [name for name, value in refused.items() if value is not None]
-        if given:
-            raise ConfigError(f"not supported yet, leave it out: {', '.join(given)}")
         settings = settings_from_orbax(
             None if local_directory is None else str(local_directory),
             str(persistent_directory),
@@ -106,7 +101,11 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
             metadata,
             logger,
         )
-        self._start(settings, global_mesh, abstract_state)
+        self._start(settings, global_mesh, abstract_state, ItemHandlers(item_handlers, handler_registry))
+        if persistent_non_replicated_directory is not None:
+            self._datasets = DatasetDirectory(
+                persistent_non_replicated_directory, options, item_handlers, handler_registry
+            )
 
     @classmethod
     def from_config(cls, config: Config, mesh: jax.sharding.Mesh, abstract_state: PyTree) -> CheckpointManager:
@@ -131,13 +130,21 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
             manager._engine.job.log.warning("start", None, sentence)
         return manager
 
-    def _start(self, settings: Settings, mesh: jax.sharding.Mesh, abstract_state: PyTree) -> None:
+    def _start(
+        self,
+        settings: Settings,
+        mesh: jax.sharding.Mesh,
+        abstract_state: PyTree,
+        handlers: ItemHandlers | None = None,
+    ) -> None:
         self._settings = settings
         self._mesh = mesh
         self._abstract_state = abstract_state
         self._load_full_state_path = ""
         self._load_parameters_path = ""
         self._save_on_completion = True
+        self._handlers = handlers or ItemHandlers()
+        self._datasets: DatasetDirectory | None = None
         self._engine = Engine(settings, mesh, abstract_state)
         self._preemption = PreemptionQuery()
         self._last_restore: RestoreReport | None = None
@@ -238,7 +245,8 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
 
         Args:
           step: the step number, larger than that of every save before.
-          args: the state, or Orbax's `Composite(state=PyTreeSave(state))`.
+          args: the state, or Orbax's `Composite(state=PyTreeSave(state), …)`. Further items are saved by their
+            handlers, in the same commit as the arrays; together with the extras at most 1 MiB per process.
           force: save on every tier, due or not.
           custom_metadata: JSON that is kept with the step.
           extras: small state of this process, at most 1 MiB: plain data, or objects with `get_state()` such as
@@ -255,10 +263,29 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
             return False
 
         def prepare() -> SaveContent:
-            metadata = _plain_metadata(custom_metadata, metrics)
-            return SaveContent(_state_of(args), extras_room.capture(extras), metadata)
+            return self._content(args, extras, custom_metadata, metrics)
 
-        return self._engine.save(step, due, prepare, self._settings.slot_wait)
+        is_new = not self._engine.is_old(step)
+        saved = self._engine.save(step, due, prepare, self._settings.slot_wait)
+        dataset = args[DATASET] if isinstance(args, ocp.args.Composite) and DATASET in args else None
+        if self._datasets is not None and dataset is not None and is_new and due.persistent:
+            self._datasets.save(step, dataset, custom_metadata)
+        return saved
+
+    def _content(
+        self,
+        args: PyTree,
+        extras: Mapping[str, Any] | None,
+        custom_metadata: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, Any] | None = None,
+    ) -> SaveContent:
+        state, items = split_items(args)
+        if self._datasets is not None and isinstance(items.get(DATASET), ocp.args.Composite):
+            del items[DATASET]  # A whole checkpoint of its own.
+        written = {name: self._handlers.save(name, item) for name, item in items.items()}
+        if self._datasets is not None and DATASET in written and not fits(written[DATASET]):
+            del written[DATASET]
+        return SaveContent(state, capture(extras, written), _plain_metadata(custom_metadata, metrics))
 
     def finish(self, step: int, state: PyTree, *, extras: Mapping[str, Any] | None = None) -> None:
         """Call after the last step: saves it persistently if the flags say so, and waits. Collective.
@@ -270,7 +297,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
             return
 
         def prepare() -> SaveContent:
-            return SaveContent(_state_of(state), extras_room.capture(extras), _plain_metadata(None, None))
+            return self._content(state, extras)
 
         self._engine.finish(step, self._engine.due(step, force=True), prepare)
 
@@ -284,7 +311,8 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         """Restores `step`, or the newest restorable step, as `Composite(state=…)`. Collective.
 
         With None, damaged steps are passed over until one is whole. The arrays have the shapes, dtypes and
-        shardings of the abstract state that the manager was made with; `args` is accepted for Orbax's callers.
+        shardings of the abstract state that the manager was made with, whatever `args` says of the state; other
+        items that `args` (a `Composite`) names are restored by their handlers.
 
         With `Composite(state=PyTreeRestore(item, restore_args, partial_restore=True))`, or where leaves of the
         item are `orbax.checkpoint.PLACEHOLDER`, only the other leaves of the item are read, with its shardings
@@ -292,17 +320,23 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         training goes on as if it had not been called. It waits for saves and drains that are running.
 
         Raises NoRestorableStepError, with the reasons and the newest restorable step, when there is none; for
-        a part also StateMismatchError, naming every leaf that is not there as it is wanted.
+        a part also StateMismatchError, naming every leaf that is not there as it is wanted; ExtrasError
+        on all processes when an item is not there or its handler fails, and nothing is void then.
         """
-        asked = args.get("state") if isinstance(args, ocp.args.Composite) else args
-        if asks_for_part(asked):
-            job = self._engine.job
-            read = self._engine.restore_part(
-                step, lambda: part_of_state(asked, self._abstract_state, job.layout, job.topology)
-            )
-            self._last_restore = read.report
-            return ocp.args.Composite(state=read.state)
-        return ocp.args.Composite(state=self._restore(step).state)
+        items = dict(args.items()) if isinstance(args, ocp.args.Composite) else {STATE: args}
+        asked = items.pop(STATE, None)
+        dataset = items.get(DATASET) if self._datasets is not None else None
+        if isinstance(dataset, ocp.args.Composite):
+            del items[DATASET]
+        optional = frozenset() if dataset is None else frozenset({DATASET})
+        beside = WantedExtras({}, items, optional, self._handlers)
+        restored = (
+            self._restore_part(step, asked, beside) if asks_for_part(asked) else self._restore(step, beside)
+        )
+        found = dict(restored.received.items)
+        if self._datasets is not None and dataset is not None and not self._engine.on_all(DATASET in found):
+            found[DATASET] = self._datasets.restore(restored.report.step, dataset)
+        return ocp.args.Composite(state=restored.state, **found)
 
     def restore_or_init(
         self, init: Callable[[], PyTree], extras: Mapping[str, Any] | None = None
@@ -317,10 +351,9 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         """
         survey = self._engine.survey
         if self._engine.base is not None:
-            restored = self._restore(None)
-            values = extras_room.deliver(restored.extras, extras, restored.why_no_extras)
+            restored = self._restore(None, WantedExtras(extras or {}))
             report = restored.report
-            return RestoredState(restored.state, report.step, values, report.source)
+            return RestoredState(restored.state, report.step, restored.received.values, report.source)
         if lost := survey.lost:
             raise NoRestorableStepError(
                 f"{lost} was complete once, and now nothing can be restored: {survey.reason}. To start "
@@ -340,8 +373,16 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
             return into(init()), f"the parameters of {path}"
         return init(), "scratch"
 
-    def _restore(self, wanted: int | None) -> Restored:
-        restored = self._engine.restore(wanted)
+    def _restore_part(self, step: int | None, asked: Any, beside: WantedExtras) -> Restored:
+        job = self._engine.job
+        read = self._engine.restore_part(
+            step, lambda: part_of_state(asked, self._abstract_state, job.layout, job.topology, beside)
+        )
+        self._last_restore = read.report
+        return read
+
+    def _restore(self, wanted: int | None, beside: WantedExtras) -> Restored:
+        restored = self._engine.restore(wanted, beside)
         self._last_restore = restored.report
         return restored
 
@@ -387,10 +428,14 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
 
         Raises CoordinationTimeoutError when they take longer than their own time limits.
         """
+        if self._datasets is not None:
+            self._datasets.wait()
         self._engine.wait()
 
     def check_for_errors(self) -> None:
         """Raises the first error that saves or drains in the background met since the last call. Local."""
+        if self._datasets is not None:
+            self._datasets.check_for_errors()
         errors = self._engine.take_errors()
         if errors:
             for other in errors[1:]:
@@ -399,7 +444,11 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
 
     def close(self) -> None:
         """Finishes saves and drains and gives back the ramdisk directory. The data stays. Idempotent."""
-        self._engine.close()
+        try:
+            if self._datasets is not None:
+                self._datasets.close()
+        finally:
+            self._engine.close()
 
     def __contextmanager__(self) -> Any:
         try:
@@ -420,26 +469,6 @@ def _plain_metadata(
             f"custom_metadata and metrics must be JSON: {error}. Turn arrays into numbers first: float(loss)."
         ) from error
     return {**plain, "started_nanoseconds": time.time_ns()}
-
-
-def _state_of(args: PyTree) -> PyTree:
-    """The state in what the caller gave: itself, or Orbax's arguments around it."""
-    if isinstance(args, ocp.args.Composite):
-        items = dict(args.items())
-        state = items.pop("state", None)
-        if state is None or items:
-            raise UnsupportedStateError(
-                f"Composite has the items {sorted(args.keys())}; expected 'state' alone. Give small "
-                "per-process state as save(…, extras={…})."
-            )
-        args = state
-    if isinstance(args, (ocp.args.PyTreeSave, ocp.args.StandardSave)):
-        return args.item
-    if isinstance(args, ocp.args.CheckpointArgs):
-        raise UnsupportedStateError(
-            f"a state cannot be saved with {type(args).__name__}; use PyTreeSave or StandardSave"
-        )
-    return args
 
 
 # So that `isinstance(manager, emergency.CheckpointManager)` holds, which MaxText asks.

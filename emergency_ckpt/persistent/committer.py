@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
+from emergency_ckpt.core.extras import Item, ProcessExtras, joined_items
 from emergency_ckpt.core.layout import Layout, LeafSpec
 from emergency_ckpt.core.values import Value
 from emergency_ckpt.errors import CorruptDataError, PersistentStoreError
@@ -127,9 +128,15 @@ def commit_stages(
         files.write(f"{attempt.item}/{ORBAX_STRINGS_FILE}", json.dumps(values.strings).encode())
     if content.metrics:
         files.write(ORBAX_METRICS_FILE, json.dumps(content.metrics).encode())
-    files.write(ORBAX_STEP_FILE, _step_metadata(layout, content))
+    extras = _joined_extras(attempt, parts)
+    items = _items_of(extras)
+    for name, item in items.items():
+        files.make_directory(name)
+        for path, data in item.files.items():
+            files.write(f"{name}/{path}", data)
+    files.write(ORBAX_STEP_FILE, _step_metadata(layout, content, items))
     yield "Orbax's metadata written"
-    _write_side_files(store, files, attempt, layout, parts, content)
+    _write_side_files(store, files, attempt, layout, parts, content, extras)
     yield "side files written"
     files.delete_tree(PARTS_DIRECTORY)
     yield "part markers deleted"
@@ -239,8 +246,23 @@ def _check_merged(
         )
 
 
-def _step_metadata(layout: Layout, content: StepContent) -> bytes:
-    """Orbax's step metadata: the layout's, with times and what the user gave."""
+def _joined_extras(attempt: Attempt, parts: Sequence[PartReport]) -> dict[str, bytes]:
+    extras: dict[str, bytes] = {}
+    for part in parts:
+        for key, data in part.extras.items():
+            if extras.setdefault(key, data) != data:
+                raise CorruptDataError(f"{attempt}: the parts hold different extras under {key!r}")
+    return extras
+
+
+def _items_of(extras: Mapping[str, bytes]) -> Mapping[str, Item]:
+    """The items of all processes, which Orbax has in directories of the step."""
+    in_order = sorted(extras.items(), key=lambda owned: int(owned[0]))
+    return joined_items(ProcessExtras.from_text(data.decode()) for _, data in in_order)
+
+
+def _step_metadata(layout: Layout, content: StepContent, items: Mapping[str, Item]) -> bytes:
+    """Orbax's step metadata: the layout's, with the items, times, and what the user gave."""
     raw = json.loads(dict(layout.metadata_files).get(ORBAX_STEP_FILE, b"{}"))
     now = time.time_ns()
     raw["init_timestamp_nsecs"] = content.started_nanoseconds or now
@@ -248,6 +270,7 @@ def _step_metadata(layout: Layout, content: StepContent) -> bytes:
     raw["custom_metadata"] = dict(content.custom_metadata)
     if not content.metrics:
         raw.get("item_handlers", {}).pop("metrics", None)
+    raw.setdefault("item_handlers", {}).update({name: item.handler for name, item in items.items()})
     return json.dumps(raw).encode()
 
 
@@ -258,15 +281,12 @@ def _write_side_files(
     layout: Layout,
     parts: Sequence[PartReport],
     content: StepContent,
+    extras: Mapping[str, bytes],
 ) -> None:
     checksums: list[tuple[int, ...]] = [()] * len(layout.shards)
-    extras: dict[str, bytes] = {}
     for part in parts:
         for shard, found in zip(part.shards, part.checksums, strict=True):
             checksums[shard] = found
-        for key, data in part.extras.items():
-            if extras.setdefault(key, data) != data:
-                raise CorruptDataError(f"{attempt}: the parts hold different extras under {key!r}")
     written = {LAYOUT_FILE: layout.to_bytes(), CHECKSUMS_FILE: checksums_to_bytes(checksums)}
     if extras:
         written[EXTRAS_FILE] = seal({"extras": extras_to_json(extras)})

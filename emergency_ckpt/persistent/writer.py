@@ -48,7 +48,7 @@ class PartReport:
       shards: ascending indices into `Layout.shards`.
       checksums: their block checksums, in the same order.
       nbytes: bytes of these shards.
-      extras: small per-process state by owner key.
+      extras: small per-process state (`core.extras` as text) by process index.
     """
 
     part: int

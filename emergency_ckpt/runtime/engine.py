@@ -29,6 +29,7 @@ from emergency_ckpt.jaxio.binding import StateBinder
 from emergency_ckpt.runtime.agreement import agree, tell
 from emergency_ckpt.runtime.catalog import Catalog
 from emergency_ckpt.runtime.decisions import ToldDecisions
+from emergency_ckpt.runtime.extras import WantedExtras
 from emergency_ckpt.runtime.history import History
 from emergency_ckpt.runtime.restoring import Restored
 from emergency_ckpt.runtime.retention import Retention
@@ -244,10 +245,18 @@ class Engine:
         self._began = True
         return True
 
+    def on_all(self, here: bool) -> bool:
+        """Whether something holds on all processes. Collective."""
+        key = self._call("on_all")
+        return bool(agree(self.job.coordinator, key, lambda: here, all, self._settings.coordination_timeout))
+
     # Restoring.
 
-    def restore(self, wanted: int | None) -> Restored:
-        """Restores the newest restorable step, or step `wanted`. Collective. Raises NoRestorableStepError."""
+    def restore(self, wanted: int | None, beside: WantedExtras) -> Restored:
+        """Restores the newest restorable step, or step `wanted`. Collective.
+
+        Raises NoRestorableStepError, and ExtrasError where something wanted beside the arrays is not there.
+        """
         self._check_open()
         key = self._call("restore")
         if self._began or self._doubtful:
@@ -256,7 +265,7 @@ class Engine:
             self.survey = self._restorer.survey(key)
         self._survey_is_fresh = False
         try:
-            restored = self._restorer.restore(self.survey, wanted, self.job.generation, key)
+            restored = self._restorer.restore(self.survey, wanted, self.job.generation, beside, key)
         except NoRestorableStepError:
             # What turned out to be damaged is not there any more; training may go on from the rest.
             remaining = self._restorer.remaining

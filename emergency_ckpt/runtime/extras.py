@@ -1,38 +1,93 @@
 """Extras: small state of each process (data iterator, host RNG, counters), saved with the arrays in one commit.
 
-They travel as JSON in the manifest. Each process's extras are kept by a second process in another slice, so
-that losing a slice does not lose the position in the data.
+They travel as JSON in the manifest, and the files of items with them. Each process's extras are kept by a
+second process in another slice, so that losing a slice does not lose the position in the data.
 """
 
 from __future__ import annotations
 
 import base64
-import json
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from etils import epath
 
+from emergency_ckpt.core.extras import Item, ProcessExtras
 from emergency_ckpt.errors import ExtrasError
+from emergency_ckpt.runtime.items import ItemHandlers
 
 MAX_BYTES = 1024 * 1024
 _BYTES = "__bytes__"
 _ARRAY = "__ndarray__"
 
 
-def capture(extras: Mapping[str, Any] | None) -> str | None:
-    """The extras as JSON text; None where there are none.
+@dataclasses.dataclass(frozen=True)
+class SavedExtras:
+    """What one process finds saved beside the arrays of a restored step.
+
+    Attributes:
+      own: its extras; `why_none` says why there are none.
+      items: the items that can be had, whoever wrote their files: these, or the directory where they lie.
+    """
+
+    own: ProcessExtras | None
+    why_none: str
+    items: Mapping[str, Item | epath.Path] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReceivedExtras:
+    """Extras as plain data by name, and what the handlers made of the items."""
+
+    values: Mapping[str, Any]
+    items: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class WantedExtras:
+    """What the caller of a restore wants back beside the arrays; the same on all processes.
+
+    Attributes:
+      targets: objects with `set_state()` by name.
+      items: Orbax's restore arguments by item; those in `optional` may be missing.
+    """
+
+    targets: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    items: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    optional: frozenset[str] = frozenset()
+    handlers: ItemHandlers = dataclasses.field(default_factory=ItemHandlers)
+
+    def receive(self, saved: SavedExtras) -> ReceivedExtras:
+        """Puts everything in its place. Raises ExtrasError when something wanted is not there."""
+        values = deliver(saved, self.targets)
+        items = {}
+        for name, args in self.items.items():
+            if name in saved.items:
+                items[name] = self.handlers.restore(name, args, saved.items[name])
+            elif name not in self.optional:
+                raise ExtrasError(
+                    f"item {name!r} is wanted, but the step holds {sorted(saved.items) or 'no items'}. Restore "
+                    "without it, or a step that was saved with it."
+                )
+        return ReceivedExtras(values, items)
+
+
+def capture(extras: Mapping[str, Any] | None, items: Mapping[str, Item]) -> str | None:
+    """The extras and the items of this process as one text; None where there are none.
 
     A value is an object with `get_state()` (a grain iterator), or plain data: None, bools, numbers, strings,
     bytes, numpy arrays, and lists, tuples (which come back as lists) and dicts of these.
     Raises ExtrasError for anything else, and for more than 1 MiB.
     """
-    if not extras:
+    if not extras and not items:
         return None
-    plain = {name: _encode(_state_of(value), name) for name, value in extras.items()}
-    text = json.dumps(plain, separators=(",", ":"))
+    plain = {name: _encode(_state_of(value), name) for name, value in (extras or {}).items()}
+    text = ProcessExtras(plain, items).to_text()
     if len(text) > MAX_BYTES:
-        sizes = {name: len(json.dumps(value)) for name, value in plain.items()}
+        sizes = {name: len(ProcessExtras({name: value}).to_text()) for name, value in plain.items()}
+        sizes |= {name: len(ProcessExtras(items={name: item}).to_text()) for name, item in items.items()}
         largest = max(sizes, key=lambda name: sizes[name])
         raise ExtrasError(
             f"the extras of this process take {len(text)} bytes, at most {MAX_BYTES} are allowed; the "
@@ -41,23 +96,28 @@ def capture(extras: Mapping[str, Any] | None) -> str | None:
     return text
 
 
-def deliver(saved: str | None, wanted: Mapping[str, Any] | None, why_missing: str) -> dict[str, Any]:
+def deliver(saved: SavedExtras, wanted: Mapping[str, Any] | None) -> dict[str, Any]:
     """The saved extras as data; those for which `wanted` has an object with `set_state()` are put back into it.
 
-    `why_missing` says why there are none, if so. Raises ExtrasError when something wanted is not there.
+    Raises ExtrasError when something wanted is not there.
     """
-    values = {name: _decode(value) for name, value in json.loads(saved).items()} if saved else {}
+    values = {name: _decode(value) for name, value in saved.own.values.items()} if saved.own else {}
     for name, target in (wanted or {}).items():
         if not hasattr(target, "set_state"):
             continue
         if name not in values:
-            found = f"the checkpoint holds {sorted(values)}" if values else why_missing
+            found = f"the checkpoint holds {sorted(values)}" if saved.own else saved.why_none
             raise ExtrasError(
                 f"extras {name!r} are wanted, but {found}. Restore without these extras, and put what they "
                 "were for (a data iterator, say) into its place yourself."
             )
         target.set_state(values[name])
     return values
+
+
+def fits(item: Item) -> bool:
+    """Whether an item leaves room for the other extras of its process."""
+    return len(ProcessExtras(items={"": item}).to_text()) <= MAX_BYTES // 2
 
 
 def _state_of(value: Any) -> Any:

@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
+from etils import epath
 
+from emergency_ckpt.core.extras import Item, ProcessExtras, joined_items
 from emergency_ckpt.core.lineage import Activation, StepId
 from emergency_ckpt.core.restore_plan import RestorePlan, SourceKind, Strike
 from emergency_ckpt.core.slots import Outcome
@@ -27,6 +29,7 @@ from emergency_ckpt.jaxio.broadcast import Transfer, broadcast_regions
 from emergency_ckpt.local.manifest import Manifest
 from emergency_ckpt.persistent.reader import StepReader
 from emergency_ckpt.runtime.agreement import agree
+from emergency_ckpt.runtime.extras import ReceivedExtras, SavedExtras
 from emergency_ckpt.runtime.hydrate import Hydrated, Hydration, fitted, make_manifest
 from emergency_ckpt.runtime.job import Job
 from emergency_ckpt.runtime.loading import read_state
@@ -41,8 +44,7 @@ class Held:
     """The restored leaves of this process by name, before anything is reported."""
 
     leaves: Mapping[str, Any]
-    extras: str | None
-    why_no_extras: str
+    received: ReceivedExtras
 
 
 class Attempt:
@@ -85,16 +87,22 @@ class Attempt:
         return held
 
     def hold(self, key: str, activation: Activation | None = None) -> Held | list[Strike]:
-        """Assembles what is wanted; once all processes hold it, `activation` is recorded if there is one."""
+        """Assembles what is wanted; once all processes hold it, `activation` is recorded if there is one.
+
+        Where the extras of one process cannot be put in their place, no process restores: data position and
+        arrays belong together.
+        """
         job = self._job
         held: list[Held] = []
 
         def mine() -> list[Strike]:
+            self._give_items(key)
             try:
-                held.append(self._assemble())
+                leaves = self._assemble()
             except CorruptDataError as error:
                 job.log.error("restore", self._plan.step.step, str(error))
                 return [self._own_strike(str(error))]
+            held.append(Held(leaves, self._wanted.beside.receive(self._saved_extras(key))))
             return []
 
         return self._agree(key, mine, activation) or held[0]
@@ -319,9 +327,38 @@ class Attempt:
         slot = job.local.sealed(self._plan.step)
         self._extras = slot.manifest.extras.get(job.process) if slot else None
 
+    def _give_items(self, key: str) -> None:
+        """Process 0 sends its items, which are those that one process writes for all, where they are wanted."""
+        if self._wanted.beside.items and self._job.leads:
+            self._job.coordinator.put(f"{key}/items", (self._extras or "").encode())
+
+    def _saved_extras(self, key: str) -> SavedExtras:
+        """What there is beside the arrays, in the memory of this process or in the persistent step."""
+        own = ProcessExtras.from_text(self._extras) if self._extras is not None else None
+        if not self._wanted.beside.items:
+            return SavedExtras(own, self._why_no_extras)
+        found = self._job.coordinator.get(f"{key}/items", self._job.settings.coordination_timeout).decode()
+        parts = [part for part in (own, ProcessExtras.from_text(found) if found else None) if part]
+        items: Mapping[str, Item | epath.Path] = joined_items(parts) or self._persistent_items()
+        return SavedExtras(own, self._why_no_extras, items)
+
+    def _persistent_items(self) -> Mapping[str, Item | epath.Path]:
+        """Items of a step of another job size, or of another program."""
+        if all(held.step_id != self._plan.step for held in self._job.persistent.steps()):
+            return {}
+        reader = _reader(self._job, self._plan.step)
+        if reader.verified:
+            saved = sorted(reader.extras.items(), key=lambda part: int(part[0]))
+            return joined_items(ProcessExtras.from_text(data.decode()) for _, data in saved)
+        return {
+            name: path
+            for name in self._wanted.beside.items
+            if (path := epath.Path(reader.path) / name).is_dir()
+        }
+
     # Arrays.
 
-    def _assemble(self) -> Held:
+    def _assemble(self) -> Mapping[str, Any]:
         assert self._whole is not None
         job, slot = self._job, self._whole.slot
         leaves = assemble(
@@ -332,7 +369,7 @@ class Attempt:
             lambda shard: StoredShard(slot.shard(shard), slot.checksums(shard)),
             slot.manifest.values,
         )
-        return Held({**leaves, **self._boxes}, self._extras, self._why_no_extras)
+        return {**leaves, **self._boxes}
 
     def _own_strike(self, why: str) -> Strike:
         """The source that this process's bytes came from."""

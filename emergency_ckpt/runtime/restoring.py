@@ -23,6 +23,7 @@ from emergency_ckpt.core.restore_plan import Planner, RestorePlan, SourceKind, S
 from emergency_ckpt.errors import NoRestorableStepError, StateMismatchError
 from emergency_ckpt.persistent.store import Generation
 from emergency_ckpt.runtime.agreement import agree
+from emergency_ckpt.runtime.extras import ReceivedExtras, WantedExtras
 from emergency_ckpt.runtime.job import Job
 from emergency_ckpt.runtime.layout_exchange import fetch_layouts, publish_layouts
 from emergency_ckpt.runtime.restore_attempt import Attempt, Held, persistent_mismatch
@@ -53,11 +54,10 @@ class RestoreReport:
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """The state, this process's extras as JSON text (or why there are none), and the report."""
+    """The state, what was saved beside it, and the report."""
 
     state: Any
-    extras: str | None
-    why_no_extras: str
+    received: ReceivedExtras
     report: RestoreReport
 
 
@@ -95,17 +95,21 @@ class Restorer:
         job.local.activate(survey.activations)
         return survey
 
-    def restore(self, survey: Survey, wanted: int | None, generation: Generation, call: str) -> Restored:
+    def restore(
+        self, survey: Survey, wanted: int | None, generation: Generation, beside: WantedExtras, call: str
+    ) -> Restored:
         """Restores the newest restorable step, or step `wanted`, as the beginning of `generation`. Collective.
 
-        Raises NoRestorableStepError, with the reasons, when there is none, and StateMismatchError, with every
-        leaf that differs, when the persistent step to be read is one of another state; both on all processes.
+        Raises NoRestorableStepError, with the reasons, when there is none; StateMismatchError, with every leaf
+        that differs, when the persistent step to be read is one of another state; ExtrasError when what is
+        wanted beside the arrays is not there; all on all processes.
         """
+
+        whole = whole_state(self._abstract_state, self._job.layout, beside)
 
         def finish(attempt: Attempt, key: str, plan: RestorePlan) -> Held | list[Strike]:
             return attempt.finish(key, Activation(generation.number, plan.step.step))
 
-        whole = whole_state(self._abstract_state, self._job.layout)
         restored = self._restore(survey, wanted, whole, finish, call)
         self._job.log.emit(self._event(restored.report))
         return restored
@@ -214,7 +218,7 @@ class Restorer:
             seconds=time.monotonic() - started,
             bytes=nbytes,
         )
-        return Restored(wanted.tree(held.leaves), held.extras, held.why_no_extras, report)
+        return Restored(wanted.tree(held.leaves), held.received, report)
 
     def _event(self, report: RestoreReport) -> RestoreEvent:
         shards = len(self._job.layout.process_shards[self._job.process])

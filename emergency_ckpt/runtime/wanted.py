@@ -21,6 +21,7 @@ from emergency_ckpt.errors import ConfigError
 from emergency_ckpt.jaxio.layouts import build_layout
 from emergency_ckpt.jaxio.state import Leaf, LeafKind, describe_leaf, flatten, leaf_name
 from emergency_ckpt.jaxio.topology import Topology
+from emergency_ckpt.runtime.extras import WantedExtras
 
 _SKIPPED = ocp.PLACEHOLDER
 
@@ -37,6 +38,7 @@ class Wanted:
       leaves, values: all array leaves, and the names of all others.
       fingerprint: equal on processes that want the same.
       treedef, names: the tree that is given, and the name of each of its leaves; None for one to be skipped.
+      beside: what is wanted beside the arrays.
     """
 
     part: Part
@@ -48,6 +50,7 @@ class Wanted:
     fingerprint: str
     treedef: Any
     names: Sequence[str | None]
+    beside: WantedExtras = dataclasses.field(default_factory=WantedExtras)
 
     def tree(self, restored: Mapping[str, Any]) -> Any:
         """The restored leaves in the caller's tree."""
@@ -55,7 +58,7 @@ class Wanted:
         return jax.tree_util.tree_unflatten(self.treedef, leaves)
 
 
-def whole_state(abstract_state: Any, layout: Layout) -> Wanted:
+def whole_state(abstract_state: Any, layout: Layout, beside: WantedExtras) -> Wanted:
     """All leaves, as the manager's state has them."""
     leaves, treedef = jax.tree_util.tree_flatten(abstract_state)
     names = [leaf.name for leaf in flatten(abstract_state).leaves]
@@ -69,6 +72,7 @@ def whole_state(abstract_state: Any, layout: Layout) -> Wanted:
         fingerprint=layout.hash,
         treedef=treedef,
         names=names,
+        beside=beside,
     )
 
 
@@ -79,7 +83,9 @@ def asks_for_part(args: Any) -> bool:
     return any(leaf is _SKIPPED for leaf in jax.tree_util.tree_leaves(getattr(args, "item", None)))
 
 
-def part_of_state(args: Any, abstract_state: Any, layout: Layout, topology: Topology) -> Wanted:
+def part_of_state(
+    args: Any, abstract_state: Any, layout: Layout, topology: Topology, beside: WantedExtras
+) -> Wanted:
     """The leaves of `args.item`; without an item, all leaves of the manager's state.
 
     `args` is Orbax's `PyTreeRestore` or `StandardRestore`. A leaf that names no sharding, neither itself nor in
@@ -112,6 +118,7 @@ def part_of_state(args: Any, abstract_state: Any, layout: Layout, topology: Topo
         fingerprint=asked.hash,
         treedef=treedef,
         names=names,
+        beside=beside,
     )
 
 

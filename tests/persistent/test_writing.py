@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from emergency_ckpt.core.extras import Item, ProcessExtras
 from emergency_ckpt.core.shards import dtype_of
 from emergency_ckpt.errors import (
     CorruptDataError,
@@ -226,12 +228,22 @@ def test_extras_of_all_parts_are_committed_with_the_step(store: PersistentStore,
     layout = layout_of(arrays)
     parts = write_parts(store, attempt, layout, arrays)
     with_extras = [
-        dataclasses.replace(part, extras={f"iterator.{part.part}": bytes([part.part]) * 10, "shared": b"s"})
-        for part in parts
+        dataclasses.replace(part, extras={str(part.part): extras_text(part.part).encode()}) for part in parts
     ]
     step = commit(store, attempt, layout, with_extras)
-    extras = StepReader(step.path).extras
-    assert extras == {"shared": b"s", **{f"iterator.{i}": bytes([i]) * 10 for i in range(4)}}
+    assert StepReader(step.path).extras == {str(i): extras_text(i).encode() for i in range(4)}
+    assert {p.name: p.read_bytes() for p in (step.path / "data").iterdir()} == {
+        "shared": b"of 0",
+        **{f"own_{i}": bytes([i]) for i in range(4)},
+    }
+    described = json.loads((step.path / "_CHECKPOINT_METADATA").read_bytes())
+    assert described["item_handlers"]["data"] == "some.Handler"
+
+
+def extras_text(process: int) -> str:
+    """Every process writes a file of its own and, against the rules of a shared directory, a common one."""
+    files = {f"own_{process}": bytes([process]), "shared": f"of {process}".encode()}
+    return ProcessExtras({"position": process}, {"data": Item("some.Handler", files)}).to_text()
 
 
 def test_a_value_without_a_form_is_refused_by_name(store: PersistentStore, attempt: Attempt) -> None:

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from emergency_ckpt.core.extras import ProcessExtras
 from emergency_ckpt.errors import ExtrasError
-from emergency_ckpt.runtime.extras import MAX_BYTES, capture, deliver
+from emergency_ckpt.runtime.extras import MAX_BYTES, SavedExtras, capture, deliver
 
 plain = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary(),
@@ -20,7 +21,9 @@ plain = st.recursive(
 
 
 def round_trip(extras: dict[str, Any]) -> dict[str, Any]:
-    return deliver(capture(extras), None, "")
+    text = capture(extras, {})
+    assert text is not None
+    return deliver(SavedExtras(ProcessExtras.from_text(text), ""), None)
 
 
 @given(st.dictionaries(st.text(), plain, min_size=1))
@@ -44,20 +47,20 @@ def test_a_tuple_comes_back_as_a_list_and_numpy_scalars_as_numbers() -> None:
 @pytest.mark.parametrize("value", [object(), {1: 2}, {"__bytes__": "x"}, np.array([object()]), {1, 2}])
 def test_what_cannot_come_back_is_refused_when_it_is_given(value: Any) -> None:
     with pytest.raises(ExtrasError, match="data"):
-        capture({"data": value})
+        capture({"data": value}, {})
 
 
 def test_no_extras_are_no_extras() -> None:
-    assert capture(None) is None
-    assert capture({}) is None
-    assert deliver(None, {"plain data needs no object": 1}, "") == {}
+    assert capture(None, {}) is None
+    assert capture({}, {}) is None
+    assert deliver(SavedExtras(None, ""), {"plain data needs no object": 1}) == {}
 
 
 def test_one_byte_too_much_is_too_much() -> None:
-    frame = len('{"a":""}')
-    assert capture({"a": "x" * (MAX_BYTES - frame)})
+    frame = len(ProcessExtras({"a": ""}).to_text())
+    assert capture({"a": "x" * (MAX_BYTES - frame)}, {})
     with pytest.raises(ExtrasError, match="the largest is 'a'"):
-        capture({"a": "x" * (MAX_BYTES - frame + 1)})
+        capture({"a": "x" * (MAX_BYTES - frame + 1)}, {})
 
 
 def test_why_extras_are_missing_is_said() -> None:
@@ -66,4 +69,4 @@ def test_why_extras_are_missing_is_said() -> None:
             raise AssertionError("nothing to set")
 
     with pytest.raises(ExtrasError, match="saved by 4 processes and this job has 2"):
-        deliver(None, {"data": Target()}, "it was saved by 4 processes and this job has 2")
+        deliver(SavedExtras(None, "it was saved by 4 processes and this job has 2"), {"data": Target()})

@@ -1,0 +1,112 @@
+"""A job of two slices that saves items of every kind beside its state, and loses what holds them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from emergency_ckpt import (
+    CheckpointManager,
+    CheckpointManagerOptions,
+    LocalCheckpointOptions,
+    PersistentCheckpointOptions,
+)
+from emergency_ckpt.errors import EmergencyCheckpointError
+from tests.integration.training_job import check_state, make_mesh, make_state
+
+OPTIONS = CheckpointManagerOptions(
+    local=LocalCheckpointOptions(save_interval_steps=2),
+    persistent=PersistentCheckpointOptions(save_interval_steps=10),
+)
+
+
+class PerProcessHandler(ocp.CheckpointHandler):
+    """As handlers of data iterators do it: a file for each process."""
+
+    def save(self, directory: epath.Path, args: PerProcessSave) -> None:
+        (directory / f"process_{jax.process_index()}.txt").write_text(str(args.item))
+
+    def restore(self, directory: epath.Path, args: PerProcessRestore) -> int:
+        if args.fails_on == jax.process_index():
+            raise ValueError("the position is not in this data")
+        return int((directory / f"process_{jax.process_index()}.txt").read_text())
+
+
+@ocp.args.register_with_handler(PerProcessHandler, for_save=True)
+@dataclasses.dataclass
+class PerProcessSave(ocp.args.CheckpointArgs):
+    item: int
+
+
+@ocp.args.register_with_handler(PerProcessHandler, for_restore=True)
+@dataclasses.dataclass
+class PerProcessRestore(ocp.args.CheckpointArgs):
+    fails_on: int | None = None
+
+
+def save_and_lose(root: str) -> dict[str, Any]:
+    """What each process gets back in three lives, and its error in one between them."""
+    mesh, process = make_mesh(2), jax.process_index()
+    ramdisk = Path(root) / f"ramdisk_{process}"
+    ramdisk.mkdir()
+
+    def life() -> CheckpointManager:
+        multihost_utils.sync_global_devices("all have closed and lost what they lose")
+        return CheckpointManager(
+            ramdisk,
+            Path(root) / "bucket",
+            mesh,
+            make_state(mesh, 0),
+            options=OPTIONS,
+            persistent_non_replicated_directory=Path(root) / "datasets",
+        )
+
+    with life() as manager:
+        for step in range(1, 13):
+            args = ocp.args.Composite(
+                state=ocp.args.PyTreeSave(make_state(mesh, step)),
+                about=ocp.args.JsonSave({"step": step}),
+                position=PerProcessSave(100 * step + process),
+                dataset=ocp.args.JsonSave({"data": step}),
+            )
+            manager.save(step, args)
+    told: dict[str, Any] = {}
+    if process in (0, 1):
+        shutil.rmtree(ramdisk / "emergency_ckpt")
+    with life() as manager:
+        with contextlib.suppress(EmergencyCheckpointError):
+            manager.restore(None, ocp.args.Composite(position=PerProcessRestore(fails_on=1)))
+            raise AssertionError("a handler that fails was passed over")
+        told["slice_lost"] = restore_all(manager, mesh)
+    shutil.rmtree(ramdisk / "emergency_ckpt")
+    with life() as manager:
+        told["all_lost"] = restore_all(manager, mesh)
+        try:
+            manager.restore(None, ocp.args.Composite(position=PerProcessRestore(fails_on=1)))
+        except EmergencyCheckpointError as error:
+            told["error"] = f"{type(error).__name__}: {error}"
+    return told
+
+
+def restore_all(manager: CheckpointManager, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    wanted = ocp.args.Composite(
+        about=ocp.args.JsonRestore(), position=PerProcessRestore(), dataset=ocp.args.JsonRestore()
+    )
+    found = manager.restore(None, wanted)
+    assert manager.last_restore is not None
+    check_state(found.state, mesh, manager.last_restore.step)
+    return {
+        "step": manager.last_restore.step,
+        "source": manager.last_restore.source,
+        "about": dict(found.about),
+        "position": found.position,
+        "dataset": dict(found.dataset),
+    }

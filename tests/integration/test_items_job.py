@@ -1,0 +1,28 @@
+"""Items in a job of several processes: those that one process writes for all, and those of each process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.integration.items_job import save_and_lose
+from tests.integration.processes import run_job
+
+
+def test_every_process_gets_its_items_back_whatever_was_lost(tmp_path: Path) -> None:
+    told = run_job(save_and_lose, 4, str(tmp_path))
+    for process, lives in enumerate(told):
+        for life, step in (("slice_lost", 12), ("all_lost", 10)):
+            found = lives[life]
+            assert found["step"] == step
+            assert found["about"] == {"step": step}
+            assert found["position"] == 100 * step + process
+            assert found["dataset"] == {"data": step}
+        # The restore that failed on one process had made the slots of slice 0 whole again.
+        assert lives["slice_lost"]["source"] == "own slot"
+        assert lives["all_lost"]["source"].startswith(("persistent", "broadcast"))
+    errors = [lives["error"] for lives in told]
+    assert errors[1].startswith("ExtrasError: item 'position' cannot be restored: its handler")
+    for process in (0, 2, 3):
+        assert errors[process].startswith("PeerFailedError: process 1: item 'position' cannot be restored")
+    item = tmp_path / "bucket/10/position"
+    assert sorted(path.name for path in item.iterdir()) == [f"process_{p}.txt" for p in range(4)]
