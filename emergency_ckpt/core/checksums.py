@@ -52,19 +52,56 @@ def first_bad_block(
 def copy_and_checksum(
     source: np.ndarray, target: np.ndarray, seed: int, block_bytes: int = BLOCK_BYTES
 ) -> tuple[int, ...]:
-    """Copies flat uint8 `source` to `target` of equal length, hashing each piece while it is in cache.
+    """Copies flat uint8 `source` to `target` of equal length; one checksum per block. Releases the GIL."""
+    writer = ShardWriter(target, seed, block_bytes)
+    writer.write(source)
+    return writer.finish()
 
-    Releases the GIL while copying and while hashing. Returns one checksum per block.
+
+class ShardWriter:
+    """Copies a shard's bytes to their place piece by piece, hashing them while they are in cache.
+
+    Pieces may be of any lengths: a block that spans several of them has the checksum of its bytes. Copying and
+    hashing release the GIL.
     """
-    checksums: list[int] = []
-    for at, length in block_ranges(source.nbytes, block_bytes):
-        digest = xxhash.xxh3_64(seed=seed)
-        for piece in range(at, at + length, _PIECE_BYTES):
-            end = min(piece + _PIECE_BYTES, at + length)
-            np.copyto(target[piece:end], source[piece:end])
-            digest.update(target[piece:end].data)
-        checksums.append(digest.intdigest())
-    return tuple(checksums)
+
+    def __init__(self, target: np.ndarray, seed: int, block_bytes: int = BLOCK_BYTES) -> None:
+        """`target`: the shard's place, flat uint8."""
+        self._target = target
+        self._block_bytes = block_bytes
+        self._written = 0
+        self._checksums: list[int] = []
+        self._block = xxhash.xxh3_64(seed=seed)
+
+    def write(self, piece: np.ndarray) -> None:
+        """The next bytes of the shard, flat uint8. Raises ValueError for more than there is room for."""
+        if self._written + piece.nbytes > self._target.nbytes:
+            raise ValueError(
+                f"{self._written + piece.nbytes} bytes were written of a shard of {self._target.nbytes}"
+            )
+        done = 0
+        while done < piece.nbytes:
+            block_end = (len(self._checksums) + 1) * self._block_bytes
+            length = min(_CACHED_BYTES, piece.nbytes - done, block_end - self._written)
+            place = self._target[self._written : self._written + length]
+            np.copyto(place, piece[done : done + length])
+            self._block.update(place.data)
+            done += length
+            self._written += length
+            if self._written == block_end:
+                self._end_block()
+
+    def finish(self) -> tuple[int, ...]:
+        """One checksum per block. Raises ValueError when bytes are missing."""
+        if self._written != self._target.nbytes:
+            raise ValueError(f"{self._written} bytes were written of a shard of {self._target.nbytes}")
+        if self._written % self._block_bytes:
+            self._end_block()
+        return tuple(self._checksums)
+
+    def _end_block(self) -> None:
+        self._checksums.append(self._block.intdigest())
+        self._block.reset()
 
 
-_PIECE_BYTES = 1024 * 1024
+_CACHED_BYTES = 1024 * 1024

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -27,6 +27,8 @@ from emergency_ckpt.jaxio.state import (
     leaf_name,
     process_boxes,
 )
+
+HOST_PLATFORMS = frozenset({"cpu"})
 
 
 class ShardBuffer(NamedTuple):
@@ -55,18 +57,26 @@ class StateBinder:
     Made once, from the abstract state of which the layout was built. Not thread-safe: saves come one by one.
     """
 
-    def __init__(self, abstract_state: Any, layout: Layout, process_index: int) -> None:
+    def __init__(
+        self,
+        abstract_state: Any,
+        layout: Layout,
+        process_index: int,
+        host_platforms: Collection[str] = HOST_PLATFORMS,
+    ) -> None:
+        """`host_platforms`: platforms whose devices keep their arrays in this host's memory, to be viewed."""
         flat = flatten(abstract_state)
         held = layout.process_shards[process_index]
         shards: dict[str, dict[Box, int]] = {}
         for index in held:
             shards.setdefault(layout.shards[index].leaf, {})[layout.shards[index].box] = index
         self.process_index = process_index
+        processes = process_index, layout.process_count
         self._treedef = flat.treedef
         self._leaves = [
             _ValueLeaf(leaf)
             if leaf.kind is LeafKind.VALUE
-            else _ArrayLeaf(leaf, shards.get(leaf.name, {}), process_index, layout.process_count)
+            else _ArrayLeaf(leaf, shards.get(leaf.name, {}), processes, host_platforms)
             for leaf in flat.leaves
         ]
 
@@ -145,11 +155,18 @@ class _ValueLeaf:
 class _ArrayLeaf:
     """A leaf with shards: what it must look like, and where the shards of its last sharding are found."""
 
-    def __init__(self, leaf: Leaf, shards: Mapping[Box, int], process_index: int, process_count: int) -> None:
+    def __init__(
+        self,
+        leaf: Leaf,
+        shards: Mapping[Box, int],
+        processes: tuple[int, int],
+        host_platforms: Collection[str],
+    ) -> None:
         self.name = leaf.name
         self._leaf = leaf
         self._shards = shards
-        self._processes = process_index, process_count
+        self._processes = processes
+        self._host_platforms = host_platforms
         self._shape = leaf.logical_shape
         self._dtype: Any = None
         self._sharding: jax.sharding.Sharding | None = None
@@ -178,7 +195,8 @@ class _ArrayLeaf:
             places.setdefault(self._shards[Box.from_slices(shard.index, found.shape)], at)
         self._dtype, self._sharding = leaf.dtype, leaf.sharding
         self._places = tuple((at, shard) for shard, at in places.items())
-        self._on_cpu = all(device.platform == "cpu" for device in leaf.sharding.addressable_devices)
+        platforms = {device.platform for device in leaf.sharding.addressable_devices}
+        self._on_cpu = platforms.issubset(self._host_platforms)
 
     def _host_buffers(self, leaf: Any) -> list[ShardBuffer]:
         """A numpy array in place of one that every process holds whole, or a number in place of a scalar."""

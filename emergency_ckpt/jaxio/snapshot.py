@@ -1,117 +1,90 @@
 """The bytes of a live state, shard by shard, as they were when the save was called.
 
-After `take_snapshot` (and, on accelerators, after its shards were consumed) the arrays may be donated. Each
+After `take_snapshot` (and, on accelerators, after the snapshot was written) the arrays may be donated. Each
 device buffer is read once.
 """
 
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from emergency_ckpt.core.values import Value
-from emergency_ckpt.jaxio.binding import ShardBuffer, StateBinder, raise_if_deleted
+from emergency_ckpt.jaxio.binding import ShardBuffer, StateBinder
+from emergency_ckpt.jaxio.window import Sink, flat_bytes, stream_in_window, to_host
 
-DEFAULT_WINDOW_BYTES = 512 * 1024 * 1024
+_WINDOW_PART = 20
+_LEAST_WINDOW_BYTES = 1024 * 1024
+_MOST_WINDOW_BYTES = 512 * 1024 * 1024
 
 
-def take_snapshot(binder: StateBinder, state: Any, *, window_bytes: int = DEFAULT_WINDOW_BYTES) -> Snapshot:
+def take_snapshot(binder: StateBinder, state: Any, *, window_bytes: int | None = None) -> Snapshot:
     """Holds on to what this process has of `state`. Local; waits until the arrays are computed.
 
-    On CPU devices it takes views that keep the buffers alive, and copies nothing but numpy leaves (their owner
-    may change them) and sub-byte dtypes. On accelerators copies to the host begin when shards are iterated:
-    at most `window_bytes` of them, or one shard if that is larger, are in host memory at a time.
+    Where all arrays are in this host's memory (CPU devices), it takes views that keep the buffers alive, and
+    copies nothing but numpy leaves (their owner may change them) and sub-byte dtypes. Otherwise everything is
+    copied when the snapshot is written, through a window of at most `window_bytes` of host memory; by default
+    5 % of this process's bytes, at least 1 MiB and at most 512 MiB.
     Raises StateMismatchError and UnsupportedStateError, naming the leaf.
     """
     bound = binder.bind(state)
-    return Snapshot([_hold(buffer) for buffer in bound.buffers], bound.values, window_bytes)
+    if all(buffer.on_cpu for buffer in bound.buffers):
+        return Snapshot([_hold(buffer) for buffer in bound.buffers], bound.values)
+    if window_bytes is None:
+        window_bytes = default_window_bytes(bound.buffers)
+    return Snapshot(bound.buffers, bound.values, window_bytes)
+
+
+def default_window_bytes(buffers: Iterable[ShardBuffer]) -> int:
+    """5 % of all bytes; small states need some room all the same, and large ones gain nothing by more."""
+    part = sum(buffer.data.nbytes for buffer in buffers) // _WINDOW_PART
+    return min(max(part, _LEAST_WINDOW_BYTES), _MOST_WINDOW_BYTES)
 
 
 class Snapshot:
-    """Shards to be consumed once, and the values of the leaves that are not arrays.
+    """Shards to be written once, and the values of the leaves that are not arrays.
 
     Attributes:
       values: value by leaf name.
-      may_defer: True when every byte is held in host memory: the shards may then be iterated later, in another
-        thread, while the training goes on. Otherwise iterate before the arrays are donated.
+      may_defer: True when every byte is held in host memory: the snapshot may then be written later, in another
+        thread, while the training goes on. Otherwise write it before the arrays are donated.
     """
 
     def __init__(
-        self, held: list[ShardBuffer], values: Mapping[str, Value], window_bytes: int = DEFAULT_WINDOW_BYTES
+        self, buffers: Iterable[ShardBuffer], values: Mapping[str, Value], window_bytes: int | None = None
     ) -> None:
+        """`window_bytes`: copy the buffers through a window of this size; None when they can just be viewed."""
         self.values = values
-        self.may_defer = all(isinstance(buffer.data, np.ndarray) for buffer in held)
+        self.may_defer = window_bytes is None
         self._window_bytes = window_bytes
-        self._held: collections.deque[ShardBuffer] | None = collections.deque(held)
+        self._held: collections.deque[ShardBuffer] | None = collections.deque(buffers)
 
-    def iter_shards(self) -> Iterator[tuple[int, np.ndarray]]:
-        """`(index in Layout.shards, flat uint8 bytes in C order)` of each shard of this process, ascending.
+    def write(self, sink: Sink) -> None:
+        """Hands all bytes of all shards of this process to `sink`, in order. Only once per snapshot.
 
-        Each array is let go when the next one is asked for: copy it, do not keep it. Only once per snapshot.
+        Shards come in ascending order, each in one piece or in several; a piece is let go when `sink` returns.
+        Raises UnsupportedStateError when an array was deleted meanwhile, and what `sink` raises.
         """
         if self._held is None:
-            raise ValueError("the shards of this snapshot were consumed or released; take another snapshot")
+            raise ValueError("the shards of this snapshot were written or released; take another snapshot")
         held, self._held = self._held, None
-        return _stream(held, self._window_bytes)
+        if self._window_bytes is not None:
+            stream_in_window(held, self._window_bytes, sink)
+            return
+        while held:
+            buffer = held.popleft()
+            sink(buffer.shard, flat_bytes(to_host(buffer)))
 
     def release(self) -> None:
-        """Lets go of all buffers that were not consumed (a save that is skipped)."""
+        """Lets go of all buffers that were not written (a save that is skipped)."""
         self._held = None
 
 
 def _hold(buffer: ShardBuffer) -> ShardBuffer:
-    """The shard in host memory that nobody changes, where that is at hand; on accelerators as it is."""
-    shard, leaf, data, on_cpu = buffer
-    if isinstance(data, np.ndarray):
-        return ShardBuffer(shard, leaf, np.array(data, order="C", copy=True, subok=False), True)
-    return ShardBuffer(shard, leaf, _to_host(buffer), True) if on_cpu else buffer
-
-
-def _stream(held: collections.deque[ShardBuffer], window_bytes: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Hands out shards in order while the copies of later ones are in flight."""
-    flying: collections.deque[ShardBuffer] = collections.deque()
-    flying_bytes = 0
-    while held or flying:
-        while held and (not flying or flying_bytes + held[0].data.nbytes <= window_bytes):
-            buffer = _start_copy(held.popleft())
-            flying_bytes += buffer.data.nbytes
-            flying.append(buffer)
-        buffer = flying.popleft()
-        yield buffer.shard, _flat_bytes(_to_host(buffer))
-        flying_bytes -= buffer.data.nbytes
-        del buffer
-
-
-def _start_copy(buffer: ShardBuffer) -> ShardBuffer:
-    """Starts the copy to the host through an array of our own over the same device buffer.
-
-    JAX keeps the host copy with the array object it was asked of. Asked of the state's own array it would stay
-    in host memory as long as the state does; ours goes when the shard is consumed.
-    """
-    data = buffer.data
-    if isinstance(data, np.ndarray):
-        return buffer
-    try:
-        alias = jax.make_array_from_single_device_arrays(data.shape, data.sharding, [data])
-        alias.copy_to_host_async()
-    except (RuntimeError, ValueError) as error:
-        raise_if_deleted(buffer.leaf, data, error)
-        raise
-    return buffer._replace(data=alias)
-
-
-def _to_host(buffer: ShardBuffer) -> np.ndarray:
-    try:
-        return np.asarray(buffer.data)
-    except RuntimeError as error:
-        raise_if_deleted(buffer.leaf, buffer.data, error)
-        raise
-
-
-def _flat_bytes(array: np.ndarray) -> np.ndarray:
-    """The array's elements in C order as flat uint8, copied only when they lie otherwise (device layouts)."""
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    """The shard in host memory that nobody changes."""
+    if isinstance(buffer.data, np.ndarray):
+        return buffer._replace(data=np.array(buffer.data, order="C", copy=True, subok=False))
+    return buffer._replace(data=to_host(buffer))

@@ -16,7 +16,7 @@ from typing import Any
 
 from emergency_ckpt.agent.drain import DrainWorker
 from emergency_ckpt.agent.worker import Worker
-from emergency_ckpt.core.checksums import copy_and_checksum, shard_seed
+from emergency_ckpt.core.checksums import ShardWriter, shard_seed
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.core.outcomes import OutcomeRecord
 from emergency_ckpt.core.placement import extras_keepers
@@ -242,12 +242,12 @@ class SavePipeline(Worker[_Task]):
 
     def _fill(self, slot: OpenSlot, snapshot: Snapshot) -> tuple[tuple[int, ...], ...]:
         slot.wait_ready()
-        checksums = []
-        for shard, data in snapshot.iter_shards():
-            entry = self._targets[shard]
-            target = slot.data[entry.offset : entry.offset + entry.nbytes]
-            checksums.append(copy_and_checksum(data, target, self._seeds[shard]))
-        return tuple(checksums)
+        writers = {
+            shard: ShardWriter(slot.data[entry.offset : entry.offset + entry.nbytes], self._seeds[shard])
+            for shard, entry in self._targets.items()
+        }
+        snapshot.write(lambda shard, data: writers[shard].write(data))
+        return tuple(writer.finish() for writer in writers.values())
 
     def _exchange_extras(self, task: _Task) -> dict[int, str]:
         """This process's extras and those it keeps for others. The keys go with the save's own."""

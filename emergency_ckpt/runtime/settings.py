@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from emergency_ckpt.core.schedule import SaveSchedule
 from emergency_ckpt.errors import ConfigError
+from emergency_ckpt.jaxio.binding import HOST_PLATFORMS
 from emergency_ckpt.persistent.arrays import WriteOptions
 from emergency_ckpt.persistent.store import StepNames
 from emergency_ckpt.runtime.policies import (
@@ -57,6 +58,7 @@ class Settings:
       root_metadata: the user's metadata of the run, JSON; None where none is given.
       after_commit: called on every process after each persistent commit.
       event_listener: gets the fields of every event.
+      host_platforms: platforms whose arrays are in this host's memory already.
     """
 
     persistent_directory: Path
@@ -85,6 +87,7 @@ class Settings:
     root_metadata: Mapping[str, Any] | None = None
     after_commit: Callable[[], None] | None = None
     event_listener: EventListener | None = None
+    host_platforms: Collection[str] = HOST_PLATFORMS
 
     @property
     def wanted_slots(self) -> int:

@@ -85,7 +85,7 @@ def test_copying_gives_the_checksums_of_what_was_copied(
     source = np.frombuffer(data, np.uint8)
     target = np.full(len(data), 0xAA, np.uint8)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checksums, "_PIECE_BYTES", piece_bytes)
+        patch.setattr(checksums, "_CACHED_BYTES", piece_bytes)
         found = copy_and_checksum(source, target, seed, block_bytes)
     assert found == checksum_blocks(data, seed, block_bytes)
     assert target.tobytes() == data

@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from emergency_ckpt.core.checksums import block_seed, copy_and_checksum
+from emergency_ckpt.core.checksums import ShardWriter, block_seed
 from emergency_ckpt.core.layout import Layout
+from emergency_ckpt.core.shards import BLOCK_BYTES
 from emergency_ckpt.jaxio.assemble import StoredShard, assemble
 from emergency_ckpt.jaxio.binding import StateBinder
 from emergency_ckpt.jaxio.layouts import build_layout
@@ -27,15 +28,18 @@ class MemorySlot:
     values: dict[str, Any]
 
     @classmethod
-    def fill(cls, layout: Layout, snapshot: Snapshot, process: int = 0) -> MemorySlot:
+    def fill(
+        cls, layout: Layout, snapshot: Snapshot, process: int = 0, block_bytes: int = BLOCK_BYTES
+    ) -> MemorySlot:
         slot = cls(layout, np.zeros(layout.data_bytes(process), np.uint8), {}, dict(snapshot.values))
         entries = {entry.shard: entry for entry in layout.slot_entries(process)}
-        for index, source in snapshot.iter_shards():
-            entry, shard = entries[index], layout.shards[index]
+        writers = {}
+        for index, entry in entries.items():
+            shard, place = layout.shards[index], slot.data[entry.offset : entry.offset + entry.nbytes]
             seed = block_seed(GENERATION, shard, layout.leaf[shard.leaf].dtype)
-            target = slot.data[entry.offset : entry.offset + entry.nbytes]
-            slot.checksums[index] = copy_and_checksum(source, target, seed)
-        assert set(slot.checksums) == set(entries), "a shard was not handed out"
+            writers[index] = ShardWriter(place, seed, block_bytes)
+        snapshot.write(lambda index, piece: writers[index].write(piece))
+        slot.checksums.update((index, writer.finish()) for index, writer in writers.items())
         return slot
 
     def read(self, index: int, process: int = 0) -> StoredShard:
@@ -44,6 +48,17 @@ class MemorySlot:
 
     def restore(self, abstract_state: Any) -> Any:
         return assemble(abstract_state, self.layout, 0, GENERATION, self.read, self.values)
+
+
+def written(snapshot: Snapshot) -> dict[int, bytes]:
+    """The bytes of each shard."""
+    found: dict[int, bytes] = {}
+
+    def take(shard: int, data: np.ndarray) -> None:
+        found[shard] = found.get(shard, b"") + data.tobytes()
+
+    snapshot.write(take)
+    return found
 
 
 def save(state: Any, abstract_state: Any = None) -> MemorySlot:
