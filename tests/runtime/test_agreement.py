@@ -11,6 +11,7 @@ import pytest
 
 from emergency_ckpt.errors import CoordinationTimeoutError, LocalDirectoryError, PeerFailedError
 from emergency_ckpt.jaxio.coordination import Coordinator, InMemoryCluster
+from emergency_ckpt.runtime import agreement
 from emergency_ckpt.runtime.agreement import agree, tell
 
 LIMIT = timedelta(seconds=20)
@@ -71,3 +72,19 @@ def test_process_zero_tells_its_value_or_its_error(error: Exception | None) -> N
     else:
         assert answers[0] is error
         assert all(isinstance(answer, PeerFailedError) for answer in answers[1:])
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda coordinator, limit: agree(coordinator, "k", lambda: 1, sum, limit),
+        lambda coordinator, limit: tell(coordinator, "k", lambda: 1, limit),
+    ],
+)
+def test_a_silent_process_zero_is_named_by_all_others(
+    call: Callable[[Coordinator, timedelta], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agreement, "_MARGIN", timedelta(0))
+    answers = together(3, lambda c: call(c, timedelta(seconds=0.2)), present=range(1, 3))
+    assert all(isinstance(answer, CoordinationTimeoutError) for answer in answers)
+    assert all("from process 0, which did not send it" in str(answer) for answer in answers)
