@@ -276,9 +276,14 @@ class StepReader:
             return found[0]
         if ORBAX_TREE_FILE in names:
             return ""
+        if not names:
+            raise PersistentStoreError(
+                f"{self.path} does not exist or is empty. Give the directory of a step, or of the item in it."
+            )
         raise PersistentStoreError(
             f"{self.path} is not a committed checkpoint of a state: it holds {list(names)[:10]}, expected"
-            f" one of the directories {', '.join(ITEM_NAMES)}. Give the item's name if it has another one."
+            f" one of the directories {', '.join(ITEM_NAMES)}. If it is the directory of a run, give one of its"
+            " steps; if the item has another name, give the item's directory."
         )
 
     def _our_file(self, name: str) -> bytes:

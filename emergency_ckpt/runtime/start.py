@@ -47,18 +47,17 @@ def start_job(settings: Settings, mesh: jax.sharding.Mesh, abstract_state: Any) 
     coordinator = open_coordinator()
     timeout = settings.coordination_timeout
     topology = Topology.from_mesh(mesh, settings.replica_axis)
-    item = _ITEM_OF_MANY if _replica_count(mesh, settings.replica_axis) > 1 else _ITEM_OF_ONE
-    layout = build_layout(abstract_state, topology, layout_metadata_files(abstract_state, item))
     persistent = PersistentStore(settings.persistent_directory, settings.names)
     context = LogContext(None, None, topology.process_index, topology.slice_index)
     log = CheckpointLogger(context, Metrics(), settings.log_format, settings.event_listener)
 
-    def make_root() -> str:
+    def make_root() -> tuple[str, str]:
         settings.persistent_directory.mkdir(parents=True, exist_ok=True)
         _keep_root_metadata(persistent, settings.root_metadata, log)
-        return persistent.run_id()
+        return persistent.run_id(), _item_name(persistent, mesh, settings.replica_axis)
 
-    run = tell(coordinator, "start/run", make_root, timeout)
+    run, item = tell(coordinator, "start/run", make_root, timeout)
+    layout = build_layout(abstract_state, topology, layout_metadata_files(abstract_state, item))
     log = log.bind(run=run)
     local = _open_local(coordinator, settings, run, layout, topology, log)
     job = Job(settings, run, item, topology, layout, coordinator, local, persistent, Generation(0, ""), log)
@@ -246,6 +245,12 @@ def _choose_directory(coordinator: Coordinator, settings: Settings, run: str) ->
     return assign_directories(held_positions(root, run), here)[process]
 
 
-def _replica_count(mesh: jax.sharding.Mesh, replica_axis: int | str) -> int:
+def _item_name(persistent: PersistentStore, mesh: jax.sharding.Mesh, replica_axis: int | str) -> str:
+    """What the directory of the state is called in a step: as in the newest step, whoever wrote that.
+
+    So whoever began the directory finds the state under the name that it knows, MaxText under `items`.
+    """
+    steps = persistent.steps()
     axis = list(mesh.axis_names).index(replica_axis) if isinstance(replica_axis, str) else replica_axis
-    return mesh.devices.shape[axis]
+    usual = _ITEM_OF_MANY if mesh.devices.shape[axis] > 1 else _ITEM_OF_ONE
+    return (steps[-1].item if steps else "") or usual
