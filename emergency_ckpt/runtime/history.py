@@ -13,6 +13,9 @@ from emergency_ckpt.runtime.job import Job
 from emergency_ckpt.runtime.policies import AskedPolicy, Question
 from emergency_ckpt.runtime.retention import Retention
 
+# Each save on its way holds a slot, and there are fewer of those.
+_BEGUN_AT_MOST = 64
+
 
 class History:
     """The saves of both tiers as process 0 knows them. Used by the train loop's thread only."""
@@ -31,11 +34,14 @@ class History:
 
     def note(self, step: int, due: Due, metrics: Mapping[str, Any]) -> None:
         """A save of `step` was asked for."""
+        if not (self._job.leads and self._job.settings.schedule.asks):
+            return  # Nobody will ask.
         saved = SavedStep(step, datetime.datetime.now(datetime.UTC), metrics or None)
-        if due.local:
-            self._local_begun[step] = saved
-        if due.persistent:
-            self._persistent_begun[step] = saved
+        for begun, wanted in ((self._local_begun, due.local), (self._persistent_begun, due.persistent)):
+            if wanted:
+                begun[step] = saved
+                for old in list(begun)[:-_BEGUN_AT_MOST]:
+                    del begun[old]
 
     def decide(self, step: int, preempted: bool) -> Due:
         """What the policies that have to be asked say about `step`. Raises what they raise."""
@@ -48,6 +54,8 @@ class History:
         ) -> bool:
             if not busy:
                 begun.clear()  # Whatever was begun is there by now, or has failed.
+            for old in [number for number in begun if number <= max(there, default=number - 1)]:
+                del begun[old]  # Saves end in their order.
             known = {**begun, **there}
             previous = [known[number] for number in sorted(known)]
             return policy(Question(step, now, previous, busy, preempted))

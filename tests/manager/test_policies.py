@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from emergency_ckpt import (
     PersistentCheckpointOptions,
 )
 from emergency_ckpt.errors import ConfigError, EmergencyCheckpointError, PersistentStoreError
+from emergency_ckpt.persistent.store import PersistentStore
 from tests.manager.states import OPTIONS, Opener, make_state, save_all
 
 
@@ -351,3 +353,35 @@ def test_orbaxs_logger_gets_every_event_and_may_fail(
     assert found["save", 1]["run"] == manager.run_id[:8]
     assert json.loads(json.dumps(found["drain", 1]))["result"] == "committed"
     assert "the logger failed on an event: OSError: the log is full" in caplog.text
+
+
+def test_a_save_on_its_way_counts_as_an_earlier_one_and_a_failed_one_does_not(
+    opened: Opener, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[int | None] = []
+
+    def note(step: int, latest: int | None) -> bool:
+        heard.append(latest)
+        return step % 2 == 1
+
+    manager = opened(small(mesh), options(should_save_fn=note, local={"save_interval_steps": 100}))
+    may_end = threading.Event()
+    commit = PersistentStore.commit
+
+    def commit_later(store: PersistentStore, attempt: Any) -> Any:
+        assert may_end.wait(60)
+        if attempt.step == 1:
+            return commit(store, attempt)
+        raise PersistentStoreError("disk full")
+
+    monkeypatch.setattr(PersistentStore, "commit", commit_later)
+    manager.save(1, small(mesh))
+    manager.save(2, small(mesh))
+    manager.save(3, small(mesh))
+    manager.save(4, small(mesh))
+    may_end.set()
+    manager.wait_until_finished()
+    manager.save(6, small(mesh))
+    assert heard == [None, 1, 1, 3, 1]
+    with pytest.raises(PersistentStoreError, match="disk full"):
+        manager.check_for_errors()
