@@ -23,6 +23,8 @@ NO_LOCAL_TIER = {
     "local_checkpoint_directory": "",
     "local_checkpoint_period": 0,
 }
+FROM_ANOTHER_RUN = {"run_name": "next", "load_full_state_path": "{root}/bucket/job/checkpoints/20"}
+ONE_CANNOT_LOAD = {"run_name": "last", "on_process": {"1": {"load_full_state_path": "/nowhere"}}}
 ALL = [0, 1, 2, 3]
 
 # Two slices of two processes were trained to step 14: local steps 12 and 14, persistent steps 1 and 10.
@@ -288,7 +290,12 @@ def test_one_slice_of_two_hosts_and_no_local_tier_work_as_well(tmp_path: Path) -
         "one_slice": [{"until": 12}, {"until": 13}, {"wipe": [1], "until": 13}],
         "one_ramdisk_for_both": [{"until": n, "flags": {"shared_ramdisk": True}} for n in (12, 16, 20)]
         + [{"until": 21, "flags": {"shared_ramdisk": True}, "swap_shared": True}],
-        "no_local_tier": [{"until": 25, "flags": NO_LOCAL_TIER}, {"until": 26, "flags": NO_LOCAL_TIER}],
+        "no_local_tier": [
+            {"until": 25, "flags": NO_LOCAL_TIER},
+            {"until": 26, "flags": NO_LOCAL_TIER},
+            {"until": 2, "flags": {**NO_LOCAL_TIER, **FROM_ANOTHER_RUN}, "loaded": 20},
+            {"until": 2, "flags": {**NO_LOCAL_TIER, **FROM_ANOTHER_RUN, **ONE_CANNOT_LOAD}, "loaded": 20},
+        ],
     }
     answers = run_job(live_through, 2, str(tmp_path / "none"), str(tmp_path), 1, stories)
     one_slice, shared, off = (
@@ -300,6 +307,9 @@ def test_one_slice_of_two_hosts_and_no_local_tier_work_as_well(tmp_path: Path) -
     assert [sources(life) for life in shared[1:]] == [[(n, "own slot")] * 2 for n in (12, 16, 20)]
     assert off[0][0]["steps"] == [1, 10, 20]
     assert sources(off[1]) == [(20, "persistent")] * 2
+    assert [(r["start"], r["steps"]) for r in off[2]] == [(0, [1])] * 2
+    assert off[3][0]["error"].startswith("PeerFailedError: process 1: /nowhere does not exist or is empty")
+    assert off[3][1]["error"].startswith("PersistentStoreError: /nowhere does not exist or is empty")
 
 
 @pytest.mark.parametrize("seed", range(2))

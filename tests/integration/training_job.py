@@ -67,8 +67,12 @@ def check_state(state: dict[str, Any], mesh: Mesh, step: int) -> None:
 
 
 def make_config(root: str, flags: dict[str, Any]) -> Config:
-    """Flags of a job below `root`; each process has its own ramdisk directory there, or all share one."""
-    flags = dict(flags)
+    """Flags of a job below `root`; each process has its own ramdisk directory there, or all share one.
+
+    `on_process` has flags for one process; `{root}` in a flag is the job's root.
+    """
+    flags = {**flags, **flags.get("on_process", {}).get(str(jax.process_index()), {})}
+    flags = {k: v.format(root=root) if isinstance(v, str) else v for k, v in flags.items() if k != "on_process"}
     shared = flags.pop("shared_ramdisk", False)
     local = Path(root) / ("ramdisk" if shared else f"ramdisk_{jax.process_index()}")
     local.mkdir(parents=True, exist_ok=True)
@@ -96,10 +100,12 @@ def train(
     parts: Sequence[tuple[int, str]] = (),
     rows: int = ROWS,
     hold_commits_until: int = 0,
+    loaded: int = 0,
 ) -> dict[str, Any]:
     """Restores (step `wanted`, or the newest), checks, trains to step `until`, and tells what happened.
 
-    `hold_commits_until` keeps process 0 from committing any drain before it has trained to that step.
+    `hold_commits_until` keeps process 0 from committing any drain before it has trained to that step; a run
+    that starts from scratch has the state of step `loaded`.
     """
     mesh = make_mesh(slices)
     process = jax.process_index()
@@ -113,7 +119,7 @@ def train(
         state, start, extras = restored.state, restored.step or 0, dict(restored.extras)
     else:
         state, start, extras = manager.restore(wanted)["state"], wanted, {}
-    check_state(state, mesh, start)
+    check_state(state, mesh, start or loaded)
     if extras:
         assert extras == {"data": {"position": 100 * start + process}}, extras
     step_fn = jax.jit(_step, donate_argnums=0)
@@ -257,6 +263,7 @@ def live(root: str, slices: int, life: dict[str, Any]) -> dict[str, Any]:
             life.get("parts", ()),
             life.get("rows", ROWS),
             life.get("hold_commits_until", 0),
+            life.get("loaded", 0),
         )
     except EmergencyCheckpointError as error:
         return {"error": f"{type(error).__name__}: {error}"}
