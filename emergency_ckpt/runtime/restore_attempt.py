@@ -12,9 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
-from etils import epath
 
-from emergency_ckpt.core.extras import Item, ProcessExtras, joined_items
 from emergency_ckpt.core.lineage import Activation, StepId
 from emergency_ckpt.core.restore_plan import RestorePlan, SourceKind, Strike
 from emergency_ckpt.core.slots import Outcome
@@ -29,7 +27,8 @@ from emergency_ckpt.jaxio.broadcast import Transfer, broadcast_regions
 from emergency_ckpt.local.manifest import Manifest
 from emergency_ckpt.persistent.reader import StepReader
 from emergency_ckpt.runtime.agreement import agree
-from emergency_ckpt.runtime.extras import ReceivedExtras, SavedExtras
+from emergency_ckpt.runtime.extras import ReceivedExtras
+from emergency_ckpt.runtime.extras_exchange import ExtrasExchange
 from emergency_ckpt.runtime.hydrate import Hydrated, Hydration, fitted, make_manifest
 from emergency_ckpt.runtime.job import Job
 from emergency_ckpt.runtime.loading import read_state
@@ -62,8 +61,7 @@ class Attempt:
         self._whole: Hydrated | None = None
         self._receiving: Hydration | None = None
         self._boxes: Mapping[str, Any] = {}
-        self._extras: str | None = None
-        self._why_no_extras = f"{plan.step} was saved without any"
+        self._extras = ExtrasExchange(job, plan, wanted.beside.items)
 
     def run(self, key: str) -> list[Strike]:
         """Makes this process's slot whole, or reads the wanted part of it.
@@ -72,7 +70,7 @@ class Attempt:
         """
         found = self._agree(f"{key}/hydrated", lambda: self._hydrate(key))
         if not found:
-            self._collect_extras(key)
+            self._extras.collect(key)
         if not found and any(source.kind is SourceKind.BROADCAST for source in self._plan.sources):
             found = self._agree(f"{key}/received", lambda: self._broadcast(key))
         return found
@@ -96,13 +94,13 @@ class Attempt:
         held: list[Held] = []
 
         def mine() -> list[Strike]:
-            self._give_items(key)
+            self._extras.give_items(key)
             try:
                 leaves = self._assemble()
             except CorruptDataError as error:
                 job.log.error("restore", self._plan.step.step, str(error))
                 return [self._own_strike(str(error))]
-            held.append(Held(leaves, self._wanted.beside.receive(self._saved_extras(key))))
+            held.append(Held(leaves, self._wanted.beside.receive(self._extras.saved(key))))
             return []
 
         return self._agree(key, mine, activation) or held[0]
@@ -151,7 +149,7 @@ class Attempt:
     def _hydrate(self, key: str) -> list[Strike]:
         """Everything but receiving a broadcast: the own slot, or the persistent tier."""
         job, step = self._job, self._plan.step
-        self._give_extras(key)
+        self._extras.give(key)
         try:
             if self._wanted.boxes:
                 self._boxes = self._read_persistent(self._boxes_from_persistent)
@@ -166,7 +164,7 @@ class Attempt:
             slot = job.local.sealed(step)
             if slot is None:
                 return [Strike(step, job.process, "it was given up meanwhile")]
-            self._note_other_job(slot.manifest)
+            self._extras.note_saved_by(slot.manifest)
             self._whole = Hydrated(fitted(slot, job.layout, job.process), job.local)
         elif self._source.kind is SourceKind.BROADCAST:
             # Made before anybody enters the broadcast, so that an error here is agreed on first.
@@ -195,8 +193,7 @@ class Attempt:
     def _from_persistent(self) -> Hydrated:
         job, step = self._job, self._plan.step
         reader = self._checked_reader()
-        self._take_persistent_extras(reader)
-        own = {job.process: self._extras} if self._extras is not None else {}
+        self._extras.take_persistent(reader)
         metadata = {}
         if reader.side is not None:
             metadata = {
@@ -207,14 +204,14 @@ class Attempt:
         hydration = Hydration(job, step, self._wanted.part)
         try:
             checksums = hydration.read_persistent(reader)
-            return hydration.seal(make_manifest(job, step, checksums, values, own, metadata))
+            return hydration.seal(make_manifest(job, step, checksums, values, self._extras.own, metadata))
         except BaseException:
             hydration.discard()
             raise
 
     def _checked_reader(self) -> StepReader:
         """The step in the persistent tier, known to have every wanted leaf."""
-        reader = _reader(self._job, self._plan.step)
+        reader = self._job.open_persistent(self._plan.step)
         reader.check_leaves(self._wanted.leaves, self._wanted.values)
         if not reader.verified:
             self._job.log.warning(
@@ -248,14 +245,11 @@ class Attempt:
         assert sender is not None
         where = f"{key}/manifest/{sender}"
         sent = Manifest.from_bytes(job.coordinator.get(where, job.settings.coordination_timeout), where)
-        self._note_other_job(sent)
-        extras = {**sent.extras} if sent.process_count == job.topology.process_count else {}
-        if self._extras is not None:
-            extras[job.process] = self._extras
-        elif self._plan.sources[sender].kind is SourceKind.PERSISTENT:
-            self._take_persistent_extras(_reader(job, step))
-            if self._extras is not None:
-                extras[job.process] = self._extras
+        self._extras.note_saved_by(sent)
+        if not self._extras.own and self._plan.sources[sender].kind is SourceKind.PERSISTENT:
+            self._extras.take_persistent(job.open_persistent(step))
+        kept = sent.extras if sent.process_count == job.topology.process_count else {}
+        extras = {**kept, **self._extras.own}
         manifest = make_manifest(job, step, sent.checksums, sent.values, extras, sent.metadata)
         damage = hydration.find_damage(manifest)
         if damage:
@@ -280,81 +274,6 @@ class Attempt:
             for p, source in enumerate(self._plan.sources)
             if source.kind is SourceKind.BROADCAST and source.process == sender
         )
-
-    # Extras.
-
-    def _give_extras(self, key: str) -> None:
-        """Sends the extras that this process keeps for those that lost theirs."""
-        job = self._job
-        wards = [p for p, keeper in enumerate(self._plan.extras_from) if keeper == job.process and p != keeper]
-        slot = job.local.sealed(self._plan.step) if wards else None
-        for ward in wards:
-            text = slot.manifest.extras.get(ward) if slot else None
-            if text is None:
-                raise CorruptDataError(
-                    f"process {job.process} no longer has the extras of process {ward} for {self._plan.step}"
-                )
-            job.coordinator.put(f"{key}/extras/{ward}", text.encode())
-
-    def _take_persistent_extras(self, reader: StepReader) -> None:
-        """Extras belong to a process of a job of one size; those of another size fit nobody."""
-        saved, count = reader.extras, self._job.topology.process_count
-        if len(saved) == count:
-            self._extras = saved[str(self._job.process)].decode()
-        elif saved:
-            self._why_no_extras = self._of_another_job(len(saved))
-
-    def _note_other_job(self, manifest: Manifest) -> None:
-        if manifest.extras and manifest.process_count != self._job.topology.process_count:
-            self._why_no_extras = self._of_another_job(manifest.process_count)
-
-    def _of_another_job(self, processes: int) -> str:
-        return (
-            f"{self._plan.step} was saved by {processes} processes and this job has "
-            f"{self._job.topology.process_count}, so that no process can tell which of them are its own"
-        )
-
-    def _collect_extras(self, key: str) -> None:
-        """This process's extras from whoever keeps them; after a renumbering that may be another process."""
-        job = self._job
-        keeper = self._plan.extras_from[job.process]
-        if keeper is None:
-            return
-        if keeper != job.process:
-            found = job.coordinator.get(f"{key}/extras/{job.process}", job.settings.coordination_timeout)
-            self._extras = found.decode()
-            return
-        slot = job.local.sealed(self._plan.step)
-        self._extras = slot.manifest.extras.get(job.process) if slot else None
-
-    def _give_items(self, key: str) -> None:
-        """Process 0 sends its items, which are those that one process writes for all, where they are wanted."""
-        if self._wanted.beside.items and self._job.leads:
-            self._job.coordinator.put(f"{key}/items", (self._extras or "").encode())
-
-    def _saved_extras(self, key: str) -> SavedExtras:
-        """What there is beside the arrays, in the memory of this process or in the persistent step."""
-        own = ProcessExtras.from_text(self._extras) if self._extras is not None else None
-        if not self._wanted.beside.items:
-            return SavedExtras(own, self._why_no_extras)
-        found = self._job.coordinator.get(f"{key}/items", self._job.settings.coordination_timeout).decode()
-        parts = [part for part in (own, ProcessExtras.from_text(found) if found else None) if part]
-        items: Mapping[str, Item | epath.Path] = joined_items(parts) or self._persistent_items()
-        return SavedExtras(own, self._why_no_extras, items)
-
-    def _persistent_items(self) -> Mapping[str, Item | epath.Path]:
-        """Items of a step of another job size, or of another program."""
-        if all(held.step_id != self._plan.step for held in self._job.persistent.steps()):
-            return {}
-        reader = _reader(self._job, self._plan.step)
-        if reader.verified:
-            saved = sorted(reader.extras.items(), key=lambda part: int(part[0]))
-            return joined_items(ProcessExtras.from_text(data.decode()) for _, data in saved)
-        return {
-            name: path
-            for name in self._wanted.beside.items
-            if (path := epath.Path(reader.path) / name).is_dir()
-        }
 
     # Arrays.
 
@@ -393,7 +312,7 @@ def persistent_mismatch(job: Job, plan: RestorePlan, wanted: Wanted) -> str:
     if not wanted.boxes and not any(source.kind is SourceKind.PERSISTENT for source in plan.sources):
         return ""
     try:
-        _reader(job, plan.step).check_leaves(wanted.leaves, wanted.values)
+        job.open_persistent(plan.step).check_leaves(wanted.leaves, wanted.values)
     except StateMismatchError as error:
         return str(error)
     except (CorruptDataError, PersistentStoreError) as error:
@@ -401,15 +320,6 @@ def persistent_mismatch(job: Job, plan: RestorePlan, wanted: Wanted) -> str:
             "restore", plan.step.step, f"its leaves could not be looked at before it is read: {error}"
         )
     return ""
-
-
-def _reader(job: Job, step: StepId) -> StepReader:
-    for held in job.persistent.steps():
-        if held.step_id == step:
-            return StepReader(held.path, held.item)
-    raise PersistentStoreError(
-        f"{step} disappeared from {job.persistent.root} since it was listed; was it deleted by hand?"
-    )
 
 
 def _strike_json(strike: Strike) -> Sequence[int | str | None]:
