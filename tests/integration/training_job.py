@@ -290,7 +290,7 @@ def live_through(
 
 
 def swap(one: Path, other: Path) -> None:
-    aside = one.with_name("aside")
+    aside = one.with_name(f"{one.name}_aside")  # two pairs may be swapped at once
     one.rename(aside)
     other.rename(one)
     aside.rename(other)
