@@ -49,10 +49,18 @@ def converted(value: Value, wanted: Any) -> Any:
     return found
 
 
-def as_array(value: Value, dtype: np.dtype[Any]) -> Array | None:
-    """A 0-d array of `dtype` that holds the very same number; None where there is none."""
+def as_array(value: Value, dtype: np.dtype[Any], *, rounds: bool = False) -> Array | None:
+    """A 0-d array of `dtype` that holds the very same number; None where there is none.
+
+    With `rounds`, a float may become the nearest one that a smaller dtype of floats has, as JAX does it.
+    """
     number = _exact(value)
     found = None if number is None else _as_numpy(number, dtype)
+    if found is None and rounds and isinstance(number, float) and _kind(dtype) is float:
+        with np.errstate(all="ignore"):
+            nearest = np.asarray(number).astype(dtype)
+        # What is too large became infinite, or no number: that is not rounding.
+        found = nearest if math.isfinite(float(cast(Any, nearest))) else None
     return None if found is None else np.asarray(found, dtype)
 
 

@@ -127,6 +127,8 @@ class _ValueLeaf:
     def value(self, leaf: Any) -> Value:
         assert self._leaf.value_type is not None
         found = self._scalar(leaf) if isinstance(leaf, jax.Array) else leaf
+        if isinstance(found, np.ndarray) and not found.shape and self._leaf.value_type is not np.ndarray:
+            found = found[()]
         if not isinstance(found, (*VALUE_TYPES, np.ndarray)):
             _refuse(self._leaf, leaf)
         value = captured(self.name, found)

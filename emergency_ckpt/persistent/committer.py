@@ -17,7 +17,7 @@ import tensorstore as ts
 
 from emergency_ckpt.core.extras import Item, ProcessExtras, joined_items
 from emergency_ckpt.core.layout import Layout, LeafSpec
-from emergency_ckpt.core.values import Value
+from emergency_ckpt.core.values import Value, captured
 from emergency_ckpt.errors import CorruptDataError, PersistentStoreError
 from emergency_ckpt.persistent.arrays import (
     WriteOptions,
@@ -98,6 +98,7 @@ def commit_stages(
 ) -> Generator[str, None, None]:
     """Everything of `commit` but the rename; yields the name of each stage when it is done."""
     content = content or StepContent()
+    content = dataclasses.replace(content, values={n: captured(n, v) for n, v in content.values.items()})
     options = options or WriteOptions()
     files = store.attempt_files(attempt)
     store.check_generation(attempt)

@@ -18,6 +18,7 @@ import numpy as np
 import tensorstore as ts
 
 from emergency_ckpt.core.checksums import block_seed, first_bad_block
+from emergency_ckpt.core.conversion import as_array
 from emergency_ckpt.core.layout import Layout, LeafSpec
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.core.shards import Box, Shard, dtype_of
@@ -162,7 +163,7 @@ class StepReader:
             if leaf is not None and leaf.shape == ():
                 out = np.empty((), dtype_of(leaf.dtype))
                 self.read_box(name, Box((), ()), out)
-                found[name] = out.item()
+                found[name] = out[()]
         return found
 
     @functools.cached_property
@@ -335,14 +336,9 @@ class StepReader:
         Floats are rounded, as JAX does with Python's; other numbers must be kept exactly.
         """
         value = self._values.get(leaf.name)
-        if leaf.shape != () or value is None or isinstance(value, str):
+        if leaf.shape != () or value is None:
             return None
-        saved, dtype = np.asarray(value), dtype_of(leaf.dtype)
-        with np.errstate(all="ignore"):
-            array = saved.astype(dtype)
-            has_fractions = np.asarray(0.5).astype(dtype).item() == 0.5
-        rounds = saved.dtype.kind == "f" and has_fractions
-        return array if rounds or array.item() == saved.item() else None
+        return as_array(value, dtype_of(leaf.dtype), rounds=True)
 
     def _put_number(self, request: BoxRequest) -> bool:
         """Fills a request for a leaf that was saved as a number; False for any other."""
@@ -356,7 +352,9 @@ class StepReader:
 
     def _describe_saved(self, name: str) -> str:
         value = self._values.get(name)
-        return _describe(self.leaves.get(name)) if value is None else f"the {type(value).__name__} {value!r}"
+        return (
+            _describe(self.leaves.get(name)) if value is None else f"the {type(value).__name__} {value!r:.80}"
+        )
 
     def _check_request(self, request: BoxRequest) -> None:
         leaf = self.leaves.get(request.leaf)

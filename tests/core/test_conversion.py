@@ -32,11 +32,6 @@ NUMBERS = st.one_of(
 )
 
 
-def same(first: complex, second: complex) -> bool:
-    """Equal, zeros by their sign; computed otherwise than in what is tested."""
-    return [repr(complex(first)), first == second] == [repr(complex(second)), first == first]
-
-
 @given(NUMBERS, st.sampled_from(DTYPES))
 def test_a_dtype_holds_the_very_number_or_nothing(number: Any, name: str) -> None:
     found = as_array(number, dtype_of(name))
@@ -85,6 +80,25 @@ def test_every_number_of_a_dtype_is_held_by_that_dtype(name: str, data: bytes) -
 )
 def test_what_a_dtype_cannot_hold_is_refused(number: Any, name: str) -> None:
     assert as_array(number, dtype_of(name)) is None
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "found"),
+    [
+        (0.1, "float32", np.float32(0.1)),
+        (0.1, "bfloat16", 0.10009765625),
+        (np.float32(0.1), "float16", np.float16(0.1)),
+        (1e300, "float32", None),
+        (-1.5, "float8_e8m0fnu", None),
+        (2**53 + 1, "float64", None),
+        (0.5, "int32", None),
+        (b"x", "float32", None),
+        (np.array(["x"]), "float32", None),
+    ],
+)
+def test_only_floats_are_rounded_and_only_to_floats_in_reach(number: Any, name: str, found: Any) -> None:
+    array = as_array(number, dtype_of(name), rounds=True)
+    assert (None if array is None else float(array)) == (None if found is None else float(found))
 
 
 class Phase(enum.IntEnum):

@@ -48,7 +48,7 @@ def test_replicas_within_the_process_are_bound_once():
     assert [b.data.shape for b in binder.bind(state).buffers] == [(4, 4), (4, 4)]
 
 
-def test_values_are_bound_as_json_and_may_change_their_type():
+def test_values_may_change_their_type_among_the_numbers_of_python():
     binder, _ = binder_for({"step": 0, "name": "a"})
     assert binder.bind({"step": np.float32(0.5), "name": "b"}).values == {"step": 0.5, "name": "b"}
 
@@ -128,6 +128,78 @@ def test_what_could_not_be_restored_as_the_value_it_stands_for_is_refused(leaf):
     binder, _ = binder_for({"step": 0})
     with pytest.raises(StateMismatchError, match=r"'step': found .*has value of type int"):
         binder.bind({"step": leaf()})
+
+
+MESH_WIDE = NamedSharding(mesh(), P())
+
+
+@pytest.mark.parametrize(
+    ("live", "saved"),
+    [
+        (lambda: jnp.int32(7), np.int32(7)),
+        (lambda: jax.device_put(jnp.int32(7), MESH_WIDE), np.int32(7)),
+        (lambda: jax.device_put(jnp.int32(7), MESH_WIDE.with_memory_kind("pinned_host")), np.int32(7)),
+        (lambda: jnp.bfloat16(0.5), jnp.bfloat16(0.5).item()),
+        (lambda: np.asarray(7), np.int64(7)),
+        (lambda: np.int8(7), np.int8(7)),
+        (lambda: True, True),
+    ],
+)
+def test_a_number_in_an_array_may_stand_where_a_value_was(live, saved):
+    state = {"step": 0, "w": jnp.ones(2)}
+    binder, _ = binder_for(state)
+    bound = binder.bind({**state, "step": live()})
+    assert bound.values == {"step": saved}
+    assert not isinstance(bound.values["step"], (np.ndarray, jax.Array))
+    assert len(bound.buffers) == 1
+
+
+@pytest.mark.parametrize(
+    ("wanted", "live"),
+    [
+        (lambda: jnp.int32(0), 7),
+        (lambda: jnp.int32(0), np.int64(7)),
+        (lambda: jnp.int32(0), np.asarray(7.0)),
+        (lambda: jax.ShapeDtypeStruct((), jnp.bfloat16, sharding=MESH_WIDE), 0.5),
+        (lambda: np.zeros((), np.uint8), 255),
+        (lambda: jnp.bool_(False), True),
+        (lambda: jnp.complex64(0), 1),
+    ],
+)
+def test_a_number_may_stand_where_a_0d_array_was(wanted, live):
+    binder, layout = binder_for({"step": wanted()})
+    (buffer,) = binder.bind({"step": live}).buffers
+    assert isinstance(buffer.data, np.ndarray)
+    assert buffer.data.dtype == dtype_of(layout.leaves[0].dtype)
+    assert buffer.data.shape == ()
+    assert buffer.data == live
+
+
+@pytest.mark.parametrize(
+    ("wanted", "live"),
+    [
+        (lambda: jnp.int32(0), 2**31),
+        (lambda: jnp.int32(0), 0.5),
+        (lambda: jnp.uint8(0), -1),
+        (lambda: jnp.float32(0), 0.1),
+        (lambda: jnp.float32(0), 1j),
+        (lambda: jnp.int32(0), "7"),
+        (lambda: jnp.zeros(1, jnp.int32), 7),
+        (lambda: jax.random.key(0), 7),
+    ],
+)
+def test_a_number_that_the_array_cannot_hold_is_refused_with_both(wanted, live):
+    binder, _ = binder_for({"step": wanted()})
+    with pytest.raises(StateMismatchError, match=rf"'step': found value of type \w+ '?{live}.* has "):
+        binder.bind({"step": live})
+
+
+def test_a_deleted_number_where_a_value_was_is_named():
+    binder, _ = binder_for({"step": 0})
+    step = jnp.int32(1)
+    step.delete()
+    with pytest.raises(UnsupportedStateError, match=r"'step'.*deleted.*donated"):
+        binder.bind({"step": step})
 
 
 def test_other_leaves_are_named():

@@ -96,10 +96,13 @@ def write(
     item: str,
     content: dict[str, Any] | None = None,
     prefix: str | None = None,
+    layout_of: Any = None,
 ) -> PersistentStore:
+    """`layout_of`: the abstract state of the manager, where it is another than the state."""
     store = PersistentStore(root, StepNames(prefix))
     generation = store.newest_generation() or store.mint_generation(0, None)
-    layout = build_layout(state, Topology.single_process(), layout_metadata_files(state, item))
+    known = state if layout_of is None else layout_of
+    layout = build_layout(known, Topology.single_process(), layout_metadata_files(known, item))
     arrays, values = stored_arrays(state)
     save(store, Attempt(generation, step, item), arrays, StepContent(values, **content or {}), layout)
     return store
