@@ -1,5 +1,7 @@
 """Every process of a real job derives the same layout, saves its own part of it, and gets it back."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,7 +76,27 @@ def save_and_restore(replicas):
         "slices": topology.process_slice,
         "groups": topology.groups,
         "checksums": sorted(slot.checksums.items()),
+        "kinds": change_kinds(mesh, topology),
     }
+
+
+def change_kinds(mesh, topology):
+    """A number became an array over all processes, which is donated after the save; and the other way round."""
+    process = jax.process_index()
+    counted = jax.jit(lambda: jnp.int32(41), out_shardings=NamedSharding(mesh, P()))()
+    array = jax.ShapeDtypeStruct((), jnp.int32, sharding=counted.sharding)
+    found = []
+    for wanted, live in (({"step": array}, {"step": 41}), ({"step": 0}, {"step": counted})):
+        layout = build_layout(wanted, topology)
+        snapshot = take_snapshot(StateBinder(wanted, layout, process), live)
+        if live["step"] is counted:
+            jax.block_until_ready(jax.jit(lambda step: step + 1, donate_argnums=0)(counted))
+            assert counted.is_deleted()
+        slot = MemorySlot.fill(layout, snapshot, process)
+        read = functools.partial(slot.read, process=process)
+        step = assemble(wanted, layout, process, GENERATION, read, slot.values)["step"]
+        found.append([type(step).__name__, int(step), sorted(slot.checksums.items())])
+    return found
 
 
 def own_device_seen_by_the_other():
@@ -113,6 +135,12 @@ def test_replicas_of_a_shard_have_equal_checksums_on_all_their_holders(results):
     assert "last_process_only" in alone
     everywhere = {layout.shards[i].leaf for i, h in enumerate(layout.shard_holders) if len(h) == len(results)}
     assert everywhere >= {"replicated", "scalar", "numpy", "step"}
+
+
+def test_a_number_may_become_an_array_over_all_processes_and_the_other_way_round(results):
+    for result in results:
+        assert result["kinds"] == results[0]["kinds"]
+        assert [kind[:2] for kind in result["kinds"]] == [["ArrayImpl", 41], ["int", 41]]
 
 
 def test_a_single_device_array_of_another_process_is_refused_there():
