@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 from typing import Any
 
 import flax.nnx as nnx
@@ -48,6 +49,7 @@ class Model(nnx.Module):
         self.layers = nnx.List([nnx.Linear(8, 8, rngs=rngs), nnx.LoRA(8, 2, 8, rngs=rngs)])
 
 
+@functools.cache
 def optax_states() -> dict[str, Any]:
     params = {"w": jnp.arange(6.0).reshape(2, 3), "b": jnp.ones(3, jnp.bfloat16), "frozen": {"c": jnp.ones(2)}}
     labels = {"w": "adam", "b": "sgd", "frozen": {"c": "none"}}
@@ -75,6 +77,7 @@ def train_state() -> TrainState:
     return TrainState.create(apply_fn=len, params=params, tx=optax.chain(optax.clip(1.0), optax.adam(1e-3)))
 
 
+@functools.cache
 def nnx_parts() -> Any:
     model = Model(nnx.Rngs(params=0, dropout=jax.random.key(1, impl="rbg")))
     return nnx.state((model, nnx.Optimizer(model, optax.adamw(1e-3), wrt=nnx.Param)))
