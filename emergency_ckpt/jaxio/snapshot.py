@@ -85,6 +85,7 @@ class Snapshot:
 
 def _hold(buffer: ShardBuffer) -> ShardBuffer:
     """The shard in host memory that nobody changes."""
-    if isinstance(buffer.data, np.ndarray):
-        return buffer._replace(data=np.array(buffer.data, order="C", copy=True, subok=False))
-    return buffer._replace(data=to_host(buffer))
+    shard, leaf, data, _ = buffer
+    if isinstance(data, np.ndarray):
+        return ShardBuffer(shard, leaf, np.array(data, order="C", copy=True, subok=False), True)
+    return ShardBuffer(shard, leaf, to_host(buffer), True)
