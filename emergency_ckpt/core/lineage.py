@@ -38,6 +38,34 @@ class Activation:
         return 0 < saved.generation < self.generation and (self.step is None or saved.step > self.step)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Deletion:
+    """Steps were deleted on purpose: of all up to `upto`, `newest` was the newest restorable one afterwards.
+
+    What older manifests promise up to there is settled by it: whether those steps were deleted, superseded or
+    lost before, nothing but `newest` was there to be lost after it.
+    """
+
+    upto: StepId
+    newest: StepId | None
+
+    def after(self, earlier: Deletion | None) -> Deletion:
+        """The record of both, this one being the later."""
+        return self if earlier is None else Deletion(max(self.upto, earlier.upto), self.newest)
+
+
+def newest_promised(
+    promises: Iterable[StepId], activations: Iterable[Activation], deletion: Deletion | None
+) -> StepId | None:
+    """The newest step that was complete once, and that nobody gave up on purpose since."""
+    left: list[StepId] = list(promises)
+    if deletion is not None:
+        left = [step for step in left if step > deletion.upto]
+        left += [deletion.newest] if deletion.newest else []
+    known = tuple(activations)
+    return max((step for step in left if not is_void(step, known)), default=None)
+
+
 def is_void(saved: StepId, activations: Iterable[Activation]) -> bool:
     """Whether a restore that came after `saved` left it behind."""
     return any(activation.voids(saved) for activation in activations)

@@ -17,7 +17,7 @@ from typing import Any
 
 from absl import logging
 
-from emergency_ckpt.core.lineage import Activation, StepId, is_void
+from emergency_ckpt.core.lineage import Activation, Deletion, StepId, is_void
 from emergency_ckpt.errors import CorruptDataError, PersistentStoreError, StaleGenerationError
 from emergency_ckpt.persistent.files import Files, LocalFiles
 from emergency_ckpt.persistent.step_files import (
@@ -32,6 +32,7 @@ _RECORDS = "emergency_ckpt"
 _RUN_ID = f"{_RECORDS}/run_id"
 _GENERATIONS = f"{_RECORDS}/generations"
 _ACTIVATIONS = f"{_RECORDS}/activations"
+_DELETION = f"{_RECORDS}/deletion.json"
 _RECORD = re.compile(r"(\d{8,})\.json")
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _ATTEMPT = re.compile(r".+\.orbax-checkpoint-tmp-(?:g(\d+)-[0-9a-f]+-\d+|removed-[0-9a-f]+)")
@@ -212,6 +213,30 @@ class PersistentStore:
             if activation is not None:
                 found.append(activation)
         return tuple(found)
+
+    def record_deletion(self, deletion: Deletion | None) -> None:
+        """Records that steps were deleted on purpose; None: that no longer counts. One process calls this."""
+        if deletion is None:
+            if self.deletion() is not None:
+                self.files.write(_DELETION, seal({"withdrawn": True}))
+            return
+        whole = deletion.after(self.deletion())
+        newest = [whole.newest.generation, whole.newest.step] if whole.newest else None
+        content = {"upto": [whole.upto.generation, whole.upto.step], "newest": newest}
+        self.files.write(_DELETION, seal(content))
+
+    def deletion(self) -> Deletion | None:
+        """What was deleted on purpose. A record that cannot be read does not count: then too much is missed."""
+        try:
+            raw = unseal(self.files.read(_DELETION), self.files.locate(_DELETION))
+            if raw.get("withdrawn"):
+                return None
+            return Deletion(StepId(*raw["upto"]), StepId(*raw["newest"]) if raw["newest"] else None)
+        except FileNotFoundError:
+            return None
+        except (CorruptDataError, KeyError, TypeError) as error:
+            logging.warning("%s is unreadable and does not count: %s", self.files.locate(_DELETION), error)
+            return None
 
     def _withdraw_unreadable_activation(self) -> None:
         """Marks an unreadable newest record as withdrawn, before a newer one makes it look like damage."""

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from emergency_ckpt.core.lineage import Activation, StepId, is_void
+from emergency_ckpt.core.lineage import Activation, Deletion, StepId, is_void
 from emergency_ckpt.core.schedule import NOTHING_DUE, Due
 from emergency_ckpt.core.slots import Outcome
 from emergency_ckpt.errors import (
@@ -189,10 +189,13 @@ class Engine:
         def decide(steps: list[int]) -> None:
             if len(set(steps)) > 1:
                 raise PeerFailedError(f"processes repeat different steps: {steps}")
+            deletion = self.job.persistent.deletion()
+            if deletion is not None and step <= deletion.upto:
+                self.job.persistent.record_deletion(None)  # It comes back, and would be missed.
 
         try:
             agree(self.job.coordinator, key, lambda: step.step, decide, self._settings.coordination_timeout)
-        except (CoordinationTimeoutError, PeerFailedError) as error:
+        except EmergencyCheckpointError as error:
             self._errors.append(error)
             self.job.log.error("save", step.step, f"the abandoned save is not repeated by all: {error}")
             return False
@@ -354,8 +357,23 @@ class Engine:
             lambda _: None,
             self._settings.coordination_timeout,
         )
+        before = self.newest
         self._look_again(key)
         self._pipeline.forget(step, self.survey.newest)
+        self._record_deletion(key, before)
+
+    def _record_deletion(self, key: str, before: StepId | None) -> None:
+        """The next start must not miss what was deleted. Comes last: until then, too much is missed at most."""
+        if before is None:
+            return
+        deletion = Deletion(before, self.survey.newest)
+        tell(
+            self.job.coordinator,
+            f"{key}/record",
+            lambda: self.job.persistent.record_deletion(deletion),
+            self._settings.coordination_timeout,
+        )
+        self.survey = dataclasses.replace(self.survey, lost=None)
 
     def _look_again(self, key: str) -> None:
         self.survey = self._restorer.survey(key)

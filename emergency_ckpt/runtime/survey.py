@@ -8,7 +8,7 @@ from typing import Any
 
 from emergency_ckpt.core.inventory import Inventory
 from emergency_ckpt.core.layout import Layout
-from emergency_ckpt.core.lineage import Activation, StepId, is_void
+from emergency_ckpt.core.lineage import Activation, StepId, newest_promised
 from emergency_ckpt.core.other_layouts import OtherLayout, Unusable
 from emergency_ckpt.core.restore_plan import Planner
 from emergency_ckpt.jaxio.topology import Topology
@@ -107,13 +107,15 @@ def take_survey(
     _, reason = planner.plan()
     generations = [i.highest_generation for i in inventories] + [s.generation for s in steps]
     restorable = tuple(planner.restorable())
-    promised = [i.promised for i in inventories if i.promised and not is_void(i.promised, activations)]
+    promises = [i.promised for i in inventories if i.promised]
+    # Read only where it matters.
+    lost = None if restorable else newest_promised(promises, activations, persistent.deletion())
     return Survey(
         activations,
         restorable,
         reason,
         max([*generations, newest.number if newest else 0]),
-        None if restorable else max(promised, default=None),
+        lost,
         planner.unusable(),
         steps,
         planner,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emergency_ckpt.core.lineage import Activation, StepId, is_void
+from emergency_ckpt.core.lineage import Activation, Deletion, StepId, is_void, newest_promised
 
 steps = st.builds(StepId, st.integers(0, 5), st.integers(0, 5))
 activations = st.builds(Activation, st.integers(1, 5), st.none() | st.integers(0, 5))
@@ -62,3 +62,18 @@ def test_what_a_restore_began_from_and_what_it_saved_are_not_void(
     assert not any(is_void(step, begun) for step in saved if step.generation == last.generation)
     if last.step is not None:
         assert any(step.step == last.step and not is_void(step, begun) for step in saved)
+
+
+def test_a_deletion_settles_what_was_promised_before_it_and_nothing_after_it() -> None:
+    gone = Deletion(StepId(2, 8), None)
+    assert newest_promised([StepId(1, 9), StepId(2, 8)], [], gone) is None
+    assert newest_promised([StepId(2, 9)], [], gone) == StepId(2, 9)
+    assert newest_promised([StepId(2, 8)], [], Deletion(StepId(2, 8), StepId(2, 6))) == StepId(2, 6)
+    assert newest_promised([], [Activation(3, 4)], Deletion(StepId(2, 8), StepId(2, 6))) is None
+    assert newest_promised([StepId(2, 8)], [], None) == StepId(2, 8)
+
+
+def test_of_two_deletions_the_later_one_says_what_is_left() -> None:
+    first = Deletion(StepId(1, 8), StepId(1, 6))
+    assert Deletion(StepId(1, 6), None).after(first) == Deletion(StepId(1, 8), None)
+    assert first.after(None) == first

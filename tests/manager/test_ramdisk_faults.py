@@ -1,0 +1,121 @@
+"""What a user sees when the ramdisk fails, when a bucket was wiped, when the clock jumps."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from jax.sharding import Mesh
+
+from emergency_ckpt import LocalCheckpointOptions, PersistentCheckpointOptions
+from emergency_ckpt.errors import EmergencyCheckpointError, LocalDirectoryError
+from tests.manager.states import OPTIONS, Opener, assert_same, make_state, save_all
+
+LOCAL_ONLY = dataclasses.replace(
+    OPTIONS,
+    local=LocalCheckpointOptions(save_interval_steps=1, max_to_keep=1),
+    persistent=PersistentCheckpointOptions(1000),
+)
+_NOBODY = 65534
+
+
+@contextlib.contextmanager
+def unwritable(directory: Path) -> Iterator[None]:
+    """Nothing can be made or removed in `directory`, not even by a test that root runs."""
+    root = os.geteuid() == 0
+    if root:
+        for path in (directory.parents[1], directory.parent, directory, *directory.iterdir()):
+            os.chown(path, _NOBODY, _NOBODY)
+        os.seteuid(_NOBODY)
+    directory.chmod(0o500)
+    try:
+        yield
+    finally:
+        directory.chmod(0o700)
+        if root:
+            os.seteuid(0)
+
+
+def test_a_directory_that_becomes_unwritable_costs_saves_and_nothing_else(
+    opened: Opener, mesh: Mesh, ramdisk: Path
+) -> None:
+    manager = opened(options=LOCAL_ONLY)
+    assert save_all(manager, mesh, range(1, 5)) == [1, 2, 3, 4]
+    states = {step: make_state(mesh, step) for step in range(5, 8)}
+    with unwritable(ramdisk / "emergency_ckpt/0"):
+        for step in (5, 6):
+            assert not manager.save(step, states[step])
+            manager.wait_until_finished()
+            with pytest.raises(LocalDirectoryError, match=r"cannot remove the manifest .*Permission denied"):
+                manager.check_for_errors()
+        assert manager.latest_complete_step() == 4
+        manager.check_for_errors()
+    assert manager.save(7, states[7])
+    manager.wait_until_finished()
+    manager.check_for_errors()
+    assert opened(options=LOCAL_ONLY).restore_or_init(dict).step == 7
+
+
+def test_the_directory_is_emptied_and_the_job_goes_on(opened: Opener, mesh: Mesh, ramdisk: Path) -> None:
+    manager = opened()
+    save_all(manager, mesh, range(1, 7))
+    shutil.rmtree(ramdisk / "emergency_ckpt")
+    assert save_all(manager, mesh, range(7, 9)) == [8]
+    restored = opened().restore_or_init(dict)
+    assert (restored.step, restored.source) == (8, "local")
+    assert_same(restored.state, make_state(mesh, 8))
+
+
+def test_after_the_directory_was_emptied_an_earlier_step_comes_from_the_persistent_tier(
+    opened: Opener, mesh: Mesh, ramdisk: Path
+) -> None:
+    manager = opened()
+    save_all(manager, mesh, range(1, 9))
+    shutil.rmtree(ramdisk / "emergency_ckpt")
+    manager.reload()
+    assert manager.latest_step() == 5
+    assert_same(manager.restore(None)["state"], make_state(mesh, 5))
+    assert save_all(manager, mesh, range(6, 9)) == [6, 8]
+
+
+def test_a_wiped_bucket_under_the_same_run_name_is_pointed_out(
+    opened: Opener, mesh: Mesh, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_all(opened(), mesh, range(1, 9))
+    shutil.rmtree(tmp_path / "bucket")
+    caplog.clear()
+    manager = opened()
+    assert "its persistent directory may have been emptied or replaced" in caplog.text
+    assert manager.restore_or_init(lambda: make_state(mesh, 0)).step is None
+    assert save_all(manager, mesh, range(1, 9)) == [1, 2, 4, 5, 6, 8]
+
+
+def test_a_clock_that_jumps_back_and_forth_changes_nothing(
+    opened: Opener, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, real_ns = time.time, time.time_ns
+    year = 365 * 24 * 3600
+    for life, jump in enumerate((0, -20 * year, +20 * year, -30 * year)):
+        monkeypatch.setattr(time, "time", lambda by=jump: real() + by)
+        monkeypatch.setattr(time, "time_ns", lambda by=jump: real_ns() + by * 10**9)
+        manager = opened()
+        restored = manager.restore_or_init(lambda: make_state(mesh, 0))
+        assert restored.step == (6 * life or None)
+        assert 6 * life + 6 in save_all(manager, mesh, range(6 * life + 1, 6 * life + 7))
+        assert manager.latest_step() == 6 * life + 6
+
+
+def test_a_directory_that_is_a_file_or_not_writable_at_start_says_so(
+    opened: Opener, mesh: Mesh, ramdisk: Path
+) -> None:
+    (ramdisk / "emergency_ckpt").write_text("in the way")
+    with pytest.raises(EmergencyCheckpointError, match=f"cannot write below .*{ramdisk}"):
+        opened()
+    (ramdisk / "emergency_ckpt").unlink()
+    assert save_all(opened(), mesh, range(1, 3))
