@@ -84,7 +84,7 @@ class DrainJob:
 @dataclasses.dataclass(frozen=True)
 class _Request:
     attempt: Attempt
-    slot: int  # pinned once for this drain
+    slot: int | None  # pinned once for this drain; None where the step is not here any more
 
     @property
     def step(self) -> StepId:
@@ -99,9 +99,10 @@ class DrainWorker(Worker[_Request]):
         self._ordinals = itertools.count()
         super().__init__("drain", self._do)
 
-    def drain(self, step: StepId, slot: int) -> None:
+    def drain(self, step: StepId, slot: int | None) -> None:
         """Drains the sealed `step` from `slot`, which the caller has pinned; the worker unpins it.
 
+        Where this process has lost the step (`slot` None), the attempt fails, and the others are told.
         All processes drain the same steps in the same order (what is complete is agreed), so that counting
         gives each attempt a number of its own; a step whose drain failed may be drained again.
         """
@@ -133,6 +134,8 @@ class DrainWorker(Worker[_Request]):
     def _drain(self, request: _Request) -> tuple[Verdict, int]:
         job = self._job
         commits = job.process == job.committer
+        if request.slot is None:
+            raise CorruptDataError(f"{request.step} is not on this ramdisk any more")
         pinned = True
         try:
             slot = job.local.sealed(request.step)

@@ -203,10 +203,11 @@ class Engine:
 
     def _drain_again(self, step: StepId) -> bool:
         """A step that is complete on all ramdisks goes to the persistent tier from there, with no snapshot."""
-        slot = self.job.local.pin(step)
-        if slot is None or self._drain is None:
+        if self._drain is None:
             return False
-        self._drain.drain(step, slot.index)
+        slot = self.job.local.pin(step)
+        # The attempts of all processes are counted alike, so that a process which lost the step takes part.
+        self._drain.drain(step, slot.index if slot else None)
         return True
 
     def _is_persistent(self, step: int, key: str) -> bool:
@@ -379,6 +380,9 @@ class Engine:
         self.survey = self._restorer.survey(key)
         self._survey_is_fresh = not self._began
         self._base = self.survey.newest
+        complete = self._pipeline.newest_complete
+        if complete is not None and complete not in self.survey.restorable:
+            self._pipeline.forget(complete.step, self.survey.newest)  # It was lost everywhere meanwhile.
         self._look_at_persistent()
 
     def _look_at_persistent(self, *begun: Activation) -> None:

@@ -41,7 +41,7 @@ def fail_on_process_one(root: str) -> dict[str, Any]:
             try:
                 manager.check_for_errors()
             except LocalDirectoryError as error:
-                told["errors"][step] = str(error)
+                told["errors"][str(step)] = str(error)
     with CheckpointManager.from_config(config, mesh, make_state(mesh, 0)) as manager:
         restored = manager.restore_or_init(lambda: make_state(mesh, 0))
         check_state(restored.state, mesh, 8)
@@ -69,9 +69,9 @@ def test_a_ramdisk_that_is_gone_abandons_the_save_on_all_processes_and_the_job_g
 
 def test_the_process_at_fault_says_so_and_the_others_are_not_blamed(told: list[dict[str, Any]]) -> None:
     assert told[0]["errors"] == {}
-    assert sorted(told[1]["errors"]) == [5, 6]
+    assert sorted(told[1]["errors"]) == ["5", "6"]
     assert all("does not exist. Mount the ramdisk there" in error for error in told[1]["errors"].values())
 
 
 def test_the_newest_complete_step_comes_back(told: list[dict[str, Any]]) -> None:
-    assert [process["restored"] for process in told] == [[8, "local"]] * 2
+    assert [process["restored"] for process in told] == [[8, "own slot"]] * 2

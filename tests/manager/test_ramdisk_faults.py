@@ -14,8 +14,9 @@ import pytest
 from jax.sharding import Mesh
 
 from emergency_ckpt import LocalCheckpointOptions, PersistentCheckpointOptions
-from emergency_ckpt.errors import EmergencyCheckpointError, LocalDirectoryError
-from tests.manager.states import OPTIONS, Opener, assert_same, make_state, save_all
+from emergency_ckpt.agent import drain
+from emergency_ckpt.errors import EmergencyCheckpointError, LocalDirectoryError, PersistentStoreError
+from tests.manager.states import OPTIONS, Opener, Unreliable, assert_same, make_state, save_all
 
 LOCAL_ONLY = dataclasses.replace(
     OPTIONS,
@@ -68,7 +69,7 @@ def test_the_directory_is_emptied_and_the_job_goes_on(opened: Opener, mesh: Mesh
     shutil.rmtree(ramdisk / "emergency_ckpt")
     assert save_all(manager, mesh, range(7, 9)) == [8]
     restored = opened().restore_or_init(dict)
-    assert (restored.step, restored.source) == (8, "local")
+    assert (restored.step, restored.source) == (8, "own slot")
     assert_same(restored.state, make_state(mesh, 8))
 
 
@@ -119,3 +120,20 @@ def test_a_directory_that_is_a_file_or_not_writable_at_start_says_so(
         opened()
     (ramdisk / "emergency_ckpt").unlink()
     assert save_all(opened(), mesh, range(1, 3))
+
+
+def test_a_step_that_was_lost_cannot_be_drained_again_and_later_ones_are_drained(
+    opened: Opener, mesh: Mesh, ramdisk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = opened()
+    Unreliable(monkeypatch, drain, "write_part", PersistentStoreError("disk full"))
+    manager.save(5, make_state(mesh, 5))
+    manager.wait_until_finished()
+    shutil.rmtree(ramdisk / "emergency_ckpt")
+    assert manager._engine.job.local.verify() == ()
+    with pytest.raises(PersistentStoreError, match=r"step 5 .* is not on this ramdisk any more"):
+        manager.finish(5, make_state(mesh, 5))
+    with pytest.raises(PersistentStoreError, match="disk full"):
+        manager.check_for_errors()
+    assert save_all(manager, mesh, range(6, 11)) == [6, 8, 10]
+    assert (tmp_path / "bucket/10/default").is_dir()
