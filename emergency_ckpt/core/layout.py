@@ -21,7 +21,22 @@ from emergency_ckpt.core.shards import Box, Shard, dtype_of
 from emergency_ckpt.errors import CorruptDataError
 
 FORMAT_VERSION = 1
+ARRAY_METADATA_FILE = "array_metadatas/process_0"
 SHARD_ALIGNMENT = 4096
+
+
+def key_implementations(array_metadata: bytes) -> dict[str, str]:
+    """PRNG implementation by leaf, from Orbax's file of that name: as stored, typed keys are plain integers.
+
+    Raises ValueError, TypeError, KeyError or AttributeError for a file that is damaged.
+    """
+    raw: Any = json.loads(array_metadata)
+    described = [entry["array_metadata"] for entry in raw.get("array_metadatas", [])]
+    return {
+        str(entry["param_name"]): str(entry["ext_metadata"]["random_key_impl"])
+        for entry in described
+        if (entry["ext_metadata"] or {}).get("random_key_impl")
+    }
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -99,6 +114,11 @@ class Layout:
     def leaf(self) -> Mapping[str, LeafSpec]:
         """Leaf by name."""
         return {leaf.name: leaf for leaf in self.leaves}
+
+    @functools.cached_property
+    def key_implementations(self) -> Mapping[str, str]:
+        """PRNG implementation by leaf, of those that are typed keys."""
+        return key_implementations(dict(self.metadata_files).get(ARRAY_METADATA_FILE, b"{}"))
 
     @functools.cached_property
     def shard_index(self) -> Mapping[Shard, int]:

@@ -5,7 +5,6 @@ Every process derives the identical layout: nothing in it depends on which proce
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,8 +13,6 @@ from emergency_ckpt.core.shards import Box, Shard
 from emergency_ckpt.errors import TopologyError
 from emergency_ckpt.jaxio.state import Leaf, LeafKind, flatten, process_boxes
 from emergency_ckpt.jaxio.topology import Topology
-
-ARRAY_METADATA_FILE = "array_metadatas/process_0"
 
 
 def build_layout(
@@ -65,24 +62,13 @@ def describe_mismatch(saved: Layout, wanted: Layout) -> list[str]:
 
 
 def _descriptions(layout: Layout) -> dict[str, str]:
-    implementations = _key_implementations(layout)
+    implementations = layout.key_implementations
     arrays = {
         leaf.name: f"{leaf.dtype}{list(leaf.shape)}"
         + (f" of {implementations[leaf.name]} keys" if leaf.name in implementations else "")
         for leaf in layout.leaves
     }
     return arrays | dict.fromkeys(layout.value_leaves, "a value")
-
-
-def _key_implementations(layout: Layout) -> dict[str, str]:
-    """PRNG implementation by leaf, from Orbax's metadata: as stored, keys are plain integers."""
-    arrays = json.loads(dict(layout.metadata_files).get(ARRAY_METADATA_FILE, b"{}")).get("array_metadatas", [])
-    described = [entry["array_metadata"] for entry in arrays]
-    return {
-        entry["param_name"]: entry["ext_metadata"]["random_key_impl"]
-        for entry in described
-        if (entry["ext_metadata"] or {}).get("random_key_impl")
-    }
 
 
 def _check_holders(leaf: Leaf, boxes: Mapping[int, object], topology: Topology) -> None:

@@ -110,6 +110,11 @@ def flatten(state: Any) -> FlatState:
     )
 
 
+def key_implementations(state: Any) -> dict[str, str]:
+    """PRNG implementation by leaf, of those leaves that are typed keys."""
+    return {leaf.name: leaf.key_impl for leaf in flatten(state).leaves if leaf.key_impl is not None}
+
+
 def leaf_name(path: tuple[Any, ...]) -> str:
     """The name of the leaf at a JAX key path."""
     return ".".join(_key_name(key) for key in path)

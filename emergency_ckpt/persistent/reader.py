@@ -51,7 +51,12 @@ from emergency_ckpt.persistent.step_files import (
     parse_side_file_name,
     unseal,
 )
-from emergency_ckpt.persistent.tree_metadata import TreeMetadata, read_strings, read_tree_metadata
+from emergency_ckpt.persistent.tree_metadata import (
+    TreeMetadata,
+    read_key_implementations,
+    read_strings,
+    read_tree_metadata,
+)
 
 _OPENED_AT_ONCE = 256
 
@@ -179,11 +184,25 @@ class StepReader:
         strings = read_strings(self._files, self.item, self._tree.strings)
         return {**{n: v.item() for n, v in zip(self._tree.numbers, numbers, strict=True)}, **strings}
 
-    def check_leaves(self, wanted: Iterable[LeafSpec], values: Collection[str] = ()) -> tuple[str, ...]:
-        """Returns the array leaves that are saved but not wanted. `values` names the other leaves.
+    @functools.cached_property
+    def key_implementations(self) -> Mapping[str, str]:
+        """PRNG implementation by leaf, of those that are known to be typed keys; their leaves are integers."""
+        if self.layout is not None:
+            return self.layout.key_implementations
+        return read_key_implementations(self._files, self.item)
 
-        A saved number may be wanted as a 0-d array that can hold it, and the other way round.
-        Raises StateMismatchError, naming every leaf that is missing or has another shape or dtype.
+    def check_leaves(
+        self,
+        wanted: Iterable[LeafSpec],
+        values: Collection[str] = (),
+        keys: Mapping[str, str] | None = None,
+    ) -> tuple[str, ...]:
+        """Returns the array leaves that are saved but not wanted.
+
+        `values` names the other leaves, `keys` has the PRNG implementations of typed keys. A saved number may
+        be wanted as a 0-d array that can hold it, and the other way round; integers may be wanted as keys.
+        Raises StateMismatchError, naming every leaf that is missing or has another shape, dtype or PRNG
+        implementation.
         """
         by_name = {leaf.name: leaf for leaf in wanted}
         wrong = [
@@ -195,6 +214,11 @@ class StepReader:
             f"{name}: saved {self._describe_saved(name)}, wanted a value"
             for name in sorted(values)
             if name not in self._values and getattr(self.leaves.get(name), "shape", None) != ()
+        ]
+        wrong += [
+            f"{name}: saved {self.key_implementations[name]} keys, wanted {implementation} keys"
+            for name, implementation in sorted((keys or {}).items())
+            if self.key_implementations.get(name, implementation) != implementation
         ]
         extra = tuple(name for name in self.leaves if name not in by_name)
         if wrong:

@@ -9,6 +9,7 @@ import dataclasses
 import json
 from typing import Any
 
+from emergency_ckpt.core.layout import ARRAY_METADATA_FILE, key_implementations
 from emergency_ckpt.errors import CorruptDataError, PersistentStoreError
 from emergency_ckpt.persistent.files import Files
 from emergency_ckpt.persistent.step_files import ORBAX_STRINGS_FILE, ORBAX_TREE_FILE
@@ -79,3 +80,14 @@ def read_strings(files: Files, item: str, names: tuple[str, ...]) -> dict[str, s
         raise CorruptDataError(
             f"{files.locate(path)} does not hold the strings {list(names)}: {error}"
         ) from error
+
+
+def read_key_implementations(files: Files, item: str) -> dict[str, str]:
+    """PRNG implementation by leaf; empty where the writer did not say."""
+    path = f"{item}/{ARRAY_METADATA_FILE}".lstrip("/")
+    try:
+        return key_implementations(files.read(path))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CorruptDataError(f"{files.locate(path)} is damaged: {error}") from error

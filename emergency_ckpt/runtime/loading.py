@@ -15,7 +15,7 @@ from emergency_ckpt.core.checksums import checksum_blocks, shard_seed
 from emergency_ckpt.errors import StateMismatchError
 from emergency_ckpt.jaxio.assemble import StoredShard, assemble
 from emergency_ckpt.jaxio.layouts import build_layout
-from emergency_ckpt.jaxio.state import flatten
+from emergency_ckpt.jaxio.state import flatten, key_implementations
 from emergency_ckpt.jaxio.topology import Topology
 from emergency_ckpt.persistent.reader import BoxRequest, StepReader
 
@@ -43,7 +43,7 @@ def read_state(
     Raises StateMismatchError naming every leaf that differs, CorruptDataError and PersistentStoreError.
     """
     layout = build_layout(abstract_state, topology)
-    reader.check_leaves(layout.leaves, layout.value_leaves)
+    reader.check_leaves(layout.leaves, layout.value_leaves, key_implementations(abstract_state))
     memory: dict[int, np.ndarray] = {}
     requests = []
     for index in layout.process_shards[topology.process_index]:

@@ -212,7 +212,7 @@ class Attempt:
     def _checked_reader(self) -> StepReader:
         """The step in the persistent tier, known to have every wanted leaf."""
         reader = self._job.open_persistent(self._plan.step)
-        reader.check_leaves(self._wanted.leaves, self._wanted.values)
+        reader.check_leaves(self._wanted.leaves, self._wanted.values, self._wanted.keys)
         if not reader.verified:
             self._job.log.warning(
                 "restore",
@@ -312,7 +312,7 @@ def persistent_mismatch(job: Job, plan: RestorePlan, wanted: Wanted) -> str:
     if not wanted.boxes and not any(source.kind is SourceKind.PERSISTENT for source in plan.sources):
         return ""
     try:
-        job.open_persistent(plan.step).check_leaves(wanted.leaves, wanted.values)
+        job.open_persistent(plan.step).check_leaves(wanted.leaves, wanted.values, wanted.keys)
     except StateMismatchError as error:
         return str(error)
     except (CorruptDataError, PersistentStoreError) as error:

@@ -19,7 +19,7 @@ from emergency_ckpt.core.part import Part
 from emergency_ckpt.core.shards import Shard
 from emergency_ckpt.errors import ConfigError
 from emergency_ckpt.jaxio.layouts import build_layout
-from emergency_ckpt.jaxio.state import Leaf, LeafKind, describe_leaf, flatten, leaf_name
+from emergency_ckpt.jaxio.state import Leaf, LeafKind, describe_leaf, flatten, key_implementations, leaf_name
 from emergency_ckpt.jaxio.topology import Topology
 from emergency_ckpt.runtime.extras import WantedExtras
 
@@ -51,6 +51,11 @@ class Wanted:
     treedef: Any
     names: Sequence[str | None]
     beside: WantedExtras = dataclasses.field(default_factory=WantedExtras)
+
+    @property
+    def keys(self) -> Mapping[str, str]:
+        """PRNG implementation by leaf, of those that are typed keys."""
+        return key_implementations({**self.slots, **self.boxes})
 
     def tree(self, restored: Mapping[str, Any]) -> Any:
         """The restored leaves in the caller's tree."""

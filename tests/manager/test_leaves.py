@@ -172,3 +172,19 @@ def test_what_cannot_be_saved_is_named_before_anything_is_saved(opened: Opener) 
     with pytest.raises(UnsupportedStateError, match=r"leaf 'step' is of type int of 2097\d+ bytes"):
         manager.save(2, {"step": 1 << 2**24, "w": jnp.ones(2)})
     assert manager.save(4, {"step": 3, "w": jnp.ones(2)})
+
+
+@pytest.mark.parametrize("writer", ["ours", "orbax"])
+def test_keys_of_another_implementation_are_not_taken_for_the_wanted_ones(
+    opened: Opener, ramdisk: Path, tmp_path: Path, writer: str
+) -> None:
+    """The data of rbg and unsafe_rbg keys have one shape, and mean other numbers."""
+    saved, wanted = ({"key": jax.random.key(3, impl=impl)} for impl in ("rbg", "unsafe_rbg"))
+    if writer == "ours":
+        opened(saved).save(5, saved)
+    else:
+        with ocp.CheckpointManager(tmp_path / "bucket") as manager:
+            manager.save(5, args=ocp.args.PyTreeSave(saved))
+    with pytest.raises(StateMismatchError, match="key: saved rbg keys, wanted unsafe_rbg keys"):
+        opened(wanted).restore(5)
+    assert same(opened(saved).restore(5)["state"], saved)
