@@ -35,7 +35,7 @@ def key_implementations(array_metadata: bytes) -> dict[str, str]:
     return {
         str(entry["param_name"]): str(entry["ext_metadata"]["random_key_impl"])
         for entry in described
-        if (entry["ext_metadata"] or {}).get("random_key_impl")
+        if entry["ext_metadata"] and entry["ext_metadata"].get("random_key_impl")
     }
 
 
