@@ -24,7 +24,8 @@ from emergency_ckpt.errors import (
     PersistentStoreError,
     StaleGenerationError,
 )
-from emergency_ckpt.local.store import LocalStore, SealedSlot
+from emergency_ckpt.local.slot_views import SealedSlot
+from emergency_ckpt.local.store import LocalStore
 from emergency_ckpt.persistent.arrays import WriteOptions
 from emergency_ckpt.persistent.committer import StepContent, commit
 from emergency_ckpt.persistent.store import Attempt, Generation, PersistentStore

@@ -20,7 +20,8 @@ from emergency_ckpt.core.part import Part
 from emergency_ckpt.core.values import Value
 from emergency_ckpt.errors import LocalDirectoryError
 from emergency_ckpt.local.manifest import Manifest
-from emergency_ckpt.local.store import LocalStore, OpenSlot, SealedSlot
+from emergency_ckpt.local.slot_views import OpenSlot, SealedSlot
+from emergency_ckpt.local.store import LocalStore
 from emergency_ckpt.persistent.reader import BoxRequest, StepReader
 from emergency_ckpt.runtime.job import Job
 

@@ -32,7 +32,7 @@ from emergency_ckpt.jaxio.binding import StateBinder
 from emergency_ckpt.jaxio.outcome_agreement import OutcomeAgreement
 from emergency_ckpt.jaxio.snapshot import Snapshot, take_snapshot
 from emergency_ckpt.local.manifest import Manifest
-from emergency_ckpt.local.store import OpenSlot
+from emergency_ckpt.local.slot_views import OpenSlot
 from emergency_ckpt.runtime.job import Job
 from emergency_ckpt.telemetry.events import SaveEvent, SkippedSaveEvent
 from emergency_ckpt.telemetry.metrics import Metric

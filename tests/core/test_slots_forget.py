@@ -59,3 +59,24 @@ def test_a_slot_of_another_run_is_taken_when_no_other_is_free() -> None:
         assert index in (1, 2)
         table = table.seal(index).settle(StepId(1, number), Outcome.COMPLETE)
     assert table.slots[0].foreign
+
+
+def test_a_step_that_is_being_written_is_not_begun_again() -> None:
+    table = SlotTable.recovered([None, None, None], 1)
+    table, index, _ = table.begin(StepId(1, 1))
+    same, second, reason = table.begin(StepId(1, 1))
+    assert (same, second) == (table, None)
+    assert reason == f"step 1 (generation 1) is being written in slot {index} already"
+    assert index is not None
+    assert table.fail(index).begin(StepId(1, 1))[1] is not None
+
+
+def test_a_slot_without_memory_is_left_out_and_named_where_no_other_is_free() -> None:
+    table = SlotTable.recovered([StepId(1, 1), StepId(1, 2), None], 1)
+    table = table.settle(StepId(1, 2), Outcome.COMPLETE)
+    assert table.begin(StepId(1, 3))[1] == 2
+    assert table.begin(StepId(1, 3), unusable={2: "slot 2 has no memory"})[1] == 0
+    _, index, reason = table.begin(StepId(1, 3), unusable={0: "slot 0 has none", 2: "slot 2 has no memory"})
+    assert index is None
+    assert "slot 2 has no memory" in reason
+    assert "slot 0 has none" in reason

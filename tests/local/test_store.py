@@ -25,7 +25,8 @@ from emergency_ckpt.errors import CorruptDataError, ForeignRunError, LocalCapaci
 from emergency_ckpt.local.capacity import Room, slots_that_fit
 from emergency_ckpt.local.manifest import FORMAT, Manifest
 from emergency_ckpt.local.recovery import Found, data_path, make_room
-from emergency_ckpt.local.store import LocalStore, OpenSlot, StoreOptions
+from emergency_ckpt.local.slot_views import OpenSlot
+from emergency_ckpt.local.store import LocalStore, StoreOptions
 
 NO_WAIT = timedelta(0)
 SIZE = 50_000
