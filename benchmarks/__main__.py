@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
     facts = environment_facts()
     command = " ".join(["python -m benchmarks", *argv])
     with temporary_ramdisk() as directory:
-        plan = Plan(args.size_mib, args.repeats, args.only, args.loop_steps, str(directory))
+        plan = Plan(args.size_mib, args.repeats, args.only, args.loop_steps, args.memory_saves, str(directory))
         if shortage := _shortage(plan, directory):
             print(shortage, file=sys.stderr)
             return 1
@@ -48,6 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--size-mib", type=_count, default=256, help="state in each process (default: 256)")
     parser.add_argument("--repeats", type=_count, default=5, help="rounds, beside the first use (default: 5)")
     parser.add_argument("--loop-steps", type=_count, default=4, help="train steps per round (default: 4)")
+    parser.add_argument(
+        "--memory-saves", type=_count, default=10_000, help="saves in the section memory (default: 10000)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="writes everything that was measured")
     parser.add_argument(
         "--only",

@@ -46,7 +46,7 @@ def measure(plan: Plan, say: Callable[[str], None]) -> Result:
         processes_per_slice=1,
         ramdisk_root=directory / "ramdisks",
         log_dir=directory / "logs",
-        time_limit_seconds=600 + 2 * plan.size_mib * plan.repeats / 10,
+        time_limit_seconds=600 + 2 * plan.size_mib * plan.repeats / 10 + plan.memory_saves / 20,
         environment={"PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])},
     )
 

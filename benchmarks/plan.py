@@ -7,7 +7,7 @@ import json
 
 MIB = 1024 * 1024
 PROCESSES = 2
-SECTIONS = ("memcpy", "save", "idle", "loop", "restore")
+SECTIONS = ("memcpy", "save", "idle", "loop", "restore", "memory")
 """In the order in which they run."""
 
 # Copies of one process's bytes in memory at the worst moment, which is Orbax's restore: the state and what was
@@ -25,6 +25,7 @@ class Plan:
       repeats: rounds of each measurement, beside the first use.
       sections: members of SECTIONS.
       loop_steps: train steps in each round of the loop.
+      memory_saves: saves in the section about memory.
       directory: holds everything that the processes write.
     """
 
@@ -32,6 +33,7 @@ class Plan:
     repeats: int
     sections: tuple[str, ...]
     loop_steps: int
+    memory_saves: int
     directory: str
 
     @property

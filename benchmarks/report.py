@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from rich.console import Console
@@ -10,9 +11,7 @@ from rich.table import Table
 from benchmarks.job import Result
 from benchmarks.plan import MIB, PROCESSES, Plan
 from benchmarks.samples import Samples, Spread
-
-OURS, ORBAX, MEMCPY, NO_SAVES = "emergency_ckpt", "orbax", "memcpy", "no_saves"
-LENGTHENING = "loop_lengthening_seconds"
+from benchmarks.targets import LENGTHENING, MEMCPY, NO_SAVES, ORBAX, OURS, Judged, judge
 
 _ROWS = (
     ("save: call blocked", "save_blocked_seconds"),
@@ -67,7 +66,12 @@ def print_report(result: Result, plan: Plan, facts: dict[str, Any], command: str
                 _ratio(Spread.of_ratios(orbax, ours)),
                 _ratio(Spread.of_ratios(of_memcpy, ours)),
             )
-    console.print(table)
+    if table.row_count:
+        console.print(table)
+    if job.of(OURS, "memory_saves"):
+        console.print(_memory_table(result))
+    if judged := [each for each in judge(job) if each.steady]:
+        console.print(_targets_table(judged))
     for line in _remarks(result, plan):
         console.print(line)
     console.print(
@@ -79,6 +83,47 @@ def print_report(result: Result, plan: Plan, facts: dict[str, Any], command: str
         f"{facts['load_average']:.1f} before, took {result.seconds:.0f} s"
     )
     console.print(f"again: {command}")
+
+
+def _memory_table(result: Result) -> Table:
+    table = Table(title="memory over many saves of a small state", title_justify="left")
+    table.add_column("saves", justify="right")
+    for process in range(len(result.processes)):
+        table.add_column(f"process {process}: private memory", justify="right")
+    table.add_column("keys in the coordination service", justify="right")
+    for number, saves in enumerate(result.job.of(OURS, "memory_saves")):
+        private = [each.of(OURS, "memory_private_bytes")[number] for each in result.processes]
+        table.add_row(
+            f"{saves:.0f}",
+            *(f"{nbytes / MIB:.1f} MiB" for nbytes in private),
+            f"{result.job.of(OURS, 'memory_coordination_keys')[number]:.0f}",
+        )
+    return table
+
+
+def _targets_table(judged: list[Judged]) -> Table:
+    table = Table(title="targets, judged by the median of the steady state", title_justify="left")
+    for heading in ("target", "to reach", "steady state", "first use", "reached"):
+        table.add_column(heading, justify="left" if heading == "target" else "right")
+    for each in judged:
+        unit, factor = each.target.unit
+        table.add_row(
+            each.target.title,
+            f"{'at most' if each.target.at_most else 'at least'} {each.target.limit * factor:g} {unit}",
+            _figures(each.steady, factor, unit),
+            _figures(each.first, factor, unit),
+            "yes" if each.reached else "NO",
+        )
+    return table
+
+
+def _figures(spread: Spread | None, factor: float, unit: str) -> str:
+    if spread is None:
+        return ""
+    median, low, high = (value * factor for value in (spread.median, spread.low, spread.high))
+    if low == high:
+        return f"{median:.3g} {unit}"
+    return f"{median:.3g} {unit} ({low:.3g} to {high:.3g})"
 
 
 def _remarks(result: Result, plan: Plan) -> list[str]:
@@ -135,8 +180,22 @@ def to_json(result: Result, plan: Plan, facts: dict[str, Any], command: str) -> 
         "seconds": result.seconds,
         "summary": summary,
         "orbax_over_emergency_ckpt": ratios,
+        "targets": [_target_to_json(each) for each in judge(result.job)],
         "samples_of_the_job": result.job.values,
         "samples_by_process": [each.values for each in result.processes],
+    }
+
+
+def _target_to_json(judged: Judged) -> dict[str, Any]:
+    def plain(spread: Spread | None) -> dict[str, float] | None:
+        return dataclasses.asdict(spread) if spread else None
+
+    return {
+        "target": judged.target.title,
+        "at_most" if judged.target.at_most else "at_least": judged.target.limit,
+        "steady_state": plain(judged.steady),
+        "first_use": plain(judged.first),
+        "reached": judged.reached,
     }
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from benchmarks.contenders import PERIOD, Contender, make_contenders
+from benchmarks.memory import measure_memory
 from benchmarks.plan import Plan
 from benchmarks.samples import Samples
 from benchmarks.workload import State, Workload, require_same_bits, shard_views
@@ -43,8 +44,8 @@ class Measurements:
     def run(self) -> None:
         """Everything that the plan asks for."""
         with contextlib.ExitStack() as cleanup:
-            if set(self._plan.sections) - {"memcpy"}:
-                shared = Path(self._plan.directory) / "persistent"
+            shared = Path(self._plan.directory) / "persistent"
+            if set(self._plan.sections) - {"memcpy", "memory"}:
                 self._contenders = make_contenders(self._workload, self._ramdisk, shared)
                 for contender in self._contenders:
                     self._first_use(contender)
@@ -57,6 +58,10 @@ class Measurements:
                 self._measure_loop()
             if "restore" in self._plan.sections:
                 self._measure_restores()
+        if "memory" in self._plan.sections:
+            measure_memory(
+                self._workload.mesh, self._plan.memory_saves, self._ramdisk, shared, self.samples, self._say
+            )
 
     # The parts of a save.
 
@@ -74,21 +79,22 @@ class Measurements:
         """Saves one at a time of a state that is there, beside bare copies of the same bytes."""
         with contextlib.ExitStack() as cleanup:
             copying = "memcpy" in self._plan.sections
-            target = (
-                cleanup.enter_context(_mapped_file(self._ramdisk / "memcpy", self._state)) if copying else None
-            )
+            target = None
+            if copying:
+                target = cleanup.enter_context(_mapped_file(self._ramdisk / "memcpy", self._state))
+                self._copy(target, "first_copy_seconds")
             for turn in self._rounds("save"):
                 if target is not None:
-                    self._copy(target)
+                    self._copy(target, "copy_seconds")
                 for contender in self._in_turn(turn) if "save" in self._plan.sections else ():
                     self._train()
                     self._meet()
                     self._time_save(contender, "save")
 
-    def _copy(self, target: np.ndarray) -> None:
+    def _copy(self, target: np.ndarray, measurement: str) -> None:
         sources = shard_views(self._state)
         self._meet()
-        with self._timed("memcpy", "copy_seconds"):
+        with self._timed("memcpy", measurement):
             at = 0
             for source in sources:
                 np.copyto(target[at : at + source.nbytes], source)
@@ -204,11 +210,9 @@ class Measurements:
 
 @contextlib.contextmanager
 def _mapped_file(path: Path, state: State) -> Iterator[np.ndarray]:
-    """A file with room for the state, mapped and touched, gone at the end."""
+    """A file with room for the state, mapped and not yet touched, gone at the end."""
     nbytes = sum(view.nbytes for view in shard_views(state))
     with path.open("w+b") as file:
         path.unlink()
         file.truncate(nbytes)
-        target = np.frombuffer(mmap.mmap(file.fileno(), nbytes), np.uint8)
-        target[:] = 1
-        yield target
+        yield np.frombuffer(mmap.mmap(file.fileno(), nbytes), np.uint8)

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.facts import REPOSITORY
 from benchmarks.plan import Plan
-from benchmarks.report import LENGTHENING, ORBAX, OURS
+from benchmarks.targets import LENGTHENING, ORBAX, OURS, TARGETS
 
 BOTH = {
     "first_open_seconds",
@@ -41,13 +41,17 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.timeout(300)
 def test_a_small_run_measures_everything_for_both_managers(tmp_path: Path):
     written = tmp_path / "figures.json"
-    done = run("--size-mib", "2", "--repeats", "1", "--loop-steps", "1", "--json", str(written))
+    done = run(
+        "--size-mib", "2", "--repeats", "1", "--loop-steps", "1", "--memory-saves", "20", "--json", str(written)
+    )
     assert done.returncode == 0, done.stderr
     figures = json.loads(written.read_text())
     for contender in (OURS, ORBAX):
         assert figures["summary"][contender].keys() >= BOTH
         assert figures["samples_of_the_job"][contender]["loop_incomplete_saves"] == [0.0]
     assert len(figures["samples_by_process"]) == 2
+    assert figures["samples_of_the_job"][OURS]["memory_saves"] == [2.0, 10.0, 20.0]
+    assert [each["target"] for each in figures["targets"]] == [target.title for target in TARGETS]
     assert figures["environment"]["packages"]["orbax-checkpoint"]
     assert f"again: {figures['command']}" in done.stdout
 
@@ -65,5 +69,5 @@ def test_a_size_that_does_not_fit_is_refused_before_anything_starts():
 
 
 def test_a_plan_comes_through_the_command_line_of_the_processes():
-    plan = Plan(16, 3, ("save", "restore"), 5, "/dev/shm/somewhere")
+    plan = Plan(16, 3, ("save", "restore"), 5, 100, "/dev/shm/somewhere")
     assert Plan.from_json(plan.to_json()) == plan
