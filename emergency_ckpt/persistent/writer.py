@@ -15,7 +15,6 @@ import tensorstore as ts
 
 from emergency_ckpt.core.checksums import block_seed, first_bad_block
 from emergency_ckpt.core.layout import Layout
-from emergency_ckpt.core.shards import dtype_of
 from emergency_ckpt.errors import CorruptDataError, PersistentStoreError
 from emergency_ckpt.persistent.arrays import (
     WriteOptions,
@@ -77,7 +76,7 @@ def write_part(
     Args:
       shards: indices into `layout.shards`.
       read_shard: gives a shard in its dtype and shape, or as flat uint8 of the same bytes. The memory must
-        keep its content until this returns.
+        keep its content until this returns; it is verified once TensorStore has read it.
       checksums: gives a shard's block checksums, bound to the attempt's generation; the bytes must match them.
       extras: small state of this process that is to be committed with the step.
 
@@ -114,15 +113,18 @@ def write_part(
             what,
             options.timeout_seconds,
         )
-        writes = []
-        for array, index in zip(opened, batch, strict=True):
-            shard = layout.shards[index]
-            data = _verified(layout, index, read_shard(index), found[index], attempt)
-            writes.append(
-                array[shard.box.slices()].write(data, can_reference_source_data_indefinitely=True).copy
-            )
+        given = [_flat_bytes(layout, index, read_shard(index), attempt) for index in batch]
+        writes = [
+            array[layout.shards[index].box.slices()]
+            .write(_as_stored(layout, index, data), can_reference_source_data_indefinitely=True)
+            .copy
+            for array, index, data in zip(opened, batch, given, strict=True)
+        ]
         settle(writes, what, options.timeout_seconds)
         settle([transaction.commit_async()], what, options.timeout_seconds)
+        # TensorStore reads the memory until here: checked any earlier, it could have changed under it.
+        for index, data in zip(batch, given, strict=True):
+            _verify(layout, index, data, found[index], attempt)
     report = PartReport(
         part=part,
         layout_hash=layout.hash,
@@ -213,21 +215,28 @@ def _batches(layout: Layout, shards: Sequence[int], concurrent_bytes: int) -> It
         yield batch
 
 
-def _verified(
-    layout: Layout, index: int, data: np.ndarray, checksums: tuple[int, ...], attempt: Attempt
-) -> np.ndarray:
-    """The shard as TensorStore takes it, after its bytes have been checked."""
-    shard = layout.shards[index]
-    dtype = layout.leaf[shard.leaf].dtype
+def _flat_bytes(layout: Layout, index: int, data: np.ndarray, attempt: Attempt) -> np.ndarray:
+    """The bytes of a shard, a view where possible."""
     data = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
-    if data.nbytes != layout.shard_nbytes[index]:
+    expected = layout.shard_nbytes[index]
+    if data.nbytes != expected:
         raise CorruptDataError(
-            f"{shard} of {attempt} has {data.nbytes} bytes, expected {layout.shard_nbytes[index]}"
+            f"{layout.shards[index]} of {attempt} has {data.nbytes} bytes, expected {expected}"
         )
-    bad = first_bad_block(data.data, checksums, block_seed(attempt.step_id.generation, shard, dtype))
+    return data
+
+
+def _as_stored(layout: Layout, index: int, data: np.ndarray) -> np.ndarray:
+    """A view of a shard's bytes as TensorStore takes it."""
+    return layout.typed(index, data).view(storage_dtype(layout.leaf[layout.shards[index].leaf].dtype))
+
+
+def _verify(layout: Layout, index: int, data: np.ndarray, checksums: tuple[int, ...], attempt: Attempt) -> None:
+    shard = layout.shards[index]
+    seed = block_seed(attempt.step_id.generation, shard, layout.leaf[shard.leaf].dtype)
+    bad = first_bad_block(data.data, checksums, seed)
     if bad is not None:
         raise CorruptDataError(
-            f"{shard} of {attempt}: block {bad} does not match its checksum, so it is not written to"
-            f" {attempt.item!r} in the persistent tier. Have another holder of this shard upload it."
+            f"{shard} of {attempt}: block {bad} does not match its checksum, so this part of {attempt.item!r}"
+            " does not count in the persistent tier. Have another holder of this shard upload it."
         )
-    return data.view(dtype_of(dtype)).view(storage_dtype(dtype)).reshape(shard.box.shape)

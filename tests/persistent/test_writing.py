@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +19,8 @@ from emergency_ckpt.errors import (
     StateMismatchError,
     UnsupportedStateError,
 )
-from emergency_ckpt.persistent.arrays import WriteOptions
+from emergency_ckpt.persistent import writer
+from emergency_ckpt.persistent.arrays import WriteOptions, settle
 from emergency_ckpt.persistent.committer import StepContent, commit
 from emergency_ckpt.persistent.reader import BoxRequest, StepReader
 from emergency_ckpt.persistent.store import Attempt, PersistentStore
@@ -121,7 +124,7 @@ def test_many_boxes_are_read_within_a_bound_of_bytes(store: PersistentStore, att
     assert all((r.out == int(r.leaf.removeprefix("leaf"))).all() for r in requests)
 
 
-def test_a_shard_that_does_not_match_its_checksum_is_not_written(
+def test_a_shard_that_does_not_match_its_checksum_does_not_count(
     store: PersistentStore, attempt: Attempt
 ) -> None:
     arrays = small_state()
@@ -138,6 +141,35 @@ def test_a_shard_that_does_not_match_its_checksum_is_not_written(
             lambda i: checksums_of(arrays, layout, i, 1),
         )
     with pytest.raises(PersistentStoreError, match=r"1 of 1 parts are missing after 0 s: 0\."):
+        wait_for_parts(store, attempt, [0], 0)
+
+
+def test_memory_that_changes_while_it_is_written_is_noticed(
+    store: PersistentStore, attempt: Attempt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrays = small_state()
+    layout = layout_of(arrays)
+    shards = [shard_array(arrays, layout, i) for i in range(len(layout.shards))]
+    settled: list[str] = []
+
+    def damage_after_opening(futures: Iterable[Any], what: str, timeout_seconds: float) -> list[Any]:
+        settled.append(what)
+        if len(settled) == 2:  # The arrays are open, and the shards were handed to TensorStore.
+            shards[0].reshape(-1).view(np.uint8)[0] ^= 1
+        return settle(futures, what, timeout_seconds)
+
+    monkeypatch.setattr(writer, "settle", damage_after_opening)
+    with pytest.raises(CorruptDataError, match="block 0 does not match its checksum"):
+        write_part(
+            store,
+            attempt,
+            layout,
+            0,
+            range(len(layout.shards)),
+            shards.__getitem__,
+            lambda i: checksums_of(arrays, layout, i, 1),
+        )
+    with pytest.raises(PersistentStoreError, match="parts are missing"):
         wait_for_parts(store, attempt, [0], 0)
 
 
