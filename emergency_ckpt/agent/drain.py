@@ -1,7 +1,7 @@
 """Drains: a sealed step moves from the ramdisk into the persistent tier, in the background.
 
 Every process writes its share of the shards; one commits. The slot is pinned while it is read, every block is
-verified before it is written, and a store that fails makes noise but never stops the training.
+verified before it counts, and a store that fails makes noise but never stops the training.
 """
 
 from __future__ import annotations
@@ -143,15 +143,15 @@ class DrainWorker(Worker[_Request]):
             if slot is None or slot.index != request.slot:
                 raise CorruptDataError(f"{request.step} is no longer sealed in slot {request.slot}")
             attempt = request.attempt
+            if commits:
+                report = self._commit(attempt, slot)
+                self._tidy(request.step)
+                return job.board.announce(attempt, Verdict("committed")), report.nbytes
             report = self._write(attempt, slot)
-            if not commits:
-                # Others write the rest; this slot is not needed any more.
-                job.local.unpin(request.slot)
-                pinned = False
-                return self._await_verdict(attempt), report.nbytes
-            self._commit(attempt, slot)
-            self._tidy(request.step)
-            return job.board.announce(attempt, Verdict("committed")), report.nbytes
+            # Others write the rest; this slot is not needed any more.
+            job.local.unpin(request.slot)
+            pinned = False
+            return self._await_verdict(attempt), report.nbytes
         finally:
             if pinned:
                 job.local.unpin(request.slot)
@@ -174,11 +174,14 @@ class DrainWorker(Worker[_Request]):
             extras,
         )
 
-    def _commit(self, attempt: Attempt, slot: SealedSlot) -> None:
+    def _commit(self, attempt: Attempt, slot: SealedSlot) -> PartReport:
+        """Writes the committer's own share, and commits when everybody has written his."""
         job = self._job
         try:
+            report = self._write(attempt, slot)
             parts = self._await_parts(attempt, range(slot.layout.process_count))
             commit(job.persistent, attempt, slot.layout, parts, _content(slot), job.options)
+            return report
         except EmergencyCheckpointError:
             # What was written so far is invisible and of no use; where even this fails, the next life of the
             # run removes it.

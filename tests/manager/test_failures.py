@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
@@ -29,6 +30,7 @@ from emergency_ckpt.errors import (
 )
 from emergency_ckpt.persistent.reader import StepReader
 from emergency_ckpt.persistent.store import PersistentStore
+from emergency_ckpt.persistent.writer import write_part
 from emergency_ckpt.runtime import hydrate, restore_attempt
 from tests.manager.states import OPTIONS, Opener, Unreliable, make_state, save_all
 
@@ -88,6 +90,23 @@ def test_finish_drains_again_what_failed_to_drain(
     manager.save(5, make_state(mesh, 5))
     manager.finish(5, make_state(mesh, 5))
     assert (tmp_path / "bucket/5/default").is_dir()
+
+
+def test_what_a_failed_drain_has_written_does_not_stay(
+    opened: Opener, mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = opened()
+
+    def written_in_vain(*args: Any, **kwargs: Any) -> None:
+        write_part(*args, **kwargs)
+        raise PersistentStoreError("disk full")
+
+    monkeypatch.setattr(drain, "write_part", written_in_vain)
+    manager.save(5, make_state(mesh, 5))
+    manager.wait_until_finished()
+    with pytest.raises(PersistentStoreError, match="disk full"):
+        manager.check_for_errors()
+    assert [path.name for path in (tmp_path / "bucket").iterdir()] == ["emergency_ckpt"]
 
 
 def test_finish_raises_when_the_last_step_is_not_persistent(
