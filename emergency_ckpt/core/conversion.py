@@ -13,7 +13,7 @@ from typing import Any, TypeAlias, cast
 import numpy as np
 
 from emergency_ckpt.core.dtypes import MACHINE_DEPENDENT
-from emergency_ckpt.core.values import Array, Value
+from emergency_ckpt.core.values import Array, Value, shown
 
 Number: TypeAlias = bool | int | float | complex
 
@@ -45,7 +45,7 @@ def converted(value: Value, wanted: Any) -> Any:
     if found is None and wanted in _NUMBERS:
         return value
     if found is None:
-        raise ValueError(f"{number!r} has no form as {wanted.__name__}")
+        raise ValueError(f"{shown(number)} has no form as {wanted.__name__}")
     return found
 
 

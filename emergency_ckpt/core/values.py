@@ -26,6 +26,7 @@ Value: TypeAlias = bool | int | float | complex | str | bytes | np.generic | Arr
 _FAILURES = (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError, struct.error)
 VALUE_TYPES = (bool, int, float, complex, str, bytes, enum.Enum, np.generic)
 
+_SHOWN_CHARACTERS = 80
 _HEXADECIMAL = re.compile(r"-?0x[0-9a-f]+")
 _PYTHON_TYPES = (int, float, complex, str, bytes)
 _PLAIN_INTEGERS = range(-(2**63), 2**64)
@@ -71,6 +72,15 @@ def values_from_json(raw: Any) -> dict[str, Value]:
         raise CorruptDataError(
             f"the saved values of non-array leaves are damaged at {name!r}: {type(error).__name__}: {error}"
         ) from error
+
+
+def shown(value: Any) -> str:
+    """The value in at most 80 characters, for messages."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to write integers of thousands of digits in decimal.
+        text = hex(value)
+    return text[:_SHOWN_CHARACTERS]
 
 
 def _plain(value: Any) -> Any:

@@ -17,7 +17,7 @@ import numpy as np
 from emergency_ckpt.core.conversion import as_array, converted
 from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.shards import Box, dtype_of
-from emergency_ckpt.core.values import VALUE_TYPES, Value, captured
+from emergency_ckpt.core.values import VALUE_TYPES, Value, captured, shown
 from emergency_ckpt.errors import StateMismatchError, UnsupportedStateError
 from emergency_ckpt.jaxio.state import (
     Leaf,
@@ -136,7 +136,7 @@ class _ValueLeaf:
             converted(value, self._leaf.value_type)
         except (ValueError, TypeError) as error:
             raise StateMismatchError(
-                f"leaf {self.name!r}: found {value!r:.80} of type {type(value).__name__}, but the abstract "
+                f"leaf {self.name!r}: found {shown(value)} of type {type(value).__name__}, but the abstract "
                 f"state of this manager has {self._leaf.describe()}, which cannot hold it ({error}); save "
                 "states of one kind, from the first step on"
             ) from error
@@ -255,7 +255,7 @@ def raise_if_deleted(name: str, leaf: Any, cause: Exception) -> None:
 
 def _refuse(wanted: Leaf, leaf: Any) -> NoReturn:
     found = describe_leaf(wanted.name, leaf)
-    number = f" {leaf!r:.80}" if found.kind is LeafKind.VALUE else ""
+    number = f" {shown(leaf)}" if found.kind is LeafKind.VALUE else ""
     raise StateMismatchError(
         f"leaf {wanted.name!r}: found {found.describe()}{number}, but the abstract state of this manager has "
         f"{wanted.describe()}; save states of one kind, from the first step on"

@@ -20,7 +20,7 @@ import numpy as np
 from emergency_ckpt.core.conversion import converted
 from emergency_ckpt.core.dtypes import MACHINE_DEPENDENT
 from emergency_ckpt.core.shards import Box, dtype_of
-from emergency_ckpt.core.values import Value, captured
+from emergency_ckpt.core.values import Value, captured, shown
 from emergency_ckpt.errors import StateMismatchError, UnsupportedStateError
 
 # Numbers that TensorStore has no dtype for, and for which bytes cannot stand in.
@@ -227,7 +227,7 @@ def decode_value(leaf: Leaf, values: Mapping[str, Value]) -> Any:
         return converted(saved, leaf.value_type)
     except (ValueError, TypeError) as error:
         raise StateMismatchError(
-            f"leaf {leaf.name!r} was saved as {type(saved).__name__} {saved!r:.80} and is wanted as "
+            f"leaf {leaf.name!r} was saved as {type(saved).__name__} {shown(saved)} and is wanted as "
             f"{leaf.describe()}, which cannot hold it ({error}); ask for the type that was saved"
         ) from error
 

@@ -22,7 +22,7 @@ from emergency_ckpt.core.conversion import as_array
 from emergency_ckpt.core.layout import Layout, LeafSpec
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.core.shards import Box, Shard, dtype_of
-from emergency_ckpt.core.values import Value
+from emergency_ckpt.core.values import Value, shown
 from emergency_ckpt.errors import (
     CorruptDataError,
     EmergencyCheckpointError,
@@ -377,7 +377,7 @@ class StepReader:
     def _describe_saved(self, name: str) -> str:
         value = self._values.get(name)
         return (
-            _describe(self.leaves.get(name)) if value is None else f"the {type(value).__name__} {value!r:.80}"
+            _describe(self.leaves.get(name)) if value is None else f"the {type(value).__name__} {shown(value)}"
         )
 
     def _check_request(self, request: BoxRequest) -> None:
