@@ -25,6 +25,7 @@ from emergency_ckpt.errors import (
     UnsupportedStateError,
 )
 from emergency_ckpt.jaxio.preemption import PreemptionQuery
+from emergency_ckpt.jaxio.state import without_arrays
 from emergency_ckpt.runtime.datasets import DatasetDirectory
 from emergency_ckpt.runtime.engine import Engine
 from emergency_ckpt.runtime.extras import WantedExtras, capture, fits
@@ -137,6 +138,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         abstract_state: PyTree,
         handlers: ItemHandlers | None = None,
     ) -> None:
+        abstract_state = without_arrays(abstract_state)  # It is kept, and their memory must not be.
         self._settings = settings
         self._mesh = mesh
         self._abstract_state = abstract_state
@@ -220,11 +222,12 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
 
         With a save-decision policy that depends on more than the step, all processes ask about the same steps.
         """
+        step = _number(step)
         return bool(self._due(step, force=False)) and not self._engine.is_old(step)
 
     def reached_preemption(self, step: int) -> bool:
         """Whether all processes agreed to react to a preemption notice at `step`. Ask at every step."""
-        return self._preemption.reached(step)
+        return self._preemption.reached(_number(step))
 
     # Saving.
 
@@ -258,6 +261,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         Raises StateMismatchError, UnsupportedStateError or ExtrasError for what cannot be saved. Errors in the
         background are raised by `check_for_errors`.
         """
+        step = _number(step)
         due = self._due(step, force)
         if not due:
             return False
@@ -267,10 +271,20 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
 
         is_new = not self._engine.is_old(step)
         saved = self._engine.save(step, due, prepare, self._settings.slot_wait)
-        dataset = args[DATASET] if isinstance(args, ocp.args.Composite) and DATASET in args else None
-        if self._datasets is not None and dataset is not None and is_new and due.persistent:
-            self._datasets.save(step, dataset, custom_metadata)
+        if due.persistent:
+            self._save_dataset(step, args, custom_metadata, is_new)
         return saved
+
+    def _save_dataset(
+        self, step: int, args: PyTree, custom_metadata: Mapping[str, Any] | None, is_new: bool
+    ) -> None:
+        """Puts the dataset of a step that is due for the persistent tier where large ones go."""
+        dataset = args[DATASET] if isinstance(args, ocp.args.Composite) and DATASET in args else None
+        if self._datasets is None or dataset is None:
+            return
+        # The step may be on the ramdisks since an earlier save that was not for the persistent tier.
+        if is_new or (self._engine.is_newest(step) and step not in self._datasets.steps):
+            self._datasets.save(step, dataset, custom_metadata, self._engine.persistent_numbers())
 
     def _content(
         self,
@@ -290,6 +304,8 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
     def finish(self, step: int, state: PyTree, *, extras: Mapping[str, Any] | None = None) -> None:
         """Call after the last step: saves it persistently if the flags say so, and waits. Collective.
 
+        `state` is what `save` takes as `args`.
+
         Raises PersistentStoreError on all processes when the step did not reach the persistent tier.
         """
         if not (self._save_on_completion and self._settings.schedule.persistent):
@@ -299,7 +315,12 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         def prepare() -> SaveContent:
             return self._content(state, extras)
 
+        step = _number(step)
+        is_new = not self._engine.is_old(step)
         self._engine.finish(step, self._engine.due(step, force=True), prepare)
+        self._save_dataset(step, state, None, is_new)
+        if self._datasets is not None:
+            self._datasets.wait()
 
     def _due(self, step: int, force: bool) -> Due:
         preempted = self._settings.save_on_preemption and self._preemption.reached(step)
@@ -323,13 +344,12 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         a part also StateMismatchError, naming every leaf that is not there as it is wanted; ExtrasError
         on all processes when an item is not there or its handler fails, and nothing is void then.
         """
+        step = None if step is None else _number(step)
         items = dict(args.items()) if isinstance(args, ocp.args.Composite) else {STATE: args}
         asked = items.pop(STATE, None)
         dataset = items.get(DATASET) if self._datasets is not None else None
-        if isinstance(dataset, ocp.args.Composite):
-            del items[DATASET]
-        optional = frozenset() if dataset is None else frozenset({DATASET})
-        beside = WantedExtras({}, items, optional, self._handlers)
+        elsewhere = {DATASET: self._datasets.steps} if self._datasets is not None else {}
+        beside = WantedExtras({}, items, elsewhere, self._handlers)
         restored = (
             self._restore_part(step, asked, beside) if asks_for_part(asked) else self._restore(step, beside)
         )
@@ -392,13 +412,16 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
 
     def delete(self, step: int) -> None:
         """Deletes `step` on all tiers. Collective. Raises NoRestorableStepError when it is on none."""
+        step = _number(step)
         self._engine.delete(step)
+        if self._datasets is not None:
+            self._datasets.delete(step)
 
     # What is known about saved steps.
 
     def metrics(self, step: int) -> PyTree | None:
         """The metrics that were saved with `step`, None if there were none. Local."""
-        return self._engine.catalog.saved_with(step).get("metrics") or None
+        return self._engine.catalog.saved_with(_number(step)).get("metrics") or None
 
     def metadata(self, step: int | None = None) -> Any:
         """Orbax's `StepMetadata` of `step`, or `RootMetadata` for None. Local.
@@ -407,6 +430,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         """
         if step is None:
             return RootMetadata(custom_metadata=self._engine.job.persistent.root_metadata() or {})
+        step = _number(step)
         saved = self._engine.catalog.facts(step)
         return StepMetadata(
             item_metadata=self.item_metadata(step),
@@ -418,7 +442,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
 
     def item_metadata(self, step: int) -> Any:
         """`Composite(state=…)` of the abstract state: shapes, dtypes and shardings of `step`. Local."""
-        self._engine.catalog.saved_with(step)
+        self._engine.catalog.saved_with(_number(step))
         return ocp.args.Composite(state=self._abstract_state)
 
     # Ending.
@@ -455,6 +479,17 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
             yield self
         finally:
             self.close()
+
+
+def _number(step: Any) -> int:
+    """The step number as a plain int, also of numpy's and JAX's integers, in which a train loop may count."""
+    try:
+        number = int(operator.index(step))
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise ConfigError(f"the step is {step!r} ({type(step).__name__}); expected an integer, 0 or more")
+    return number
 
 
 def _plain_metadata(

@@ -115,6 +115,22 @@ def key_implementations(state: Any) -> dict[str, str]:
     return {leaf.name: leaf.key_impl for leaf in flatten(state).leaves if leaf.key_impl is not None}
 
 
+def without_arrays(state: Any) -> Any:
+    """The state with abstract leaves in place of its arrays, where these say the same: it keeps no memory.
+
+    An abstract leaf on one single device does not say whether the array may leave it: such arrays stay.
+    """
+
+    def abstract(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
+            return leaf
+        if leaf.committed != _commits(leaf.sharding):
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+    return jax.tree_util.tree_map(abstract, state)
+
+
 def leaf_name(path: tuple[Any, ...]) -> str:
     """The name of the leaf at a JAX key path."""
     return ".".join(_key_name(key) for key in path)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -36,7 +37,9 @@ _OF_ARRAYS = (
 def split_items(args: Any) -> tuple[Any, dict[str, ocp.args.CheckpointArgs]]:
     """The state and the other items in what a save was given: the state itself, or Orbax's arguments around it.
 
-    Raises UnsupportedStateError when there is no state among them, or it is given with other arguments.
+    Sizes of chunks and files that they ask for are no part of what is saved, and have no effect. Raises
+    UnsupportedStateError when there is no state among them, or it is given with other arguments, or is to be
+    saved as something else than it is.
     """
     items: dict[str, ocp.args.CheckpointArgs] = {}
     if isinstance(args, ocp.args.Composite):
@@ -47,12 +50,36 @@ def split_items(args: Any) -> tuple[Any, dict[str, ocp.args.CheckpointArgs]]:
             )
         args = items.pop(STATE)
     if isinstance(args, ocp.args.PyTreeSave | ocp.args.StandardSave):
+        _refuse_changes(args)
         return args.item, items
     if isinstance(args, ocp.args.CheckpointArgs):
         raise UnsupportedStateError(
             f"a state cannot be saved with {type(args).__name__}; use PyTreeSave or StandardSave"
         )
     return args, items
+
+
+def _refuse_changes(args: ocp.args.PyTreeSave | ocp.args.StandardSave) -> None:
+    if args.custom_metadata is not None:
+        raise UnsupportedStateError(
+            f"{type(args).__name__.removesuffix('Args')}(custom_metadata=…) is not supported; give it to save(…, custom_metadata=…)"
+        )
+    if args.save_args is None:
+        return
+    keyed, _ = jax.tree_util.tree_flatten_with_path(args.save_args)
+    asked = {
+        path: leaf.dtype for path, leaf in keyed if isinstance(leaf, ocp.SaveArgs) and leaf.dtype is not None
+    }
+    if not asked:
+        return
+    leaves, _ = jax.tree_util.tree_flatten_with_path(args.item)
+    cast = [path for path, leaf in leaves if path in asked and getattr(leaf, "dtype", None) != asked[path]]
+    if cast:
+        raise UnsupportedStateError(
+            f"SaveArgs(dtype=…) asks to save {jax.tree_util.keystr(cast[0])} as {np.dtype(asked[cast[0]])} "
+            f"({len(cast)} leaves in all); leaves are saved as they are. Cast the state before saving it, or "
+            "leave the dtype out"
+        )
 
 
 class ItemHandlers:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,6 +103,61 @@ def test_other_forms_of_the_state_argument(opened: Opener, mesh: Mesh, saved: Ca
     manager = opened()
     manager.save(1, saved(make_state(mesh, 1)))
     assert_same(manager.restore(None)["state"], make_state(mesh, 1))
+
+
+@pytest.mark.parametrize("counted_in", [np.int64, jnp.int32])
+def test_steps_may_be_counted_in_any_integers(
+    opened: Opener, mesh: Mesh, counted_in: Callable[[int], Any]
+) -> None:
+    manager = opened()
+    for step in (2, 5):
+        assert manager.should_save(counted_in(step))
+        assert manager.save(counted_in(step), make_state(mesh, step), metrics={"loss": step})
+    manager.wait_until_finished()
+    manager.check_for_errors()
+    assert manager.metrics(counted_in(5)) == {"loss": 5}
+    assert_same(opened().restore(counted_in(5)).state, make_state(mesh, 5))
+
+
+@pytest.mark.parametrize("step", [2.0, "2", -2])
+def test_what_is_no_step_number_is_refused(opened: Opener, mesh: Mesh, step: Any) -> None:
+    manager = opened()
+    with pytest.raises(ConfigError, match=r"the step is .*; expected an integer, 0 or more"):
+        manager.save(step, make_state(mesh, 2))
+    with pytest.raises(ConfigError, match=r"the step is "):
+        manager.restore(step)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"save_args": {"w": ocp.SaveArgs(dtype=jnp.bfloat16)}}, r"save \['w'\] as bfloat16"),
+        ({"custom_metadata": {"a": 1}}, r"PyTreeSave\(custom_metadata=…\) is not supported"),
+    ],
+)
+def test_a_state_is_not_saved_as_something_else_without_a_word(
+    opened: Opener, mesh: Mesh, changed: dict[str, Any], said: str
+) -> None:
+    state = {"w": make_state(mesh, 2).params["w"]}
+    manager = opened(state)
+    with pytest.raises(UnsupportedStateError, match=said):
+        manager.save(2, ocp.args.Composite(state=ocp.args.PyTreeSave(state, **changed)))
+    same = ocp.args.PyTreeSave(
+        state,
+        save_args={"w": ocp.SaveArgs(dtype=jnp.float32, chunk_byte_size=64)},
+        ocdbt_target_data_file_size=64,
+    )
+    assert manager.save(5, ocp.args.Composite(state=same))
+
+
+def test_the_state_that_a_manager_was_made_with_is_not_held(opened: Opener, mesh: Mesh) -> None:
+    state = make_state(mesh, 0)
+    held = weakref.ref(state.params["w"])
+    manager = opened(state)
+    del state
+    gc.collect()
+    assert held() is None
+    assert manager.latest_step() is None
 
 
 def test_what_cannot_be_saved_is_refused_by_name(opened: Opener, mesh: Mesh) -> None:
