@@ -1,20 +1,25 @@
 """The directory of datasets: a plain Orbax manager for the item `dataset`, as in Orbax's emergency manager.
 
 It holds the dataset of persistent steps only. What fits is committed with the arrays as well, and is taken from
-there first, so that a step on the ramdisks comes back with its dataset.
+there first, so that a step on the ramdisks comes back with its dataset. What is kept here follows the
+persistent tier: a dataset goes when its step is gone, and has no rules of its own.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.experimental.emergency import checkpoint_manager as orbax_emergency
 
-from emergency_ckpt.errors import ExtrasError
+from emergency_ckpt.errors import ConfigError
+from emergency_ckpt.runtime.items import DATASET
+
+# What Orbax calls an item that is a whole step.
+_ONLY_ITEM = "default"
 
 
 class DatasetDirectory:
@@ -28,14 +33,14 @@ class DatasetDirectory:
         handler_registry: Any,
     ) -> None:
         options = options or orbax_emergency.CheckpointManagerOptions()
-        kept = options.persistent
+        # With handlers by name Orbax takes items by name only.
+        self._names = set(item_handlers) if isinstance(item_handlers, Mapping) else None
+        if isinstance(item_handlers, Mapping):
+            item_handlers = {_ONLY_ITEM if name == DATASET else name: h for name, h in item_handlers.items()}
         self._manager = ocp.CheckpointManager(
             epath.Path(directory),
             options=ocp.CheckpointManagerOptions(
                 save_interval_steps=1,  # Asked only where a persistent step is due.
-                max_to_keep=kept.max_to_keep,
-                keep_period=kept.keep_period,
-                preservation_policy=kept.preservation_policy,
                 step_name_format=options.step_name_format,
                 enable_async_checkpointing=options.enable_async_checkpointing,
                 async_options=self._async_options(options),
@@ -57,22 +62,49 @@ class DatasetDirectory:
         given = options.async_options or ocp.options.AsyncOptions()
         return dataclasses.replace(given, create_directories_asynchronously=False)
 
-    def save(self, step: int, args: Any, custom_metadata: Mapping[str, Any] | None) -> None:
-        """Saves the dataset of a step. Steps from there on belong to a life that a restore has ended."""
-        for void in [old for old in self._manager.all_steps() if old >= step]:
-            self._manager.delete(void)
+    @property
+    def steps(self) -> Collection[int]:
+        """The steps whose datasets are here."""
+        return self._manager.all_steps()
+
+    def save(
+        self, step: int, args: Any, custom_metadata: Mapping[str, Any] | None, persistent: Collection[int]
+    ) -> None:
+        """Saves the dataset of a step.
+
+        Args:
+          step: newer than all others that stay: those from there on belong to a life that a restore has ended.
+          args, custom_metadata: as Orbax wants them.
+          persistent: the steps that are in the persistent tier; the same on all processes.
+        """
+        newest = max(persistent, default=0)  # Steps after it may be on their way.
+        self.wait()
+        for old in [o for o in self.steps if o >= step or (o < newest and o not in persistent)]:
+            self._manager.delete(old)
         plain = dict(custom_metadata) if custom_metadata is not None else None
-        self._manager.save(step, args=args, force=True, custom_metadata=plain)
+        self._manager.save(step, args=self._named(args), force=True, custom_metadata=plain)
 
     def restore(self, step: int, args: Any) -> Any:
-        """The dataset of exactly this step; raises ExtrasError when it is not here."""
-        if step not in self._manager.all_steps():
-            raise ExtrasError(
-                f"step {step} was restored, but its dataset is neither part of it nor in "
-                f"{self._manager.directory}, which holds the datasets of the persistent steps "
-                f"{list(self._manager.all_steps())}. Restore one of these."
+        """The dataset of one of `steps`."""
+        named = self._named(args)
+        restored = self._manager.restore(step, args=named)
+        return restored if named is args else restored[_ONLY_ITEM]
+
+    def delete(self, step: int) -> None:
+        """Deletes the dataset of a step, if it is here."""
+        if step in self.steps:
+            self._manager.delete(step)
+
+    def _named(self, args: Any) -> Any:
+        """The arguments with a name around those of a single item, where there must be one."""
+        if self._names is None or isinstance(args, ocp.args.Composite):
+            return args
+        if DATASET not in self._names:
+            raise ConfigError(
+                f"item_handlers name {sorted(self._names)}, and not {DATASET!r}, which has a directory of its "
+                f"own; add its handler: {{{DATASET!r}: …}}"
             )
-        return self._manager.restore(step, args=args)
+        return ocp.args.Composite(**{_ONLY_ITEM: args})
 
     def wait(self) -> None:
         self._manager.wait_until_finished()

@@ -92,6 +92,10 @@ class Engine:
         """Whether `step` is not newer than every step that is there or was asked for."""
         return any(known is not None and step <= known.step for known in (self._base, self._requested))
 
+    def is_newest(self, step: int) -> bool:
+        """Whether `step` is the newest of those that are there or were asked for."""
+        return self.is_old(step) and not self.is_old(step + 1)
+
     def step_numbers(self) -> list[int]:
         """Restorable step numbers, ascending."""
         return self.catalog.numbers(() if self._began else self.survey.restorable)
@@ -220,6 +224,22 @@ class Engine:
                 self._settings.coordination_timeout,
             )
         )
+
+    def persistent_numbers(self) -> list[int]:
+        """Numbers of the committed steps as process 0 knows them; empty where it cannot know. Collective."""
+
+        def find() -> list[int]:
+            try:
+                return [held.step_id.step for held in self._retention.steps()]
+            except PersistentStoreError as error:
+                self.job.log.warning("retention", None, f"datasets that may go stay for now: {error}")
+                return []
+
+        coordinator = self.job.coordinator
+        call = self._calls["committed"]
+        if self.job.leads and call > 1:
+            coordinator.delete(f"committed/{call - 1}")  # Nobody is two such calls behind.
+        return tell(coordinator, self._call("committed"), find, self._settings.coordination_timeout)
 
     def _begin_without_restore(self) -> bool:
         """Agrees that this generation goes on from the newest step although its state was not restored here.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -51,27 +51,37 @@ class WantedExtras:
 
     Attributes:
       targets: objects with `set_state()` by name.
-      items: Orbax's restore arguments by item; those in `optional` may be missing.
+      items: Orbax's restore arguments by item.
+      elsewhere: items that may be missing, with the steps for which the caller has them from elsewhere.
     """
 
     targets: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     items: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    optional: frozenset[str] = frozenset()
+    elsewhere: Mapping[str, Collection[int]] = dataclasses.field(default_factory=dict)
     handlers: ItemHandlers = dataclasses.field(default_factory=ItemHandlers)
 
-    def receive(self, saved: SavedExtras) -> ReceivedExtras:
-        """Puts everything in its place. Raises ExtrasError when something wanted is not there."""
+    def receive(self, step: int, saved: SavedExtras) -> ReceivedExtras:
+        """Puts everything of `step` in its place. Raises ExtrasError when something wanted is not there."""
         values = deliver(saved, self.targets)
         items = {}
         for name, args in self.items.items():
-            if name in saved.items:
-                items[name] = self.handlers.restore(name, args, saved.items[name])
-            elif name not in self.optional:
-                raise ExtrasError(
-                    f"item {name!r} is wanted, but the step holds {sorted(saved.items) or 'no items'}. Restore "
-                    "without it, or a step that was saved with it."
-                )
+            try:
+                items[name] = self._receive_item(name, args, saved)
+            except ExtrasError:
+                if step not in self.elsewhere.get(name, ()):
+                    raise
         return ReceivedExtras(values, items)
+
+    def _receive_item(self, name: str, args: Any, saved: SavedExtras) -> Any:
+        if name in saved.items:
+            return self.handlers.restore(name, args, saved.items[name])
+        other = "a step that was saved with it"
+        if name in self.elsewhere:
+            other = f"one of the steps {sorted(self.elsewhere[name])}, for which it is kept elsewhere"
+        raise ExtrasError(
+            f"item {name!r} is wanted, but the step holds {sorted(saved.items) or 'no items'}. Restore without "
+            f"it, or {other}."
+        )
 
 
 def capture(extras: Mapping[str, Any] | None, items: Mapping[str, Item]) -> str | None:

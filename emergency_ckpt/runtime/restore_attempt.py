@@ -100,7 +100,8 @@ class Attempt:
             except CorruptDataError as error:
                 job.log.error("restore", self._plan.step.step, str(error))
                 return [self._own_strike(str(error))]
-            held.append(Held(leaves, self._wanted.beside.receive(self._extras.saved(key))))
+            saved = self._extras.saved(key)
+            held.append(Held(leaves, self._wanted.beside.receive(self._plan.step.step, saved)))
             return []
 
         return self._agree(key, mine, activation) or held[0]

@@ -13,9 +13,18 @@ import pytest
 from etils import epath
 from grain.checkpoint import CheckpointRestore, CheckpointSave
 from jax.sharding import Mesh
+from orbax.checkpoint.checkpoint_managers import BestN
 
-from emergency_ckpt.errors import ConfigError, ExtrasError, NoRestorableStepError, UnsupportedStateError
-from tests.manager.states import Opener, assert_same, make_state
+from emergency_ckpt import CheckpointManagerOptions, LocalCheckpointOptions, PersistentCheckpointOptions
+from emergency_ckpt.agent import drain
+from emergency_ckpt.errors import (
+    ConfigError,
+    ExtrasError,
+    NoRestorableStepError,
+    PersistentStoreError,
+    UnsupportedStateError,
+)
+from tests.manager.states import Opener, Unreliable, assert_same, make_state
 
 Composite, JsonSave, JsonRestore = ocp.args.Composite, ocp.args.JsonSave, ocp.args.JsonRestore
 
@@ -180,8 +189,115 @@ def test_a_dataset_too_large_for_the_commit_has_a_directory_of_its_own(
     save(manager, 10, -10)  # The 10 of the life that the restore has ended is replaced.
     assert manager.restore(10, wanted).dataset["mark"] == -10
     save(manager, 12, 12)
-    with pytest.raises(ExtrasError, match=r"step 12 was restored, but .* persistent steps \[5, 10\]"):
+    with pytest.raises(ExtrasError, match=r"item 'dataset' .* one of the steps \[5, 10\], for which"):
         manager.restore(12, wanted)
+
+
+def save_large_dataset(manager: Any, mesh: Mesh, step: int, **how: Any) -> None:
+    large = JsonSave({"mark": step, "padding": "x" * 2**20})
+    manager.save(step, Composite(state=ocp.args.PyTreeSave(make_state(mesh, step)), dataset=large), **how)
+    manager.wait_until_finished()
+
+
+def dataset_steps(directory: Path) -> list[int]:
+    return sorted(int(path.name) for path in directory.iterdir())
+
+
+def committed_steps(bucket: Path) -> list[int]:
+    return sorted(int(path.name) for path in bucket.iterdir() if path.name.isdigit())
+
+
+def test_a_dataset_that_is_missing_leaves_later_steps_as_they_were(
+    opened: Opener, mesh: Mesh, tmp_path: Path
+) -> None:
+    options = CheckpointManagerOptions(
+        local=LocalCheckpointOptions(save_interval_steps=1, max_to_keep=3),
+        persistent=PersistentCheckpointOptions(save_interval_steps=5),
+    )
+    how = {"options": options, "persistent_non_replicated_directory": tmp_path / "datasets"}
+    manager = opened(**how)
+    for step in range(5, 11):
+        save_large_dataset(manager, mesh, step)
+    manager, wanted = opened(**how), Composite(dataset=JsonRestore())
+    with pytest.raises(ExtrasError, match="item 'dataset' is wanted"):
+        manager.restore(9, wanted)
+    assert manager.latest_step() == 10
+    assert manager.restore(10, wanted).dataset["mark"] == 10
+
+
+def test_a_dataset_goes_only_when_its_step_is_gone(
+    opened: Opener, mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = CheckpointManagerOptions(
+        persistent=PersistentCheckpointOptions(save_interval_steps=5, max_to_keep=1)
+    )
+    directory = tmp_path / "datasets"
+    manager = opened(options=options, persistent_non_replicated_directory=directory)
+    for step in (5, 10):
+        save_large_dataset(manager, mesh, step)
+    with monkeypatch.context() as patch:
+        Unreliable(patch, drain, "write_part", PersistentStoreError("disk full"))
+        save_large_dataset(manager, mesh, 15)
+        with pytest.raises(PersistentStoreError, match="disk full"):
+            manager.check_for_errors()
+    assert dataset_steps(directory) == [10, 15]
+    assert committed_steps(tmp_path / "bucket") == [10]
+    save_large_dataset(manager, mesh, 20)
+    save_large_dataset(manager, mesh, 25)
+    assert dataset_steps(directory) == [20, 25]
+    manager.delete(25)
+    assert dataset_steps(directory) == [20]
+
+
+def test_datasets_are_kept_for_the_steps_that_a_policy_preserves(
+    opened: Opener, mesh: Mesh, tmp_path: Path
+) -> None:
+    best = BestN(get_metric_fn=lambda metrics: metrics["score"], n=2, keep_checkpoints_without_metrics=False)
+    options = CheckpointManagerOptions(
+        persistent=PersistentCheckpointOptions(save_interval_steps=1, preservation_policy=best)
+    )
+    directory = tmp_path / "datasets"
+    manager = opened(options=options, persistent_non_replicated_directory=directory)
+    for step, score in enumerate((1, 9, 2, 8, 3, 4)):
+        save_large_dataset(manager, mesh, step, metrics={"score": score})
+    assert manager.best_step() == 1
+    assert committed_steps(tmp_path / "bucket") == [1, 3, 5]
+    assert dataset_steps(directory) == [1, 3, 4, 5]
+
+
+def test_a_step_that_reaches_the_persistent_tier_later_has_its_dataset_there(
+    opened: Opener, mesh: Mesh, tmp_path: Path
+) -> None:
+    directory = tmp_path / "datasets"
+    manager = opened(persistent_non_replicated_directory=directory)
+    for step in (1, 2):
+        save_large_dataset(manager, mesh, step)
+    assert dataset_steps(directory) == [1]
+    save_large_dataset(manager, mesh, 2, force=True)
+    save_large_dataset(manager, mesh, 1, force=True)  # Older than what is there: nothing is saved or deleted.
+    assert dataset_steps(directory) == committed_steps(tmp_path / "bucket") == [1, 2]
+
+
+@pytest.mark.parametrize("handlers", [NoteHandler(), {"dataset": NoteHandler}])
+@pytest.mark.parametrize("length", [10, 2**20])
+def test_handlers_by_name_serve_the_directory_of_datasets_too(
+    opened: Opener, mesh: Mesh, tmp_path: Path, handlers: Any, length: int
+) -> None:
+    manager = opened(item_handlers=handlers, persistent_non_replicated_directory=tmp_path / "datasets")
+    state = ocp.args.PyTreeSave(make_state(mesh, 5))
+    manager.save(5, Composite(state=state, dataset=NoteSave(Note("x" * length))))
+    assert len(manager.restore(5, Composite(dataset=NoteRestore())).dataset.text) == length
+    assert dataset_steps(tmp_path / "datasets") == [5]
+
+
+def test_a_dataset_without_a_handler_among_those_by_name_is_an_error_that_says_so(
+    opened: Opener, mesh: Mesh, tmp_path: Path
+) -> None:
+    directory = tmp_path / "datasets"
+    manager = opened(item_handlers={"note": NoteHandler()}, persistent_non_replicated_directory=directory)
+    state = ocp.args.PyTreeSave(make_state(mesh, 5))
+    with pytest.raises(ConfigError, match=r"item_handlers name \['note'\], and not 'dataset'"):
+        manager.save(5, Composite(state=state, dataset=JsonSave({})))
 
 
 def test_a_small_dataset_comes_back_with_a_step_of_the_ramdisk(
