@@ -249,7 +249,8 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         Args:
           step: the step number, larger than that of every save before.
           args: the state, or Orbax's `Composite(state=PyTreeSave(state), …)`. Further items are saved by their
-            handlers, in the same commit as the arrays; together with the extras at most 1 MiB per process.
+            handlers, in the same commit as the arrays; together with the extras at most 1 MiB per process. All
+            processes give the same items.
           force: save on every tier, due or not.
           custom_metadata: JSON that is kept with the step.
           extras: small state of this process, at most 1 MiB: plain data, or objects with `get_state()` such as
@@ -294,12 +295,15 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         metrics: Mapping[str, Any] | None = None,
     ) -> SaveContent:
         state, items = split_items(args)
+        given = bool(items)
         if self._datasets is not None and isinstance(items.get(DATASET), ocp.args.Composite):
             del items[DATASET]  # A whole checkpoint of its own.
         written = {name: self._handlers.save(name, item) for name, item in items.items()}
         if self._datasets is not None and DATASET in written and not fits(written[DATASET]):
             del written[DATASET]
-        return SaveContent(state, capture(extras, written), _plain_metadata(custom_metadata, metrics))
+        return SaveContent(
+            state, capture(extras, written, always=given), _plain_metadata(custom_metadata, metrics)
+        )
 
     def finish(self, step: int, state: PyTree, *, extras: Mapping[str, Any] | None = None) -> None:
         """Call after the last step: saves it persistently if the flags say so, and waits. Collective.
@@ -473,6 +477,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
                 self._datasets.close()
         finally:
             self._engine.close()
+            self._handlers.close()
 
     def __contextmanager__(self) -> Any:
         try:

@@ -67,31 +67,33 @@ class WantedExtras:
         for name, args in self.items.items():
             try:
                 items[name] = self._receive_item(name, args, saved)
-            except ExtrasError:
-                if step not in self.elsewhere.get(name, ()):
+            except ExtrasError as error:
+                if name not in self.elsewhere:
                     raise
+                if step not in self.elsewhere[name]:
+                    steps = sorted(self.elsewhere[name])
+                    raise ExtrasError(f"{error} Elsewhere it is kept for the steps {steps}.") from error
         return ReceivedExtras(values, items)
 
     def _receive_item(self, name: str, args: Any, saved: SavedExtras) -> Any:
-        if name in saved.items:
-            return self.handlers.restore(name, args, saved.items[name])
-        other = "a step that was saved with it"
-        if name in self.elsewhere:
-            other = f"one of the steps {sorted(self.elsewhere[name])}, for which it is kept elsewhere"
-        raise ExtrasError(
-            f"item {name!r} is wanted, but the step holds {sorted(saved.items) or 'no items'}. Restore without "
-            f"it, or {other}."
-        )
+        if name not in saved.items:
+            raise ExtrasError(
+                f"item {name!r} is wanted, but the step holds {sorted(saved.items) or 'no items'}. Restore "
+                "without it, or a step that was saved with it."
+            )
+        return self.handlers.restore(name, args, saved.items[name])
 
 
-def capture(extras: Mapping[str, Any] | None, items: Mapping[str, Item]) -> str | None:
-    """The extras and the items of this process as one text; None where there are none.
+def capture(extras: Mapping[str, Any] | None, items: Mapping[str, Item], *, always: bool = False) -> str | None:
+    """The extras and the items of this process as one text; None where there are none, unless `always`.
+
+    Either all processes have a text at a save or none: those that have one wait for those of the others.
 
     A value is an object with `get_state()` (a grain iterator), or plain data: None, bools, numbers, strings,
     bytes, numpy arrays, and lists, tuples (which come back as lists) and dicts of these.
     Raises ExtrasError for anything else, and for more than 1 MiB.
     """
-    if not extras and not items:
+    if not extras and not items and not always:
         return None
     plain = {name: _encode(_state_of(value), name) for name, value in (extras or {}).items()}
     text = ProcessExtras(plain, items).to_text()

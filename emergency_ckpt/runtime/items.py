@@ -60,9 +60,10 @@ def split_items(args: Any) -> tuple[Any, dict[str, ocp.args.CheckpointArgs]]:
 
 
 def _refuse_changes(args: ocp.args.PyTreeSave | ocp.args.StandardSave) -> None:
+    kind = type(args).__name__.removesuffix("Args")
     if args.custom_metadata is not None:
         raise UnsupportedStateError(
-            f"{type(args).__name__.removesuffix('Args')}(custom_metadata=…) is not supported; give it to save(…, custom_metadata=…)"
+            f"{kind}(custom_metadata=…) is not supported; give it to save(…, custom_metadata=…)"
         )
     if args.save_args is None:
         return
@@ -95,7 +96,8 @@ class ItemHandlers:
             raise ConfigError("item_handlers and handler_registry exclude each other; give one of them")
         if item_handlers is not None and not isinstance(item_handlers, Mapping):
             item_handlers = {DATASET: item_handlers}
-        self._by_name = dict(item_handlers or {})
+        given = dict(item_handlers or {})
+        self._by_name = {name: h() if isinstance(h, type) else h for name, h in given.items()}
         self._registry = handler_registry
 
     def save(self, name: str, args: ocp.args.CheckpointArgs) -> Item:
@@ -137,6 +139,12 @@ class ItemHandlers:
                 f"{type(error).__name__}: {error}"
             ) from error
 
+    def close(self) -> None:
+        """Closes the handlers that were given by name, once."""
+        handlers, self._by_name = self._by_name, {}
+        for handler in handlers.values():
+            handler.close()
+
     def _is_default(self, name: str, args: ocp.args.CheckpointArgs) -> bool:
         """Whether the handler is the one that is registered for such arguments."""
         return name not in self._by_name and self._registered_name(name, args) is _NOBODY
@@ -149,8 +157,7 @@ class ItemHandlers:
 
     def _handler(self, name: str, args: ocp.args.CheckpointArgs) -> ocp.CheckpointHandler:
         if name in self._by_name:
-            given = self._by_name[name]
-            return given() if isinstance(given, type) else given
+            return self._by_name[name]
         registered_name = self._registered_name(name, args)
         if self._registry is not None and registered_name is not _NOBODY:
             return self._registry.get(registered_name, args)

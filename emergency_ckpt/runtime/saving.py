@@ -261,7 +261,13 @@ class SavePipeline(Worker[_Task]):
             job.coordinator.put(f"{prefix}/{job.process}", own.encode())
         for ward, keeper in enumerate(self._keepers):
             if keeper == job.process:
-                found = job.coordinator.get(f"{prefix}/{ward}", job.settings.coordination_timeout)
+                try:
+                    found = job.coordinator.get(f"{prefix}/{ward}", job.settings.coordination_timeout)
+                except CoordinationTimeoutError as error:
+                    raise CoordinationTimeoutError(
+                        f"process {ward} gave no extras for {task.step} ({error}). Extras and items are given "
+                        "on all processes or on none"
+                    ) from error
                 if found == _WITHHELD:
                     raise PeerFailedError(f"process {ward} abandoned {task.step} and gives no extras")
                 kept[ward] = found.decode()

@@ -96,6 +96,52 @@ def save_and_lose(root: str) -> dict[str, Any]:
     return told
 
 
+class PaddedHandler(PerProcessHandler):
+    """Writes a file that is too large for the commit, on process 1 only."""
+
+    def save(self, directory: epath.Path, args: PaddedSave) -> None:
+        padding = " " * (2**20 if jax.process_index() == 1 else 1)
+        (directory / f"process_{jax.process_index()}.txt").write_text(f"{args.item}{padding}")
+
+
+@ocp.args.register_with_handler(PaddedHandler, for_save=True)
+class PaddedSave(PerProcessSave):
+    pass
+
+
+@ocp.args.register_with_handler(PaddedHandler, for_restore=True)
+class PaddedRestore(PerProcessRestore):
+    pass
+
+
+def save_datasets_of_unequal_size(root: str) -> dict[str, Any]:
+    """What each process gets back of a persistent step, and its error at a step of the ramdisks."""
+    mesh, process = make_mesh(2), jax.process_index()
+    ramdisk = Path(root) / f"ramdisk_{process}"
+    ramdisk.mkdir()
+    with CheckpointManager(
+        ramdisk,
+        Path(root) / "bucket",
+        mesh,
+        make_state(mesh, 0),
+        options=OPTIONS,
+        persistent_non_replicated_directory=Path(root) / "datasets",
+    ) as manager:
+        for step in (10, 12):
+            state = ocp.args.PyTreeSave(make_state(mesh, step))
+            manager.save(step, ocp.args.Composite(state=state, dataset=PaddedSave(100 * step + process)))
+            manager.wait_until_finished()
+            manager.check_for_errors()
+        wanted = ocp.args.Composite(dataset=PaddedRestore())
+        told: dict[str, Any] = {}
+        try:
+            manager.restore(12, wanted)
+        except EmergencyCheckpointError as error:
+            told["error"] = str(error)
+        told["latest"] = manager.latest_step()
+        return {**told, "dataset": manager.restore(10, wanted).dataset}
+
+
 def restore_all(manager: CheckpointManager, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     wanted = ocp.args.Composite(
         about=ocp.args.JsonRestore(), position=PerProcessRestore(), dataset=ocp.args.JsonRestore()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.integration.items_job import save_and_lose
+from tests.integration.items_job import save_and_lose, save_datasets_of_unequal_size
 from tests.integration.processes import run_job
 
 
@@ -26,3 +26,10 @@ def test_every_process_gets_its_items_back_whatever_was_lost(tmp_path: Path) -> 
         assert errors[process].startswith("PeerFailedError: process 1: item 'position' cannot be restored")
     item = tmp_path / "bucket/10/position"
     assert sorted(path.name for path in item.iterdir()) == [f"process_{p}.txt" for p in range(4)]
+
+
+def test_a_dataset_that_is_too_large_on_one_process_only_stops_no_save(tmp_path: Path) -> None:
+    told = run_job(save_datasets_of_unequal_size, 2, str(tmp_path))
+    assert [found["dataset"] for found in told] == [1000, 1001]
+    assert [found["latest"] for found in told] == [12, 12]
+    assert all("Elsewhere it is kept for the steps [10]" in found["error"] for found in told)

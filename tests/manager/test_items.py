@@ -153,6 +153,25 @@ def test_names_that_something_else_has_are_refused(opened: Opener, mesh: Mesh, n
         opened().save(2, args)
 
 
+def test_a_handler_that_is_given_as_a_class_is_made_once_and_closed(opened: Opener, mesh: Mesh) -> None:
+    class Counting(NoteHandler):
+        made, closed = 0, 0
+
+        def __init__(self) -> None:
+            Counting.made += 1
+
+        def close(self) -> None:
+            Counting.closed += 1
+
+    manager = opened(item_handlers={"note": Counting})
+    for step in (2, 4):
+        save_with_items(manager, mesh, step, grain_iterator())
+    assert manager.restore(4, Composite(note=NoteRestore())).note.text == "note of 4"
+    for _ in range(2):
+        manager.close()
+    assert (Counting.made, Counting.closed) == (1, 1)
+
+
 def test_handlers_are_found_as_in_orbax(opened: Opener, mesh: Mesh) -> None:
     class Shouting(NoteHandler):
         def restore(self, directory: epath.Path, args: NoteRestore) -> Note:
@@ -189,7 +208,7 @@ def test_a_dataset_too_large_for_the_commit_has_a_directory_of_its_own(
     save(manager, 10, -10)  # The 10 of the life that the restore has ended is replaced.
     assert manager.restore(10, wanted).dataset["mark"] == -10
     save(manager, 12, 12)
-    with pytest.raises(ExtrasError, match=r"item 'dataset' .* one of the steps \[5, 10\], for which"):
+    with pytest.raises(ExtrasError, match=r"item 'dataset' is wanted, .* kept for the steps \[5, 10\]"):
         manager.restore(12, wanted)
 
 
