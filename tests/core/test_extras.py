@@ -12,15 +12,17 @@ from hypothesis import strategies as st
 from emergency_ckpt.core.extras import Item, ProcessExtras, joined_items
 from emergency_ckpt.errors import CorruptDataError
 
-names = st.from_regex(r"[a-z][a-z0-9_]{0,5}", fullmatch=True)
-paths = st.lists(names, min_size=1, max_size=3).map("/".join)
-items = st.builds(Item, names, st.dictionaries(paths, st.binary(max_size=20), max_size=3))
+names = st.text("abcxyz_09", min_size=1, max_size=3)
+paths = st.lists(names, min_size=1, max_size=2).map("/".join)
+items = st.builds(Item, names, st.dictionaries(paths, st.binary(max_size=4), max_size=2))
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
-    max_leaves=10,
+    max_leaves=4,
 )
-extras = st.builds(ProcessExtras, st.dictionaries(names, json_values), st.dictionaries(names, items))
+extras = st.builds(
+    ProcessExtras, st.dictionaries(names, json_values, max_size=2), st.dictionaries(names, items, max_size=2)
+)
 
 
 @given(extras)
@@ -50,7 +52,7 @@ def test_other_json_is_refused(raw: object) -> None:
         ProcessExtras.from_text(json.dumps(raw))
 
 
-@given(st.lists(extras, max_size=4))
+@given(st.lists(st.builds(ProcessExtras, items=st.dictionaries(names, items, max_size=2)), max_size=3))
 def test_joined_items_hold_every_file_and_the_first_of_equal_paths(parts: list[ProcessExtras]) -> None:
     joined = joined_items(parts)
     for name, item in joined.items():
