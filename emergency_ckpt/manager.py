@@ -408,6 +408,9 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
     def _restore(self, wanted: int | None, beside: WantedExtras) -> Restored:
         restored = self._engine.restore(wanted, beside)
         self._last_restore = restored.report
+        if self._datasets is not None and any(step > restored.report.step for step in self._datasets.steps):
+            # A step that is saved again must never meet the dataset of the life that has ended.
+            self._datasets.delete_void(restored.report.step, self._engine.persistent_numbers())
         return restored
 
     def reload(self) -> None:

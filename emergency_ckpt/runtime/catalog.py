@@ -68,11 +68,12 @@ class Catalog:
                 self._job.log.warning("metrics", step, f"not compared with the other steps: {error}")
                 continue
             try:
-                value = ranking.value(metrics) if metrics else None
+                if metrics:
+                    values.append((step, float(ranking.value(metrics))))
             except KeyError:
-                value = None
-            if value is not None:
-                values.append((step, float(value)))
+                continue
+            except (TypeError, ValueError) as error:
+                self._job.log.warning("metrics", step, f"not compared, its metric is no number: {error}")
         return best_step(values, lowest=ranking.lowest)
 
     def delete_persistent(self, step: int) -> None:

@@ -90,6 +90,12 @@ class DatasetDirectory:
         restored = self._manager.restore(step, args=named)
         return restored if named is args else restored[_ONLY_ITEM]
 
+    def delete_void(self, restored: int, persistent: Collection[int]) -> None:
+        """Deletes the datasets of the steps that a restore has left behind; `persistent` as in `save`."""
+        self.wait()
+        for old in [o for o in self.steps if o > restored and o not in persistent]:
+            self._manager.delete(old)
+
     def delete(self, step: int) -> None:
         """Deletes the dataset of a step, if it is here."""
         if step in self.steps:

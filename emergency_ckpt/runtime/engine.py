@@ -303,6 +303,7 @@ class Engine:
             self._doubtful = True
             raise
         self._began = True
+        self._retention.forget_steps()  # Some are void from now on.
         self._base = StepId(restored.report.generation, restored.report.step)
         self._look_at_persistent(Activation(self.job.generation.number, self._base.step))
         for step in self.survey.restorable:

@@ -144,6 +144,11 @@ def settings_from_orbax(
 
     options = options or orbax_emergency.CheckpointManagerOptions()
     _refuse_unsupported(options)
+    if "://" in str(persistent_directory):
+        raise ConfigError(
+            f"persistent_directory={str(persistent_directory)!r} is no directory: object stores and other URLs "
+            "(gs://, s3://) are not supported in this version. Give a directory that all processes reach."
+        )
     local, persistent = options.local, options.persistent
     multiprocessing = options.multiprocessing_options or orbax_emergency.MultiprocessingOptions()
     local_path = Path(local_directory) if local_directory else None

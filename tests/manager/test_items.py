@@ -244,6 +244,22 @@ def test_a_dataset_that_is_missing_leaves_later_steps_as_they_were(
     assert manager.restore(10, wanted).dataset["mark"] == 10
 
 
+def test_a_step_never_meets_the_dataset_of_a_life_that_a_restore_has_ended(
+    opened: Opener, mesh: Mesh, tmp_path: Path
+) -> None:
+    directory = tmp_path / "datasets"
+    manager = opened(persistent_non_replicated_directory=directory)
+    save_large_dataset(manager, mesh, 5)
+    save_large_dataset(manager, mesh, 8, force=True)
+    manager = opened(persistent_non_replicated_directory=directory)
+    manager.restore(5)
+    save_large_dataset(manager, mesh, 8)  # This 8 is on the ramdisks only, and its dataset is nowhere.
+    manager = opened(persistent_non_replicated_directory=directory)
+    assert manager.latest_step() == 8
+    with pytest.raises(ExtrasError, match=r"Elsewhere it is kept for the steps \[5\]"):
+        manager.restore(8, Composite(dataset=JsonRestore()))
+
+
 def test_a_dataset_goes_only_when_its_step_is_gone(
     opened: Opener, mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

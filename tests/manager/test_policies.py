@@ -168,6 +168,14 @@ def test_the_first_step_of_an_empty_persistent_tier_is_saved_there(
 # What is kept.
 
 
+def test_a_metric_that_is_no_number_does_not_count(opened: Opener, mesh: Mesh) -> None:
+    manager = opened(small(mesh), options(save_interval_steps=1))
+    for step, loss in ((1, 0.5), (2, "low"), (3, None), (4, [0.1])):
+        manager.save(step, small(mesh), metrics={"loss": loss})
+    manager.wait_until_finished()
+    assert manager.best_step("loss", "min") == 1
+
+
 def test_the_best_steps_stay_and_the_best_is_found(opened: Opener, mesh: Mesh, tmp_path: Path) -> None:
     best = orbax_policies.BestN(get_metric_fn=lambda m: m["loss"], reverse=True, n=2)
     any_of = orbax_policies.AnyPreservationPolicy([orbax_policies.EveryNSteps(5), best])

@@ -113,6 +113,11 @@ def test_a_field_of_a_later_version_of_orbax_is_refused_unless_it_is_at_its_defa
         settings(novelty=["new"])
 
 
+def test_an_object_store_is_refused_rather_than_taken_for_a_directory_of_that_name() -> None:
+    with pytest.raises(ConfigError, match=r"persistent_directory='gs://bucket/run' is no directory"):
+        settings_from_orbax("/local", "gs://bucket/run", None)
+
+
 def test_metadata_that_is_not_json_is_refused() -> None:
     with pytest.raises(ConfigError, match="metadata must be a JSON object"):
         settings_from_orbax(None, "/bucket", None, metadata={"when": object()})
