@@ -313,6 +313,15 @@ def test_a_step_that_reaches_the_persistent_tier_later_has_its_dataset_there(
     assert dataset_steps(directory) == committed_steps(tmp_path / "bucket") == [1, 2]
 
 
+def test_the_last_step_is_finished_with_its_dataset(opened: Opener, mesh: Mesh, tmp_path: Path) -> None:
+    directory = tmp_path / "datasets"
+    manager = opened(persistent_non_replicated_directory=directory)
+    save_large_dataset(manager, mesh, 1)
+    large = JsonSave({"padding": "x" * 2**20})
+    manager.finish(3, Composite(state=ocp.args.PyTreeSave(make_state(mesh, 3)), dataset=large))
+    assert dataset_steps(directory) == committed_steps(tmp_path / "bucket") == [1, 3]
+
+
 @pytest.mark.parametrize("handlers", [NoteHandler(), {"dataset": NoteHandler}])
 @pytest.mark.parametrize("length", [10, 2**20])
 def test_handlers_by_name_serve_the_directory_of_datasets_too(
