@@ -21,7 +21,7 @@ from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.lineage import Activation, StepId
 from emergency_ckpt.core.shards import BLOCK_BYTES, block_ranges
 from emergency_ckpt.core.values import Value, values_from_json, values_to_json
-from emergency_ckpt.errors import CorruptDataError
+from emergency_ckpt.errors import CorruptDataError, UnsupportedStateError
 from emergency_ckpt.local.small_files import read_file, replace_file
 
 FORMAT = "emergency_ckpt manifest 2"
@@ -164,9 +164,16 @@ def _typed(raw: Any, kind: type[_T]) -> _T:
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Puts the manifest in place atomically; the slot's data must be complete.
 
-    Raises LocalDirectoryError; what was at `path` then stands as before.
+    Raises LocalDirectoryError, and UnsupportedStateError for a manifest that would not be read again; what was
+    at `path` then stands as before.
     """
-    replace_file(path, manifest.to_bytes(), f"the manifest of {manifest.step}")
+    data = manifest.to_bytes()
+    if len(data) > _MAX_BYTES:
+        raise UnsupportedStateError(
+            f"the manifest of {manifest.step} has {len(data)} bytes, {_MAX_BYTES} at most: leaves that are not "
+            "arrays of numbers travel in it. Convert large ones to such arrays, or keep them out of the state."
+        )
+    replace_file(path, data, f"the manifest of {manifest.step}")
 
 
 def read_manifest(path: Path) -> Manifest | None:

@@ -21,7 +21,14 @@ from emergency_ckpt.core.layout import Layout, LeafSpec
 from emergency_ckpt.core.lineage import Activation, StepId
 from emergency_ckpt.core.shards import BLOCK_BYTES, Box, Shard
 from emergency_ckpt.core.slots import Outcome
-from emergency_ckpt.errors import CorruptDataError, ForeignRunError, LocalCapacityError, LocalDirectoryError
+from emergency_ckpt.errors import (
+    CorruptDataError,
+    ForeignRunError,
+    LocalCapacityError,
+    LocalDirectoryError,
+    UnsupportedStateError,
+)
+from emergency_ckpt.local import manifest as manifests
 from emergency_ckpt.local.capacity import Room, slots_that_fit
 from emergency_ckpt.local.manifest import FORMAT, Manifest
 from emergency_ckpt.local.recovery import Found, data_path, make_room
@@ -413,6 +420,20 @@ def test_what_was_known_to_be_complete_is_remembered_in_manifests(directory: Dir
     assert store.promised() == StepId(1, 2)
     store.activate([Activation(2, 1)])
     assert store.promised() is None
+
+
+def test_a_manifest_that_would_not_be_read_again_is_refused(
+    directory: Directory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifests, "_MAX_BYTES", 1000)
+    store = directory.open()
+    slot, _ = store.begin(StepId(1, 1), NO_WAIT)
+    assert slot is not None
+    with pytest.raises(UnsupportedStateError, match=r"the manifest of step 1 .* 1000 at most"):
+        store.seal(slot, dataclasses.replace(fill(store, slot), values={"text": "a" * 1000}))
+    store.discard(slot)
+    save(store, StepId(1, 2))
+    assert_restorable(store, StepId(1, 2))
 
 
 @pytest.mark.parametrize("promised", [b"[1]", b"[1,2,3]", b"[-1,2]", b'"ab"', b"[1,null]", b"7"])
