@@ -10,6 +10,7 @@ import collections
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from emergency_ckpt.core.values import Value
@@ -30,9 +31,10 @@ def take_snapshot(binder: StateBinder, state: Any, *, window_bytes: int | None =
     5 % of this process's bytes, at least 1 MiB and at most 512 MiB.
     Raises StateMismatchError and UnsupportedStateError, naming the leaf.
     """
-    bound = binder.bind(state)
-    if all(buffer.on_cpu for buffer in bound.buffers):
-        return Snapshot([_hold(buffer) for buffer in bound.buffers], bound.values)
+    with jax.transfer_guard("allow"):  # A user's guard is against transfers in the train step.
+        bound = binder.bind(state)
+        if all(buffer.on_cpu for buffer in bound.buffers):
+            return Snapshot([_hold(buffer) for buffer in bound.buffers], bound.values)
     if window_bytes is None:
         window_bytes = default_window_bytes(bound.buffers)
     return Snapshot(bound.buffers, bound.values, window_bytes)

@@ -111,6 +111,21 @@ def test_device_layouts_and_memory_kinds_that_the_abstract_state_asks_for(
         forget_ramdisk(ramdisk)
 
 
+def test_a_guard_against_transfers_in_the_train_step_stops_neither_saves_nor_restores(
+    opened: Opener, mesh: Mesh, ramdisk: Path
+) -> None:
+    cut = NamedSharding(mesh, P("fsdp"))
+    wanted = {"w": filled((8, 4), "float32", cut), "sub-byte": filled((8, 4), "int4", cut), "step": 0}
+    state = wanted | {"step": jnp.int32(5)}
+    with jax.transfer_guard("disallow_explicit"):
+        assert opened(abstract(wanted)).save(5, state)
+        for source in ("own slot", "persistent"):
+            restored = opened(abstract(wanted)).restore_or_init(dict)
+            assert restored.source == source
+            forget_ramdisk(ramdisk)
+    assert same(restored.state, wanted | {"step": 5})
+
+
 def create(step: Any = 0) -> TrainState:
     params = {"w": jnp.ones((4, 2))}
     return TrainState.create(apply_fn=len, params=params, tx=optax.adam(1e-3)).replace(step=step)
