@@ -49,8 +49,14 @@ class Model(nnx.Module):
         self.layers = nnx.List([nnx.Linear(8, 8, rngs=rngs), nnx.LoRA(8, 2, 8, rngs=rngs)])
 
 
-@functools.cache
 def optax_states() -> dict[str, Any]:
+    return _optax_states(jax.config.read("jax_enable_x64"))
+
+
+@functools.cache
+def _optax_states(wide: bool) -> dict[str, Any]:
+    """`wide`: what was made with 64-bit numbers is not for tests without them."""
+    del wide
     params = {"w": jnp.arange(6.0).reshape(2, 3), "b": jnp.ones(3, jnp.bfloat16), "frozen": {"c": jnp.ones(2)}}
     labels = {"w": "adam", "b": "sgd", "frozen": {"c": "none"}}
     transforms = {
