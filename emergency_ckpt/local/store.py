@@ -285,10 +285,16 @@ class LocalStore:
             self._manifests[slot.index] = manifest
             self._update(table)
 
-    def discard(self, slot: OpenSlot) -> None:
-        """Gives up a slot that was begun and not sealed."""
+    def discard(self, slot: OpenSlot, *, still_written: bool = False) -> None:
+        """Gives up a slot that was begun and not sealed.
+
+        Where somebody may still write to its memory, the slot gets other memory. Raises LocalDirectoryError
+        where there is none; the slot is then given up all the same.
+        """
         with self._changed:
             self._update(self._table.fail(slot.index))
+            if still_written and self.usable:
+                self._files.replace(slot.index)
 
     # What becomes of a step. Of a store that is closed or was taken over, these change the memory only.
 

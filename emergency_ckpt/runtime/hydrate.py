@@ -33,6 +33,7 @@ class Hydration:
         self._job = job
         self.step = step
         self._part = part
+        self._still_written = False
         # What may be here of this step is not to be used, but it may be all that is left of some shard.
         here = job.local.sealed(step) is not None
         takes_slot = part.is_whole and not here
@@ -71,7 +72,9 @@ class Hydration:
             shard = job.layout.shards[entry.shard]
             target = self.data[entry.offset : entry.offset + entry.nbytes]
             requests.append(BoxRequest(shard.leaf, shard.box, job.layout.typed(entry.shard, target)))
+        self._still_written = True  # A read whose time is over, or that was interrupted, may go on.
         reader.read_boxes(requests, job.settings.read_bytes, job.settings.drain_timeout.total_seconds())
+        self._still_written = False
         return self.checksums()
 
     def checksums(self) -> tuple[tuple[int, ...], ...]:
@@ -101,8 +104,12 @@ class Hydration:
 
     def discard(self) -> None:
         slot, self._slot = self._slot, None
-        if slot is not None:
-            self._job.local.discard(slot)
+        if slot is None:
+            return
+        try:
+            self._job.local.discard(slot, still_written=self._still_written)
+        except LocalDirectoryError as error:  # What made this one useless is to be told, not that.
+            self._job.log.warning("restore", self.step.step, str(error))
 
     def find_damage(self, manifest: Manifest) -> str | None:
         """Verifies what was received before it counts as a slot. A part is verified when it is assembled."""

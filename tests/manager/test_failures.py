@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh
@@ -28,11 +29,11 @@ from emergency_ckpt.errors import (
     PersistentStoreError,
     UnsupportedStateError,
 )
-from emergency_ckpt.persistent.reader import StepReader
+from emergency_ckpt.persistent.reader import BoxRequest, StepReader
 from emergency_ckpt.persistent.store import PersistentStore
 from emergency_ckpt.persistent.writer import write_part
 from emergency_ckpt.runtime import hydrate, restore_attempt
-from tests.manager.states import OPTIONS, Opener, Unreliable, make_state, save_all
+from tests.manager.states import OPTIONS, Opener, Unreliable, assert_same, make_state, save_all
 
 
 def test_a_store_that_fails_for_a_moment_costs_no_step(
@@ -264,6 +265,35 @@ def test_metadata_is_kept_as_it_was_at_the_call(opened: Opener, mesh: Mesh) -> N
     told["nested"].append(2)
     manager.wait_until_finished()
     assert manager.metadata(2).custom_metadata == {"nested": [1]}
+
+
+def test_a_read_that_goes_on_after_it_failed_writes_into_no_later_save(
+    opened: Opener, mesh: Mesh, ramdisk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_all(opened(), mesh, range(1, 6))
+    for manifest in ramdisk.rglob("*.manifest"):
+        manifest.unlink()
+    manager = opened()
+    late: list[BoxRequest] = []
+
+    def without_answer(_: StepReader, requests: list[BoxRequest], *args: Any) -> None:
+        late.extend(requests)
+        raise PersistentStoreError("no answer")
+
+    monkeypatch.setattr(restore_attempt, "_READ_PAUSES_SECONDS", ())
+    with monkeypatch.context() as patched:
+        patched.setattr(StepReader, "read_boxes", without_answer)
+        with pytest.raises(PersistentStoreError, match="no answer"):
+            manager.restore(5)
+    for step in (6, 8, 12):  # In every slot.
+        assert manager.save(step, make_state(mesh, step))
+        manager.wait_until_finished()
+        for request in late:
+            request.out.reshape(-1).view(np.uint8)[:] ^= 0xFF
+        manager = opened()
+        restored = manager.restore_or_init(dict)
+        assert (restored.step, restored.source) == (step, "own slot")
+        assert_same(restored.state, make_state(mesh, step))
 
 
 def test_a_store_that_fails_while_extras_are_read_leaks_no_slot(
