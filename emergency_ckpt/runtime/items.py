@@ -25,7 +25,7 @@ from emergency_ckpt.persistent.step_files import ITEM_NAMES
 STATE, DATASET = "state", "dataset"
 _NOBODY = object()
 _RESERVED = (*ITEM_NAMES, "metrics", "process_metadata")
-_NAME = re.compile(r"(?!emergency_ckpt)[A-Za-z0-9][A-Za-z0-9_-]*")
+_NAME = re.compile(r"(?!emergency_ckpt)[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 _OF_ARRAYS = (
     ocp.args.PyTreeSave,
     ocp.args.StandardSave,
@@ -183,7 +183,7 @@ def _json_file(name: str, args: ocp.args.JsonSave) -> dict[str, bytes]:
 def _check(name: str, args: ocp.args.CheckpointArgs) -> None:
     if name in _RESERVED or not _NAME.fullmatch(name):
         raise UnsupportedStateError(
-            f"an item cannot be called {name!r}: expected letters, digits, '_' and '-', and none of the names "
+            f"an item cannot be called {name!r}: expected at most 100 letters, digits, '_' and '-', and none of "
             f"{', '.join(_RESERVED)}"
         )
     if isinstance(args, _OF_ARRAYS) and jax.process_count() > 1:

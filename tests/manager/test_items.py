@@ -146,7 +146,9 @@ def test_an_item_that_fails_is_named_and_the_save_is_abandoned(
     assert manager.latest_complete_step() == 4
 
 
-@pytest.mark.parametrize("name", ["metrics", "default", "items", "process_metadata", "emergency_ckpt_x", "_a"])
+@pytest.mark.parametrize(
+    "name", ["metrics", "default", "items", "process_metadata", "emergency_ckpt_x", "_a", "n" * 101]
+)
 def test_names_that_something_else_has_are_refused(opened: Opener, mesh: Mesh, name: str) -> None:
     args = Composite(state=ocp.args.PyTreeSave(make_state(mesh, 2)), **{name: JsonSave({})})
     with pytest.raises(UnsupportedStateError, match=f"an item cannot be called '{name}'"):
