@@ -28,15 +28,13 @@ from emergency_ckpt.errors import (
 from emergency_ckpt.jaxio.binding import StateBinder
 from emergency_ckpt.runtime.agreement import agree, tell
 from emergency_ckpt.runtime.catalog import Catalog
-from emergency_ckpt.runtime.decisions import ToldDecisions
 from emergency_ckpt.runtime.extras import WantedExtras
-from emergency_ckpt.runtime.history import History
 from emergency_ckpt.runtime.restoring import Restored
-from emergency_ckpt.runtime.retention import Retention
-from emergency_ckpt.runtime.saving import SaveContent, SavePipeline
+from emergency_ckpt.runtime.saving import SaveContent
 from emergency_ckpt.runtime.settings import Settings
-from emergency_ckpt.runtime.start import mint_generation, start_drains, start_job
+from emergency_ckpt.runtime.start import mint_generation, start_job
 from emergency_ckpt.runtime.wanted import Wanted
+from emergency_ckpt.runtime.workers import Workers
 
 _FINISH_TRIES = 2
 
@@ -80,7 +78,7 @@ class Engine:
     @property
     def newest_complete(self) -> StepId | None:
         """The newest step of this generation that all processes agreed to be complete."""
-        return self._pipeline.newest_complete
+        return self._workers.pipeline.newest_complete
 
     @property
     def newest(self) -> StepId | None:
@@ -121,7 +119,7 @@ class Engine:
         """What process 0 decided about `step`. As in Orbax no policy is asked about a step that is old."""
         if self.is_old(step) and (self._requested is None or step != self._requested.step):
             return NOTHING_DUE
-        return self._decisions.of(step, lambda: self._history.decide(step, preempted))
+        return self._workers.decisions.of(step, lambda: self._workers.history.decide(step, preempted))
 
     def save(self, step: int, due: Due, prepare: Prepare, slot_wait: timedelta) -> bool:
         """Saves a step that is due; the way depends on what became of the same step before."""
@@ -144,10 +142,10 @@ class Engine:
 
         def prepare_and_note() -> SaveContent:
             content = prepare()
-            self._history.note(step, due, content.metadata.get("metrics") or {})
+            self._workers.history.note(step, due, content.metadata.get("metrics") or {})
             return content
 
-        return self._pipeline.save(step, due, prepare_and_note, slot_wait)
+        return self._workers.pipeline.save(step, due, prepare_and_note, slot_wait)
 
     def finish(self, step: int, due: Due, prepare: Prepare) -> None:
         """Saves the last step to the persistent tier, with all the patience that a drain may need. Collective.
@@ -177,7 +175,7 @@ class Engine:
                 self.job.log.warning("save", step, f"not saved: step {newest.step} was saved already")
             return False
         if newest == self._requested:
-            self._wait_for_saves()
+            self._workers.wait_for_saves()
             if self.newest_complete != newest:
                 return self._agree_to_repeat(newest)  # It was abandoned.
         if not due.persistent:
@@ -188,7 +186,7 @@ class Engine:
 
     def _agree_to_repeat(self, step: StepId) -> bool:
         """Whether all processes repeat an abandoned save. One that repeats it alone would be out of step."""
-        key = f"repeat/{step.generation}/{self._pipeline.next_ordinal}"
+        key = f"repeat/{step.generation}/{self._workers.pipeline.next_ordinal}"
 
         def decide(steps: list[int]) -> None:
             if len(set(steps)) > 1:
@@ -198,7 +196,7 @@ class Engine:
                 self.job.persistent.record_deletion(None)  # It comes back, and would be missed.
 
         try:
-            agree(self.job.coordinator, key, lambda: step.step, decide, self._settings.coordination_timeout)
+            self._agree(key, lambda: step.step, decide)
         except EmergencyCheckpointError as error:
             self._errors.append(error)
             self.job.log.error("save", step.step, f"the abandoned save is not repeated by all: {error}")
@@ -207,39 +205,35 @@ class Engine:
 
     def _drain_again(self, step: StepId) -> bool:
         """A step that is complete on all ramdisks goes to the persistent tier from there, with no snapshot."""
-        if self._drain is None:
+        if self._workers.drain is None:
             return False
         slot = self.job.local.pin(step)
         # The attempts of all processes are counted alike, so that a process which lost the step takes part.
-        self._drain.drain(step, slot.index if slot else None)
+        self._workers.drain.drain(step, slot.index if slot else None)
         return True
 
     def _is_persistent(self, step: int, key: str) -> bool:
         """Whether `step` is committed, as process 0 finds it. Collective."""
-        return bool(
-            tell(
-                self.job.coordinator,
-                f"{key}/persistent",
-                lambda: any(held.step_id.step == step for held in self.catalog.persistent()),
-                self._settings.coordination_timeout,
-            )
-        )
+
+        def find() -> bool:
+            return any(held.step_id.step == step for held in self.catalog.persistent())
+
+        return self._tell(f"{key}/persistent", find)
 
     def persistent_numbers(self) -> list[int]:
         """Numbers of the committed steps as process 0 knows them; empty where it cannot know. Collective."""
 
         def find() -> list[int]:
             try:
-                return [held.step_id.step for held in self._retention.steps()]
+                return [held.step_id.step for held in self._workers.retention.steps()]
             except PersistentStoreError as error:
                 self.job.log.warning("retention", None, f"datasets that may go stay for now: {error}")
                 return []
 
-        coordinator = self.job.coordinator
         call = self._calls["committed"]
         if self.job.leads and call > 1:
-            coordinator.delete(f"committed/{call - 1}")  # Nobody is two such calls behind.
-        return tell(coordinator, self._call("committed"), find, self._settings.coordination_timeout)
+            self.job.coordinator.delete(f"committed/{call - 1}")  # Nobody is two such calls behind.
+        return self._tell(self._call("committed"), find)
 
     def _begin_without_restore(self) -> bool:
         """Agrees that this generation goes on from the newest step although its state was not restored here.
@@ -254,9 +248,7 @@ class Engine:
             job.persistent.record_activation(activation)
 
         try:
-            agree(
-                job.coordinator, self._call("begin"), lambda: None, decide, self._settings.coordination_timeout
-            )
+            self._agree(self._call("begin"), lambda: None, decide)
         except CoordinationTimeoutError:
             raise  # Others may have gone on: nothing that this process did now would be in step with them.
         except EmergencyCheckpointError as error:
@@ -271,8 +263,7 @@ class Engine:
 
     def on_all(self, here: bool) -> bool:
         """Whether something holds on all processes. Collective."""
-        key = self._call("on_all")
-        return bool(agree(self.job.coordinator, key, lambda: here, all, self._settings.coordination_timeout))
+        return bool(self._agree(self._call("on_all"), lambda: here, all))
 
     # Restoring.
 
@@ -303,7 +294,7 @@ class Engine:
             self._doubtful = True
             raise
         self._began = True
-        self._retention.forget_steps()  # Some are void from now on.
+        self._workers.retention.forget_steps()  # Some are void from now on.
         self._base = StepId(restored.report.generation, restored.report.step)
         self._look_at_persistent(Activation(self.job.generation.number, self._base.step))
         for step in self.survey.restorable:
@@ -315,7 +306,7 @@ class Engine:
         """What `read` gives; raises on all processes when it fails on one. Collective."""
         loaded: list[Loaded] = []
         limit = self._settings.coordination_timeout + self._settings.drain_timeout
-        agree(self.job.coordinator, self._call("load"), lambda: loaded.append(read()), lambda _: None, limit)
+        self._agree(self._call("load"), lambda: loaded.append(read()), limit=limit)
         return loaded[0]
 
     def restore_part(self, step: int | None, make_wanted: Callable[[], Wanted]) -> Restored:
@@ -340,7 +331,7 @@ class Engine:
                     "give restore() the same leaves with the same shardings"
                 )
 
-        agree(self.job.coordinator, f"{key}/wanted", mine, decide, self._settings.coordination_timeout)
+        self._agree(f"{key}/wanted", mine, decide)
         assert wanted is not None
         # A save or a drain in the background could take a slot, or delete a step, that is being read.
         self._wait_together(key)
@@ -366,22 +357,16 @@ class Engine:
             if step not in numbers:
                 return numbers
             self.catalog.delete_persistent(step)
-            self._retention.forget_steps()
+            self._workers.retention.forget_steps()
             return None
 
-        numbers = tell(self.job.coordinator, f"{key}/persistent", remove, self._settings.coordination_timeout)
+        numbers = self._tell(f"{key}/persistent", remove)
         if numbers is not None:
             raise NoRestorableStepError(f"step {step} is on no tier; the steps that are: {numbers}")
-        agree(
-            self.job.coordinator,
-            f"{key}/local",
-            lambda: self.job.local.delete(step),
-            lambda _: None,
-            self._settings.coordination_timeout,
-        )
+        self._agree(f"{key}/local", lambda: self.job.local.delete(step))
         before = self.newest
         self._look_again(key)
-        self._pipeline.forget(step, self.survey.newest)
+        self._workers.pipeline.forget(step, self.survey.newest)
         self._record_deletion(key, before)
 
     def _record_deletion(self, key: str, before: StepId | None) -> None:
@@ -389,21 +374,17 @@ class Engine:
         if before is None:
             return
         deletion = Deletion(before, self.survey.newest)
-        tell(
-            self.job.coordinator,
-            f"{key}/record",
-            lambda: self.job.persistent.record_deletion(deletion),
-            self._settings.coordination_timeout,
-        )
+        self._tell(f"{key}/record", lambda: self.job.persistent.record_deletion(deletion))
         self.survey = dataclasses.replace(self.survey, lost=None)
 
     def _look_again(self, key: str) -> None:
         self.survey = self._restorer.survey(key)
         self._survey_is_fresh = not self._began
         self._base = self.survey.newest
-        complete = self._pipeline.newest_complete
+        complete = self._workers.pipeline.newest_complete
         if complete is not None and complete not in self.survey.restorable:
-            self._pipeline.forget(complete.step, self.survey.newest)  # It was lost everywhere meanwhile.
+            # It was lost everywhere meanwhile.
+            self._workers.pipeline.forget(complete.step, self.survey.newest)
         self._look_at_persistent()
 
     def _look_at_persistent(self, *begun: Activation) -> None:
@@ -418,11 +399,12 @@ class Engine:
         # Nothing is given up until the new generation exists: if this fails, the old one goes on.
         survey = self._restorer.survey(key)
         generation = mint_generation(job, key, survey.highest_generation, survey.newest)
-        self._pipeline.release_unresolved()
+        self._workers.pipeline.release_unresolved()
         self._collect_errors()
-        self._close_workers()
+        self._workers.close()
         if job.leads:
-            self._decisions.forget_generation()  # All have taken part in the survey: nobody waits for one.
+            # All have taken part in the survey: nobody waits for a decision.
+            self._workers.decisions.forget_generation()
         job.begin_generation(generation)
         self.survey = survey
         self._base, self._requested, self._began = survey.newest, None, False
@@ -430,31 +412,15 @@ class Engine:
         self._start_workers()
 
     def _start_workers(self) -> None:
-        """What belongs to one generation."""
-        job = self.job
         self._asked_for = NOTHING_DUE
         self._look_at_persistent()
-        self._retention = Retention(job, self.catalog)
-        self._drain = start_drains(job, self._retention)
-        self._pipeline = SavePipeline(job, self._binder, self._drain, self._base)
-        self._history = History(job, self.catalog, self._retention, self._in_progress)
-        self._decisions = ToldDecisions(
-            job.coordinator, job.generation.number, self._settings.coordination_timeout
-        )
-
-    def _in_progress(self) -> Due:
-        """The tiers for which a save has no end yet."""
-        saving = self._pipeline.in_progress()
-        # A drain begins before the save that it belongs to ends: asked in this order, none is overlooked.
-        draining = self._drain is not None and self._drain.busy
-        return Due(saving.local, saving.persistent or draining, "in progress")
+        self._workers = Workers(self.job, self.catalog, self._binder, self._base)
 
     # Ending.
 
     def wait(self) -> None:
         """Waits until every save has its outcome and every drain has ended, within their own time limits."""
-        self._wait_for_saves()
-        self._wait_for_drains()
+        self._workers.wait()
 
     def take_errors(self) -> list[EmergencyCheckpointError]:
         """Errors in the background since the last call, oldest first."""
@@ -470,7 +436,7 @@ class Engine:
         try:
             self.wait()
         finally:
-            self._close_workers()
+            self._workers.close()
             self.job.local.close()
 
     def _call(self, kind: str) -> str:
@@ -487,40 +453,24 @@ class Engine:
 
         All say first that they are here, so that nobody waits for a silent process as long as for a drain.
         """
-        coordinator, timeout = self.job.coordinator, self._settings.coordination_timeout
-        agree(coordinator, f"{key}/here", lambda: None, lambda _: None, timeout)
-        limit = self._save_patience + self._drain_patience + timeout
-        agree(coordinator, f"{key}/waited", self.wait, lambda _: None, limit)
+        self._agree(f"{key}/here", lambda: None)
+        limit = self._workers.patience + self._settings.coordination_timeout
+        self._agree(f"{key}/waited", self.wait, limit=limit)
 
-    # Each save and each drain has a limit of its own; several may be queued.
+    def _agree(
+        self,
+        key: str,
+        mine: Callable[[], Any],
+        decide: Callable[[list[Any]], Any] = lambda _: None,
+        limit: timedelta | None = None,
+    ) -> Any:
+        return agree(self.job.coordinator, key, mine, decide, limit or self._settings.coordination_timeout)
 
-    @property
-    def _save_patience(self) -> timedelta:
-        return 4 * self._settings.coordination_timeout
-
-    @property
-    def _drain_patience(self) -> timedelta:
-        return 2 * self._settings.drain_timeout + timedelta(seconds=60)
-
-    def _wait_for_saves(self) -> None:
-        if not self._pipeline.wait(self._save_patience):
-            seconds = self._save_patience.total_seconds()
-            raise CoordinationTimeoutError(f"saves were still running after {seconds:.0f} s")
-
-    def _wait_for_drains(self) -> None:
-        if self._drain is not None and not self._drain.wait(self._drain_patience):
-            seconds = self._drain_patience.total_seconds()
-            raise CoordinationTimeoutError(f"drains were still running after {seconds:.0f} s")
+    def _tell(self, key: str, make: Callable[[], Any]) -> Any:
+        return tell(self.job.coordinator, key, make, self._settings.coordination_timeout)
 
     def _collect_errors(self) -> None:
-        self._errors += self._pipeline.take_errors()
-        if self._drain is not None:
-            self._errors += self._drain.take_errors()
-
-    def _close_workers(self) -> None:
-        self._pipeline.close(timedelta(0))
-        if self._drain is not None:
-            self._drain.close(timedelta(0))
+        self._errors += self._workers.take_errors()
 
     def _check_open(self) -> None:
         if self._closed:

@@ -183,8 +183,8 @@ def _json_file(name: str, args: ocp.args.JsonSave) -> dict[str, bytes]:
 def _check(name: str, args: ocp.args.CheckpointArgs) -> None:
     if name in _RESERVED or not _NAME.fullmatch(name):
         raise UnsupportedStateError(
-            f"an item cannot be called {name!r}: expected at most 100 letters, digits, '_' and '-', and none of "
-            f"{', '.join(_RESERVED)}"
+            f"an item cannot be called {name!r}: expected at most 100 letters, digits, '_' and '-', and "
+            f"none of {', '.join(_RESERVED)}"
         )
     if isinstance(args, _OF_ARRAYS) and jax.process_count() > 1:
         raise UnsupportedStateError(

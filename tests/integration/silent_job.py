@@ -54,7 +54,7 @@ def fall_silent(root: str) -> dict[str, Any]:
     come_late("reload", manager.reload)
     check_state(manager.restore(3)["state"], mesh, 3)
 
-    pipeline = manager._engine._pipeline
+    pipeline = manager._engine._workers.pipeline
     if process == LATE:
         pipeline.wait = lambda timeout: False  # As if its saves had no end.
     for what, call in (("vain reload", manager.reload), ("vain restore", lambda: manager.restore(3))):

@@ -161,7 +161,7 @@ def test_an_error_of_the_coordination_stops_one_save_and_not_those_after_it(
     manager = opened(options=dataclasses.replace(OPTIONS, multiprocessing_options=MultiprocessingOptions(1)))
     manager.save(2, make_state(mesh, 2))
     manager.wait_until_finished()
-    agreement = manager._engine._pipeline._agreement
+    agreement = manager._engine._workers.pipeline._agreement
     Unreliable(monkeypatch, agreement, "report_sealed", PeerFailedError("service away"))
     manager.save(4, make_state(mesh, 4))
     manager.wait_until_finished()

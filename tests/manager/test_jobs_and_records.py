@@ -136,8 +136,8 @@ def test_saves_that_outrun_a_drain_are_skipped_and_counted_and_the_persistent_ti
     counted = manager.metrics_snapshot()
     assert counted["saves_skipped"] > 0
     # Every drain that waits has a slot pinned: there are never more of them than slots.
-    assert manager._engine._drain is not None
-    assert manager._engine._drain._open <= manager._engine.job.local.slot_count
+    assert manager._engine._workers.drain is not None
+    assert manager._engine._workers.drain._open <= manager._engine.job.local.slot_count
     gate.open()
     manager.wait_until_finished()
     manager.check_for_errors()
@@ -221,7 +221,7 @@ def test_a_save_whose_outcome_was_never_learnt_keeps_no_slot_beyond_the_next_res
     options = dataclasses.replace(OPTIONS, multiprocessing_options=MultiprocessingOptions(1))
     manager = opened(options=options)
     save_all(manager, mesh, range(4, 5))
-    agreement = manager._engine._pipeline._agreement
+    agreement = manager._engine._workers.pipeline._agreement
     Unreliable(monkeypatch, agreement, "await_outcome", PeerFailedError("service away"), times=99)
     manager.save(5, make_state(mesh, 5))
     manager.wait_until_finished()

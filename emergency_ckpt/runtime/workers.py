@@ -1,0 +1,82 @@
+"""What works in the background for one generation: saves, drains, retention, and the decisions about saves.
+
+A restore in the middle of a run ends one set of workers and starts another; nothing of one generation reaches
+the next.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from emergency_ckpt.core.lineage import StepId
+from emergency_ckpt.core.schedule import Due
+from emergency_ckpt.errors import CoordinationTimeoutError, EmergencyCheckpointError
+from emergency_ckpt.jaxio.binding import StateBinder
+from emergency_ckpt.runtime.catalog import Catalog
+from emergency_ckpt.runtime.decisions import ToldDecisions
+from emergency_ckpt.runtime.history import History
+from emergency_ckpt.runtime.job import Job
+from emergency_ckpt.runtime.retention import Retention
+from emergency_ckpt.runtime.saving import SavePipeline
+from emergency_ckpt.runtime.settings import Settings
+from emergency_ckpt.runtime.start import start_drains
+
+
+class Workers:
+    """The workers of the current generation of one process."""
+
+    def __init__(self, job: Job, catalog: Catalog, binder: StateBinder, promised: StepId | None) -> None:
+        """`promised`: the newest step that is restorable now."""
+        self._settings = job.settings
+        self.retention = Retention(job, catalog)
+        self.drain = start_drains(job, self.retention)
+        self.pipeline = SavePipeline(job, binder, self.drain, promised)
+        self.history = History(job, catalog, self.retention, self._in_progress)
+        self.decisions = ToldDecisions(
+            job.coordinator, job.generation.number, job.settings.coordination_timeout
+        )
+
+    @property
+    def patience(self) -> timedelta:
+        """How long `wait` may take."""
+        return _save_patience(self._settings) + _drain_patience(self._settings)
+
+    def wait(self) -> None:
+        """Waits until every save has its outcome and every drain has ended, within their own time limits."""
+        self.wait_for_saves()
+        limit = _drain_patience(self._settings)
+        if self.drain is not None and not self.drain.wait(limit):
+            raise CoordinationTimeoutError(f"drains were still running after {limit.total_seconds():.0f} s")
+
+    def wait_for_saves(self) -> None:
+        limit = _save_patience(self._settings)
+        if not self.pipeline.wait(limit):
+            raise CoordinationTimeoutError(f"saves were still running after {limit.total_seconds():.0f} s")
+
+    def take_errors(self) -> list[EmergencyCheckpointError]:
+        """Errors since the last call, oldest first of each worker."""
+        return [*self.pipeline.take_errors(), *(self.drain.take_errors() if self.drain is not None else ())]
+
+    def close(self) -> None:
+        """Ends the threads; what is not done by now is left undone."""
+        self.pipeline.close(timedelta(0))
+        if self.drain is not None:
+            self.drain.close(timedelta(0))
+
+    def _in_progress(self) -> Due:
+        """The tiers for which a save has no end yet."""
+        saving = self.pipeline.in_progress()
+        # A drain begins before the save that it belongs to ends: asked in this order, none is overlooked.
+        draining = self.drain is not None and self.drain.busy
+        return Due(saving.local, saving.persistent or draining, "in progress")
+
+
+# Each save and each drain has a limit of its own; several may be queued.
+
+
+def _save_patience(settings: Settings) -> timedelta:
+    return 4 * settings.coordination_timeout
+
+
+def _drain_patience(settings: Settings) -> timedelta:
+    return 2 * settings.drain_timeout + timedelta(seconds=60)
