@@ -40,14 +40,15 @@ class LayoutFiles:
             self._known[layout_hash] = layout
         return layout
 
-    def write_own(self, needed: Collection[str]) -> None:
-        """Puts the own layout in place and removes those that are neither known nor `needed`."""
+    def write_own(self, needed: Collection[str] | None) -> None:
+        """Puts the own layout in place; removes those that are neither known nor `needed` (None: all are)."""
         path = self._path(self._own.hash)
         if path is None:
             return
         for other in path.parent.glob("layout_*"):
             layout_hash = other.stem.removeprefix("layout_")
-            if other.suffix == ".tmp" or (layout_hash not in self._known and layout_hash not in needed):
+            unneeded = needed is not None and layout_hash not in self._known and layout_hash not in needed
+            if other.suffix == ".tmp" or unneeded:
                 other.unlink()
         self._write(self._own)
 

@@ -7,9 +7,11 @@ it is used, because a ramdisk may hold anything.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -25,9 +27,21 @@ from emergency_ckpt.errors import CorruptDataError, UnsupportedStateError
 from emergency_ckpt.local.small_files import read_file, replace_file
 
 FORMAT = "emergency_ckpt manifest 2"
+_ANY_FORMAT = re.compile(rb"(emergency_ckpt manifest \d{1,9})( .*)?")
 _MAX_BYTES = 256 * 1024 * 1024
 _MAX_VERIFY_THREADS = 8
 _T = TypeVar("_T")
+
+
+class OtherFormatError(CorruptDataError):
+    """A manifest that another version of this package wrote.
+
+    Attributes:
+      run, step: what it seems to be of, where that can be told; None otherwise.
+    """
+
+    run: str | None = None
+    step: StepId | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,11 +104,17 @@ class Manifest:
 
     @classmethod
     def from_bytes(cls, data: bytes, origin: str) -> Manifest:
-        """Parses and checks; `origin` (a path or an address) goes into the error. Raises CorruptDataError."""
+        """Parses and checks; `origin` (a path or an address) goes into the error.
+
+        Raises OtherFormatError for a manifest of another format, CorruptDataError for a damaged one.
+        """
         header, _, body = data.partition(b"\n")
+        said = _ANY_FORMAT.fullmatch(header)
+        if said and said[1] != FORMAT.encode():
+            raise _other_format(said[1].decode(), body, origin)
         if header != f"{FORMAT} {xxhash.xxh3_128_hexdigest(body)}".encode():
             raise CorruptDataError(
-                f"the manifest {origin} is damaged or of another version: its first line is {header[:80]!r}, "
+                f"the manifest {origin} is damaged: its first line is {header[:80]!r}, "
                 f"expected '{FORMAT} <checksum of the rest>'. The slot is treated as empty."
             )
         try:
@@ -142,6 +162,17 @@ class Manifest:
                 f"the manifest of {self.step} does not fit its layout: {len(self.checksums)} shards listed, "
                 f"{len(entries)} expected"
             )
+
+
+def _other_format(found: str, body: bytes, origin: str) -> OtherFormatError:
+    error = OtherFormatError(
+        f"the manifest {origin} is in the format '{found}', this version of the package reads '{FORMAT}'"
+    )
+    with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raw = json.loads(body)
+        error.run = _typed(raw["run"], str)
+        error.step = _step_id(raw["step"])
+    return error
 
 
 def _step_id(raw: Any) -> StepId:

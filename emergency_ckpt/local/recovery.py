@@ -1,7 +1,7 @@
 """What lies in a claimed directory at start: manifests of this run and of others, and how many slots fit.
 
-Nothing of another run is touched unless its room is needed: a start with a wrong run id must not cost the right
-run its newest steps.
+Nothing of another run, or of another version of this package, is touched unless its room is needed: a start
+with a wrong run id or a wrong version must not cost the right one its newest steps.
 """
 
 from __future__ import annotations
@@ -18,9 +18,17 @@ from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.errors import CorruptDataError, ForeignRunError, LocalDirectoryError
 from emergency_ckpt.local.capacity import Room, measure_room, slots_that_fit
 from emergency_ckpt.local.layout_files import LayoutFiles
-from emergency_ckpt.local.manifest import Manifest, read_manifest
+from emergency_ckpt.local.manifest import Manifest, OtherFormatError, read_manifest
 
 _SLOT_NAME = re.compile(r"slot_(0|[1-9]\d{0,3})\.(?:data|manifest|tmp)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Foreign:
+    """A slot that this run cannot use: what is in it, in words, and the layout that belongs to it if known."""
+
+    what: str
+    layout: str | None
 
 
 @dataclasses.dataclass
@@ -29,7 +37,8 @@ class Found:
 
     Attributes:
       numbers: all slots of which there is any file.
-      own: manifests of this run whose layout and size fit. foreign: manifests of other runs.
+      own: manifests of this run whose layout and size fit.
+      foreign: what other runs and other versions of this package left.
       sizes: bytes of the slots in `own`, as their layouts say.
       promises: what the readable manifests of this run say was complete, usable or not.
     """
@@ -37,8 +46,14 @@ class Found:
     numbers: set[int] = dataclasses.field(default_factory=set)
     own: dict[int, Manifest] = dataclasses.field(default_factory=dict)
     sizes: dict[int, int] = dataclasses.field(default_factory=dict)
-    foreign: dict[int, Manifest] = dataclasses.field(default_factory=dict)
+    foreign: dict[int, Foreign] = dataclasses.field(default_factory=dict)
     promises: set[StepId] = dataclasses.field(default_factory=set)
+
+    @property
+    def foreign_layouts(self) -> set[str] | None:
+        """The layouts that foreign slots need; None where that is not known."""
+        layouts = {slot.layout for slot in self.foreign.values()}
+        return None if None in layouts else {layout for layout in layouts if layout is not None}
 
 
 def data_path(directory: Path, index: int) -> Path:
@@ -58,7 +73,7 @@ def find_slots(
 ) -> Found:
     """Reads all manifests; removes damaged ones and what a crash left half written.
 
-    Raises ForeignRunError where another run's manifest is found and `foreign_run` is 'error', and
+    Raises ForeignRunError where a manifest of another run or format is found and `foreign_run` is 'error',
     LocalDirectoryError for what cannot be read or removed.
     """
     found = Found()
@@ -72,11 +87,12 @@ def find_slots(
             "checkpoint directory and that it is not mounted read-only."
         ) from error
     if found.foreign:
-        runs = sorted({manifest.run for manifest in found.foreign.values()})
+        held = "; ".join(f"slot {index}: {slot.what}" for index, slot in sorted(found.foreign.items()))
         log(
-            f"{directory} holds steps of run {', '.join(runs)} in slots {sorted(found.foreign)}, this run is "
-            f"{run}: they are kept until their room is needed, and not used. If this job should go on from "
-            "them, its persistent directory may have been emptied or replaced: the run's id lies there."
+            f"{directory} holds steps that this run, {run}, does not use: {held}. They are kept until their room "
+            "is needed. If this job should go on from them: for another run's, its persistent directory may "
+            "have been emptied or replaced (the run's id lies there); for another format, start the version of "
+            "this package that wrote them."
         )
     return found
 
@@ -108,18 +124,23 @@ def _find_into(
                     found.sizes[index] = _checked_size(manifest, layouts, data_path(directory, index))
                     found.own[index] = manifest
                     continue
+                foreign = Foreign(f"{manifest.step} of run {manifest.run}", manifest.layout)
+            except OtherFormatError as error:
+                foreign = Foreign(str(error), None)
+                if error.run == run and error.step is not None:
+                    found.promises.add(error.step)  # Nobody may start from scratch as if it were not there.
             except CorruptDataError as error:
                 log(f"{error}")
                 path.unlink()
                 continue
             if foreign_run == "error":
                 raise ForeignRunError(
-                    f"{path} belongs to run {manifest.run}, this run is {run}. Empty the directory, choose "
-                    "another local_checkpoint_directory, or set local_checkpoint_foreign_run=evict. If it is "
-                    "the same job, its persistent directory may have been emptied or replaced: the run's id "
-                    "lies there."
+                    f"{path} is not of this run, {run}: {foreign.what}. Empty the directory, choose another "
+                    "local_checkpoint_directory, or set local_checkpoint_foreign_run=evict. If it is the same "
+                    "job, its persistent directory may have been emptied or replaced (the run's id lies "
+                    "there), or another version of this package was started before."
                 )
-            found.foreign[index] = manifest
+            found.foreign[index] = foreign
 
 
 def _checked_size(manifest: Manifest, layouts: LayoutFiles, data: Path) -> int:
@@ -174,9 +195,9 @@ def make_room(
     return sorted(numbers)
 
 
-def evict(directory: Path, index: int, manifest: Manifest, log: Callable[[str], None]) -> None:
-    """Removes another run's manifest, and says so."""
-    log(f"evicting {manifest.step} of the foreign run {manifest.run} from slot {index} of {directory}")
+def evict(directory: Path, index: int, foreign: Foreign, log: Callable[[str], None]) -> None:
+    """Removes a manifest that is not of this run, and says so."""
+    log(f"evicting what is foreign from slot {index} of {directory}: {foreign.what}")
     manifest_path(directory, index).unlink(missing_ok=True)
 
 

@@ -95,7 +95,7 @@ class LocalStore:
             held = [m.step if m else None for m in self._manifests]
             activations = {a for m in self._manifests if m for a in m.activations}
             self._table = SlotTable.recovered(held, options.max_to_keep, activations, self._foreign)
-            self._layouts.write_own({m.layout for m in found.foreign.values()})
+            self._layouts.write_own(found.foreign_layouts)
             # Last: nothing after it fails, so that no mapping is left behind.
             kept = {i: found.sizes[n] for i, n in enumerate(self._numbers) if n in found.sizes}
             self._files = SlotFiles(self.directory, self._slot_bytes, self._numbers, kept, self._foreign)

@@ -31,7 +31,7 @@ from emergency_ckpt.errors import (
 from emergency_ckpt.local import manifest as manifests
 from emergency_ckpt.local.capacity import Room, slots_that_fit
 from emergency_ckpt.local.manifest import FORMAT, Manifest
-from emergency_ckpt.local.recovery import Found, data_path, make_room
+from emergency_ckpt.local.recovery import Foreign, Found, data_path, make_room
 from emergency_ckpt.local.slot_views import OpenSlot
 from emergency_ckpt.local.store import LocalStore, StoreOptions
 
@@ -239,7 +239,7 @@ def test_an_edited_manifest_is_refused(directory: Directory) -> None:
     directory.close()
     path.write_bytes(path.read_bytes().replace(b'"step":[1,1]', b'"step":[9,9]'))
     assert directory.open().verify() == ()
-    assert "is damaged or of another version" in directory.messages[0]
+    assert "is damaged: its first line is" in directory.messages[0]
 
 
 def test_a_damaged_layout_file_is_refused(directory: Directory) -> None:
@@ -272,7 +272,9 @@ def test_another_job_shape_takes_over_the_slots(directory: Directory) -> None:
 
 def test_a_foreign_run_is_refused_where_that_is_wanted(directory: Directory) -> None:
     save(directory.open(), StepId(1, 1))
-    with pytest.raises(ForeignRunError, match="belongs to run run-a, this run is run-b"):
+    with pytest.raises(
+        ForeignRunError, match=r"is not of this run, run-b: step 1 \(generation 1\) of run run-a"
+    ):
         directory.open(run="run-b", foreign_run="error")
 
 
@@ -284,13 +286,32 @@ def test_a_foreign_run_is_evicted_loudly_when_its_room_is_needed_and_not_before(
     for step in (1, 2):
         assert save(store, StepId(1, step), outcome=None, run="run-b")
     (at_start,) = directory.messages
-    assert "holds steps of run run-a in slots [0], this run is run-b" in at_start
+    assert "this run, run-b, does not use: slot 0: step 1 (generation 1) of run run-a." in at_start
     assert "its persistent directory may have been emptied or replaced" in at_start
     assert save(store, StepId(1, 3), outcome=None, run="run-b")
     message = directory.messages[-1]
-    assert "evicting step 1 (generation 1) of the foreign run run-a from slot" in message
+    assert message.endswith(": step 1 (generation 1) of run run-a")
     assert_restorable(store, StepId(1, 3))
     assert {h.step.step for h in directory.open(make_layout(2 * SIZE), run="run-b").verify()} == {1, 2, 3}
+
+
+def test_steps_in_another_format_wait_for_the_version_that_wrote_them(directory: Directory) -> None:
+    """A start with the wrong version of the package must not cost the right one its steps."""
+    save(directory.open(), StepId(1, 1))
+    (manifest,) = directory.path.rglob("*.manifest")
+    written = manifest.read_bytes()
+    manifest.write_bytes(written.replace(FORMAT.encode(), b"emergency_ckpt manifest 999", 1))
+    store = directory.open(make_layout(2 * SIZE))
+    assert store.verify() == ()
+    assert store.promised() == StepId(1, 1)
+    assert "is in the format 'emergency_ckpt manifest 999'" in directory.messages[0]
+    assert "start the version of this package that wrote them" in directory.messages[0]
+    for step in (2, 3):
+        assert save(store, StepId(2, step), outcome=None)
+    with pytest.raises(ForeignRunError, match="another version of this package"):
+        directory.open(foreign_run="error")
+    manifest.write_bytes(written)
+    assert StepId(1, 1) in [h.step for h in directory.open().verify()]
 
 
 @pytest.mark.parametrize("size", [SIZE // 2, SIZE, 3 * SIZE])
@@ -324,9 +345,7 @@ def test_a_run_finds_its_steps_after_another_one_started_by_mistake(directory: D
 def test_foreign_steps_give_way_at_start_where_the_slots_do_not_fit_beside_them(
     tmp_path: Path, slot_blocks: int, capacity_blocks: int, kept: set[int], evicted: set[int]
 ) -> None:
-    found = Found(
-        {0, 3, 4}, foreign={i: Manifest("run-z", "n", StepId(1, i), "0" * 32, 0, 1, ()) for i in (0, 3)}
-    )
+    found = Found({0, 3, 4}, foreign={i: Foreign("a step", "0" * 32) for i in (0, 3)})
     for index in found.numbers:
         data_path(tmp_path, index).write_bytes(bytes(8 * 4096))
     messages: list[str] = []
