@@ -90,9 +90,9 @@ def find_slots(
         held = "; ".join(f"slot {index}: {slot.what}" for index, slot in sorted(found.foreign.items()))
         log(
             f"{directory} holds steps that this run, {run}, does not use: {held}. They are kept until their "
-            "room is needed. If this job should go on from them: for another run's, its persistent directory may "
-            "have been emptied or replaced (the run's id lies there); for another format, start the version of "
-            "this package that wrote them."
+            "room is needed. If this job should go on from them: for another run's, its persistent directory "
+            "may have been emptied or replaced (the run's id lies there); for another format, start the "
+            "version of this package that wrote them."
         )
     return found
 
