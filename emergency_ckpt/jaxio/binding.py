@@ -192,7 +192,7 @@ class _ArrayLeaf:
 
     def _shard_data(self, stored: jax.Array) -> list[jax.Array]:
         """The single-device arrays of all shards; this is where most of a snapshot's time goes."""
-        if self._device_count == 1:
+        if self._device_count == 1 and self._places:  # Its one device may be another process's.
             return [stored.addressable_shards[0].data]
         # Quicker than `addressable_shards` for arrays on several devices. (Of replicas, it gives any.)
         return [stored.addressable_data(at) for at, _ in self._places]
