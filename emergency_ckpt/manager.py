@@ -150,6 +150,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         self._engine = Engine(settings, mesh, abstract_state)
         self._preemption = PreemptionQuery()
         self._last_restore: RestoreReport | None = None
+        self._went_on_from: int | None = None  # restored, and datasets of later steps may still be there
 
     # What there is.
 
@@ -272,6 +273,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
 
         is_new = not self._engine.is_old(step)
         saved = self._engine.save(step, due, prepare, self._settings.slot_wait)
+        self._delete_void_datasets()
         if due.persistent:
             self._save_dataset(step, args, custom_metadata, is_new)
         return saved
@@ -322,6 +324,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         step = _number(step)
         is_new = not self._engine.is_old(step)
         self._engine.finish(step, self._engine.due(step, force=True), prepare)
+        self._delete_void_datasets()
         self._save_dataset(step, state, None, is_new)
         if self._datasets is not None:
             self._datasets.wait()
@@ -335,9 +338,12 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
     def restore(self, step: int | None, args: Any = None) -> ocp.args.Composite:
         """Restores `step`, or the newest restorable step, as `Composite(state=…)`. Collective.
 
-        With None, damaged steps are passed over until one is whole. The arrays have the shapes, dtypes and
-        shardings of the abstract state that the manager was made with, whatever `args` says of the state; other
-        items that `args` (a `Composite`) names are restored by their handlers.
+        With None, damaged steps are passed over until one is whole. With an older step the newer ones stay
+        restorable until the next save: that is when training goes on from the older one for good.
+
+        The arrays have the shapes, dtypes and shardings of the abstract state that the manager was made with,
+        whatever `args` says of the state; other items that `args` (a `Composite`) names are restored by their
+        handlers.
 
         With `Composite(state=PyTreeRestore(item, restore_args, partial_restore=True))`, or where leaves of the
         item are `orbax.checkpoint.PLACEHOLDER`, only the other leaves of the item are read, with its shardings
@@ -408,10 +414,17 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
     def _restore(self, wanted: int | None, beside: WantedExtras) -> Restored:
         restored = self._engine.restore(wanted, beside)
         self._last_restore = restored.report
-        if self._datasets is not None and any(step > restored.report.step for step in self._datasets.steps):
-            # A step that is saved again must never meet the dataset of the life that has ended.
-            self._datasets.delete_void(restored.report.step, self._engine.persistent_numbers())
+        self._went_on_from = restored.report.step
+        self._delete_void_datasets()
         return restored
+
+    def _delete_void_datasets(self) -> None:
+        """A step that is saved again must never meet the dataset of the life that has ended."""
+        if self._went_on_from is None or not self._engine.began:
+            return
+        restored, self._went_on_from = self._went_on_from, None
+        if self._datasets is not None and any(step > restored for step in self._datasets.steps):
+            self._datasets.delete_void(restored, self._engine.persistent_numbers())
 
     def reload(self) -> None:
         """Looks again at what can be restored, on all tiers. Collective."""

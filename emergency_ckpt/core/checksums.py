@@ -104,4 +104,5 @@ class ShardWriter:
         self._block.reset()
 
 
-_CACHED_BYTES = 1024 * 1024
+# Source and target of a piece lie in a second-level cache together, so that hashing does not read memory again.
+_CACHED_BYTES = 256 * 1024

@@ -58,6 +58,8 @@ class Engine:
         self._survey_is_fresh = True
         # The newest step that was restorable at the start, or was restored.
         self._base: StepId | None = self.survey.newest
+        # The step that was restored on request although newer ones are there: they stay until the next save.
+        self._chosen: StepId | None = None
         # The newest step that this generation was asked to save.
         self._requested: StepId | None = None
         self._began = False  # whether this generation has a beginning that all agreed on
@@ -73,7 +75,12 @@ class Engine:
     @property
     def base(self) -> StepId | None:
         """The newest step that was restorable at the start, or was restored."""
-        return self._base
+        return self._base if self._chosen is None else self.survey.newest
+
+    @property
+    def began(self) -> bool:
+        """Whether this life of the run goes on from a step for good: what came after that one is void."""
+        return self._began
 
     @property
     def newest_complete(self) -> StepId | None:
@@ -83,7 +90,7 @@ class Engine:
     @property
     def newest(self) -> StepId | None:
         """The newest step that can be restored."""
-        found = [step for step in (self._base, self.newest_complete) if step is not None]
+        found = [step for step in (self.base, self.newest_complete) if step is not None]
         return max(found, default=None)
 
     def is_old(self, step: int) -> bool:
@@ -241,7 +248,7 @@ class Engine:
         False, on all processes, when that cannot be recorded now: the next save tries again. Raises
         CoordinationTimeoutError when it is not known what the others did.
         """
-        job, parent = self.job, self.survey.newest
+        job, parent = self.job, self._chosen or self.survey.newest
         activation = Activation(job.generation.number, parent.step if parent else None)
 
         def decide(_: list[Any]) -> None:
@@ -258,8 +265,14 @@ class Engine:
         job.local.activate([activation])
         if parent is not None:
             job.local.settle(parent, Outcome.COMPLETE)
-        self._began = True
+        self._took_effect(activation)
         return True
+
+    def _took_effect(self, activation: Activation) -> None:
+        """All processes know from which step this generation goes on."""
+        self._began, self._chosen = True, None
+        self._workers.retention.forget_steps()  # Some are void from now on.
+        self._look_at_persistent(activation)
 
     def on_all(self, here: bool) -> bool:
         """Whether something holds on all processes. Collective."""
@@ -270,6 +283,8 @@ class Engine:
     def restore(self, wanted: int | None, beside: WantedExtras) -> Restored:
         """Restores the newest restorable step, or step `wanted`. Collective.
 
+        Where `wanted` is not the newest one, those after it stay restorable until this generation saves a step.
+
         Raises NoRestorableStepError, and ExtrasError where something wanted beside the arrays is not there.
         """
         self._check_open()
@@ -279,28 +294,42 @@ class Engine:
         elif not self._survey_is_fresh:
             self.survey = self._restorer.survey(key)
         self._survey_is_fresh = False
+        later = [] if wanted is None else self._given_up_by(wanted)
+        begins = None if later else self.job.generation
         try:
-            restored = self._restorer.restore(self.survey, wanted, self.job.generation, beside, key)
+            restored = self._restorer.restore(self.survey, wanted, begins, beside, key)
         except NoRestorableStepError:
             # What turned out to be damaged is not there any more; training may go on from the rest.
             remaining = self._restorer.remaining
             lost = None if remaining else self.survey.lost or self.survey.newest
             self.survey = dataclasses.replace(self.survey, restorable=remaining, lost=lost)
-            self._base = self.survey.newest
+            self._base = self._chosen or self.survey.newest
             raise
         except EmergencyCheckpointError:
             # If the activation is in the store, it stands: all processes held the state. Which it is, a new
             # generation finds out.
-            self._doubtful = True
+            self._doubtful = begins is not None
             raise
-        self._began = True
-        self._workers.retention.forget_steps()  # Some are void from now on.
         self._base = StepId(restored.report.generation, restored.report.step)
-        self._look_at_persistent(Activation(self.job.generation.number, self._base.step))
+        if later:
+            self._chosen = self._base
+            self.job.log.info(
+                "restore",
+                self._base.step,
+                f"the later steps {[step.step for step in later]} stay restorable until the next save, which "
+                "makes them void",
+            )
+            return restored
+        self._took_effect(Activation(self.job.generation.number, self._base.step))
         for step in self.survey.restorable:
             if step <= self._base:
                 self.job.local.settle(step, Outcome.COMPLETE)  # All agreed that it is whole.
         return restored
+
+    def _given_up_by(self, wanted: int) -> list[StepId]:
+        """The restorable steps that are void once this generation goes on from step `wanted`."""
+        goes_on = Activation(self.job.generation.number, wanted)
+        return [step for step in self.survey.restorable if goes_on.voids(step)]
 
     def load(self, read: Callable[[], Loaded]) -> Loaded:
         """What `read` gives; raises on all processes when it fails on one. Collective."""
@@ -380,7 +409,7 @@ class Engine:
     def _look_again(self, key: str) -> None:
         self.survey = self._restorer.survey(key)
         self._survey_is_fresh = not self._began
-        self._base = self.survey.newest
+        self._base = self._chosen or self.survey.newest
         complete = self._workers.pipeline.newest_complete
         if complete is not None and complete not in self.survey.restorable:
             # It was lost everywhere meanwhile.
@@ -407,7 +436,7 @@ class Engine:
             self._workers.decisions.forget_generation()
         job.begin_generation(generation)
         self.survey = survey
-        self._base, self._requested, self._began = survey.newest, None, False
+        self._base, self._requested, self._began, self._chosen = survey.newest, None, False, None
         self._doubtful = False
         self._start_workers()
 

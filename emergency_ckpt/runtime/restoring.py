@@ -96,9 +96,11 @@ class Restorer:
         return survey
 
     def restore(
-        self, survey: Survey, wanted: int | None, generation: Generation, beside: WantedExtras, call: str
+        self, survey: Survey, wanted: int | None, begins: Generation | None, beside: WantedExtras, call: str
     ) -> Restored:
-        """Restores the newest restorable step, or step `wanted`, as the beginning of `generation`. Collective.
+        """Restores the newest restorable step, or step `wanted`, as the beginning of a generation. Collective.
+
+        With `begins` None no generation begins from it yet: nothing becomes void.
 
         Raises NoRestorableStepError, with the reasons, when there is none; StateMismatchError, with every leaf
         that differs, when the persistent step to be read is one of another state; ExtrasError when what is
@@ -108,7 +110,9 @@ class Restorer:
         whole = whole_state(self._abstract_state, self._job.layout, beside)
 
         def finish(attempt: Attempt, key: str, plan: RestorePlan) -> Held | list[Strike]:
-            return attempt.finish(key, Activation(generation.number, plan.step.step))
+            if begins is None:
+                return attempt.hold(key)
+            return attempt.finish(key, Activation(begins.number, plan.step.step))
 
         restored = self._restore(survey, wanted, whole, finish, call)
         self._job.log.emit(self._event(restored.report))

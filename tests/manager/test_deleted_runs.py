@@ -31,7 +31,8 @@ def lose_data(ramdisk: Path, bucket: Path) -> None:
 def test_a_run_whose_steps_were_all_deleted_starts_again(opened: Opener, mesh: Mesh, ramdisk: Path) -> None:
     save_all(opened(options=LOCAL_ONLY), mesh, range(2, 7))
     manager = opened(options=LOCAL_ONLY)
-    manager.restore(4)  # Step 6 is void from here on, and its manifest still says that step 4 was complete.
+    manager.restore(4)
+    save_all(manager, mesh, range(8, 9))  # 6 is void now; its manifest still promises step 4.
     for step in manager.all_steps():
         manager.delete(step)
     assert manager.restore_or_init(lambda: make_state(mesh, 0)).step is None, "in the same manager"
@@ -74,6 +75,7 @@ def test_a_damaged_record_of_deletions_errs_on_the_safe_side(
     save_all(opened(options=LOCAL_ONLY), mesh, range(2, 7))
     manager = opened(options=LOCAL_ONLY)
     manager.restore(4)
+    save_all(manager, mesh, range(8, 9))
     for step in manager.all_steps():
         manager.delete(step)
     record = tmp_path / "bucket/emergency_ckpt/deletion.json"
