@@ -80,9 +80,7 @@ def test_the_datasets_of_the_newer_steps_stay_as_long_as_they_do(
 ) -> None:
     def save(step: int) -> None:
         large = ocp.args.JsonSave({"mark": step, "padding": "x" * 2**20})
-        manager.save(
-            step, ocp.args.Composite(state=ocp.args.PyTreeSave(make_state(mesh, step)), dataset=large)
-        )
+        manager.save(step, ocp.args.Composite(state=ocp.args.PyTreeSave(make_state(mesh, step)), dataset=large))
         manager.wait_until_finished()
 
     how = {"options": EVERY_STEP, "persistent_non_replicated_directory": tmp_path / "datasets"}
