@@ -30,7 +30,7 @@ from emergency_ckpt.errors import CorruptDataError, CorruptShardsError, PeerUnav
 from emergency_ckpt.local.manifest import Manifest
 
 TIMEOUT = timedelta(seconds=20)
-_BATCH_BYTES = 64 * 1024 * 1024
+_BATCH_BYTES = 256 * 1024 * 1024
 _BATCH_RANGES = 4096
 _BATCH_TEXT_BYTES = 512 * 1024
 _CACHED_BYTES = 1024 * 1024

@@ -10,6 +10,7 @@ import http.client
 import json
 import socket
 import ssl
+import struct
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -19,6 +20,7 @@ from emergency_ckpt.agent.endpoint import Endpoint
 from emergency_ckpt.errors import PeerUnavailableError
 
 _PIECE_BYTES = 1024 * 1024
+_BUFFER_BYTES = 64 * 1024
 _MAX_REFUSAL_BYTES = 64 * 1024
 _MAX_JSON_BYTES = 16 * 1024 * 1024
 _LEAST_BYTES_PER_SECOND = 1024 * 1024
@@ -35,38 +37,56 @@ _NEXT = {
 _T = TypeVar("_T")
 
 
-class _Deadline:
-    """Mixed into sockets: every single wait ends at a deadline that belongs to the whole exchange."""
+class _PlainSocket(socket.socket):
+    """Waits in the kernel, at most `stall_seconds` at a time, and not beyond `deadline` of the whole exchange.
+
+    Python's own time limits cost two more system calls per read.
+    """
 
     deadline = 0.0
     stall_seconds = 0.0
-    settimeout: Callable[[float], None]
 
-    def _limit(self) -> None:
+    def limit(self, stall_seconds: float) -> None:
+        self.stall_seconds = stall_seconds
+        self.settimeout(None)
+        kernel_time = struct.pack("@ll", *divmod(int(stall_seconds * 1e6), 1_000_000))
+        self.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, kernel_time)
+        self.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, kernel_time)
+
+    def makefile(self, *args: Any, **kwargs: Any) -> Any:
+        # Small shards go through the buffer, large ones past it.
+        return super().makefile(*args, **{"buffering": _BUFFER_BYTES, **kwargs})
+
+    def recv_into(self, *args: Any, **kwargs: Any) -> int:
+        if time.monotonic() > self.deadline:
+            raise TimeoutError("the time limit of the exchange is over")
+        try:
+            return super().recv_into(*args, **kwargs)
+        except BlockingIOError as error:
+            raise TimeoutError(f"nothing came for {self.stall_seconds:g} s") from error
+
+    def sendall(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().sendall(*args, **kwargs)
+        except BlockingIOError as error:
+            raise TimeoutError(f"nothing was taken for {self.stall_seconds:g} s") from error
+
+
+class _EncryptedSocket(ssl.SSLSocket):
+    """The same for TLS, which does not take time limits of the kernel."""
+
+    deadline = 0.0
+    stall_seconds = 0.0
+
+    def limit(self, stall_seconds: float) -> None:
+        self.stall_seconds = stall_seconds
+
+    def recv_into(self, *args: Any, **kwargs: Any) -> int:
         left = min(self.deadline - time.monotonic(), self.stall_seconds)
         if left <= 0:
             raise TimeoutError("the time limit of the exchange is over")
         self.settimeout(left)
-
-
-class _PlainSocket(_Deadline, socket.socket):
-    def recv_into(self, *args: Any, **kwargs: Any) -> int:
-        self._limit()
         return super().recv_into(*args, **kwargs)
-
-    def sendall(self, *args: Any, **kwargs: Any) -> None:
-        self._limit()
-        super().sendall(*args, **kwargs)
-
-
-class _EncryptedSocket(_Deadline, ssl.SSLSocket):
-    def recv_into(self, *args: Any, **kwargs: Any) -> int:
-        self._limit()
-        return super().recv_into(*args, **kwargs)
-
-    def sendall(self, *args: Any, **kwargs: Any) -> None:
-        self._limit()
-        super().sendall(*args, **kwargs)
 
 
 class Answer:
@@ -240,7 +260,7 @@ class PeerConnection:
                 self._socket = wrapped
             self._http = http.client.HTTPConnection(self.endpoint.host, self.endpoint.port)
             self._http.sock = self._socket
-        self._socket.stall_seconds = self._timeout
+            self._socket.limit(self._timeout)
         self._socket.deadline = time.monotonic() + self._timeout + answer_bytes / _LEAST_BYTES_PER_SECOND
         return self._http
 

@@ -14,7 +14,7 @@ import io
 import os
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +23,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from emergency_ckpt.agent.block_ranges import MAX_ANSWER_BYTES, MAX_REQUEST_BYTES, decode_ranges
+from emergency_ckpt.agent.block_ranges import MAX_ANSWER_BYTES, MAX_REQUEST_BYTES, BlockRange, decode_ranges
 from emergency_ckpt.agent.counters import Counters
 from emergency_ckpt.agent.door import Door, guard, refuse
 from emergency_ckpt.agent.endpoint import FORMAT_VERSION
@@ -31,6 +31,8 @@ from emergency_ckpt.agent.sending import Body, Sender
 from emergency_ckpt.agent.slot_id import SlotId, is_layout_hash
 from emergency_ckpt.agent.slots_on_disk import SlotOnDisk, SlotsOnDisk
 from emergency_ckpt.agent.trainers import Trainers
+from emergency_ckpt.core.layout import SlotEntry
+from emergency_ckpt.core.shards import Shard
 
 HEARTBEAT_SECONDS = 2.0
 HEARTBEAT = b".\n"
@@ -138,7 +140,9 @@ class ShardServer:
         return web.Response(body=self._counters.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def _status(self, request: web.Request) -> web.Response:
-        slots = await self._on_disk(self._slots.all)
+        # Whoever asks is about to use this agent.
+        with self.trainers.in_use():
+            slots = await self._on_disk(self._slots.all)
         return web.json_response(
             {
                 "format": FORMAT_VERSION,
@@ -231,20 +235,14 @@ class ShardServer:
             return await self._answer(request, wanted, asked)
 
     async def _answer(self, request: web.Request, wanted: SlotId, asked: bytes) -> web.StreamResponse:
-        slot = await self._on_disk(lambda: self._slots.find(wanted))
-        if slot is None:
-            return _not_here(wanted)
         try:
-            pieces = await self._on_disk(lambda: self._pieces(slot, asked))
-            if pieces is None:
-                return refuse(404, "layout_not_here", "the layout of this slot is missing or damaged")
-            flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-            file = io.FileIO(os.open(slot.data, flags))
+            body = await self._on_disk(lambda: self._body(wanted, asked))
         except ValueError as error:
             return refuse(400, "malformed", str(error))
         except OSError:
+            body = None
+        if body is None:
             return _not_here(wanted)
-        body = Body(file, pieces, slot.is_current)
         response = web.StreamResponse(headers={"Content-Type": "application/octet-stream"})
         began = time.monotonic()
         sending = asyncio.ensure_future(self._sender.send(request, response, body))
@@ -258,25 +256,19 @@ class ShardServer:
         self._counters.count_answer(ending, body.nbytes, time.monotonic() - began)
         return response
 
-    def _pieces(self, slot: SlotOnDisk, asked: bytes) -> list[tuple[int, int]] | None:
-        """Where in the data of a slot that lies which was asked for; None where its layout is not here.
+    def _body(self, wanted: SlotId, asked: bytes) -> Body | None:
+        """The pieces of a slot that were asked for; None where it is not here, or not usable.
 
-        Raises ValueError for a request that no client of ours makes.
+        Raises ValueError for a request that no client of ours makes, OSError for data that cannot be opened.
         """
         ranges = decode_ranges(asked)
-        entries = self._slots.entries(slot)
-        if entries is None:
+        slot = self._slots.find(wanted)
+        entries = self._slots.entries(slot) if slot is not None else None
+        if slot is None or entries is None:
             return None
-        pieces: list[tuple[int, int]] = []
-        for wanted in ranges:
-            entry = entries.get(wanted.shard)
-            if entry is None:
-                raise ValueError(f"this slot does not have the shard {wanted.shard!s:.200}")
-            begin, end = wanted.bytes_within(entry.nbytes)
-            pieces.append((entry.offset + begin, end - begin))
-        if sum(length for _, length in pieces) > MAX_ANSWER_BYTES:
-            raise ValueError(f"more than {MAX_ANSWER_BYTES} bytes were asked for in one request")
-        return pieces
+        pieces = _pieces(ranges, entries)
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        return Body(io.FileIO(os.open(slot.data, flags)), pieces, slot.is_current)
 
     # How requests are handled.
 
@@ -305,6 +297,20 @@ class ShardServer:
 
     async def _on_disk(self, read: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._disk, read)
+
+
+def _pieces(ranges: Iterable[BlockRange], entries: Mapping[Shard, SlotEntry]) -> list[tuple[int, int]]:
+    """`(offset, length)` of each range in the data of a slot. Raises ValueError for what is not in it."""
+    pieces: list[tuple[int, int]] = []
+    for wanted in ranges:
+        entry = entries.get(wanted.shard)
+        if entry is None:
+            raise ValueError(f"this slot does not have the shard {wanted.shard!s:.200}")
+        begin, end = wanted.bytes_within(entry.nbytes)
+        pieces.append((entry.offset + begin, end - begin))
+    if sum(length for _, length in pieces) > MAX_ANSWER_BYTES:
+        raise ValueError(f"more than {MAX_ANSWER_BYTES} bytes were asked for in one request")
+    return pieces
 
 
 def _told(slot: SlotOnDisk) -> dict[str, Any]:
