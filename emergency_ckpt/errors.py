@@ -41,6 +41,18 @@ class CorruptDataError(EmergencyCheckpointError, ValueError):
     """Stored bytes do not match their checksum, or a file of ours is damaged."""
 
 
+class CorruptShardsError(CorruptDataError):
+    """Shards came from another process with bytes that do not match their checksums.
+
+    `shards`: their indices into the layout they were asked for by, ascending. All others that were asked for in
+    the same call are good.
+    """
+
+    def __init__(self, message: str, shards: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.shards = shards
+
+
 class NoRestorableStepError(EmergencyCheckpointError, FileNotFoundError):
     """No step, or not the step that was asked for, can be made whole from what survived."""
 
@@ -59,6 +71,22 @@ class CoordinationTimeoutError(EmergencyCheckpointError, TimeoutError):
 
 class PeerFailedError(EmergencyCheckpointError, RuntimeError):
     """Another process reported an error during an operation that all processes do together."""
+
+
+class PeerUnavailableError(EmergencyCheckpointError, ConnectionError):
+    """An agent cannot be reached, does not answer in time or in full, or no longer has what was asked for.
+
+    `code` says in one word what it was (`slot_not_here`, `busy`, `unreachable`, ...). Nothing is known to be
+    damaged: asking again, or another process, may succeed.
+    """
+
+    def __init__(self, message: str, code: str = "unreachable") -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class AgentStartError(EmergencyCheckpointError, RuntimeError):
+    """The agent of this host cannot be started, or does not do what is asked of it."""
 
 
 class ExtrasError(EmergencyCheckpointError, ValueError):

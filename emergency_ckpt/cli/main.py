@@ -36,6 +36,10 @@ SUBCOMMANDS = {
         "start the processes of a JAX job on this machine, restart them when one dies, inject failures",
         takes_command=True,
     ),
+    "agent": Subcommand(
+        "emergency_ckpt.cli.agent",
+        "serve the shards on the ramdisk of this host to the other hosts of a job",
+    ),
     "demo": Subcommand(
         "emergency_ckpt.cli.demo",
         "train a small model, lose a slice, restore, and compare with an undisturbed run",

@@ -1,0 +1,98 @@
+"""A trainer's hold on its agent: a request that stays open as long as the trainer lives.
+
+The agent knows by it that somebody needs it; the trainer learns by it that the agent is gone.
+"""
+
+from __future__ import annotations
+
+import threading
+from datetime import timedelta
+from types import TracebackType
+
+from emergency_ckpt.agent.connection import Answer, PeerConnection
+from emergency_ckpt.agent.endpoint import Endpoint
+from emergency_ckpt.errors import PeerUnavailableError
+
+# The agent says something every two seconds.
+_SILENCE_LIMIT = timedelta(seconds=20)
+_JOIN_SECONDS = 10.0
+
+
+class Attachment:
+    """Holds an attach request open, in a thread of its own, until it is closed.
+
+    Raises PeerUnavailableError at construction where the agent does not take it.
+    """
+
+    def __init__(
+        self, endpoint: Endpoint, timeout: timedelta = _SILENCE_LIMIT, dial: str | None = None
+    ) -> None:
+        self._connection = PeerConnection(endpoint, timeout, dial)
+        self._changed = threading.Condition()
+        self._attached = False
+        self._closed = False
+        self._lost: PeerUnavailableError | None = None
+        self._thread = threading.Thread(target=self._hold, name="emergency_ckpt attach", daemon=True)
+        self._thread.start()
+        with self._changed:
+            self._changed.wait_for(lambda: self._attached or self._lost, 2 * timeout.total_seconds())
+        if not self._attached:
+            self.close()
+            raise self._lost or PeerUnavailableError(f"the agent at {endpoint} does not take an attachment")
+
+    @property
+    def lost(self) -> PeerUnavailableError | None:
+        """Why the agent does not know of this trainer any more; None while it does."""
+        return self._lost
+
+    def wait_lost(self, timeout: timedelta) -> bool:
+        """Waits until the agent is gone; False when the time limit came first."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._lost is not None, timeout.total_seconds())
+
+    def close(self) -> None:
+        """Lets go of the agent. Repeating it is fine."""
+        self._closed = True
+        self._connection.shut_down()
+        self._thread.join(_JOIN_SECONDS)
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _hold(self) -> None:
+        try:
+            self._connection.exchange("GET", "/v1/attach", self._listen)
+            lost = PeerUnavailableError(
+                f"the agent at {self._connection.endpoint} has left. What to do: start it again.", "left"
+            )
+        except PeerUnavailableError as error:
+            lost = error
+        finally:
+            self._connection.close()
+        with self._changed:
+            if not self._closed:
+                self._lost = lost
+            self._changed.notify_all()
+
+    def _listen(self, answer: Answer) -> None:
+        """Reads heartbeats until there are no more."""
+        while answer.read_byte():
+            self._connection.extend()
+            with self._changed:
+                if self._closed:
+                    return
+                self._attached = True
+                self._changed.notify_all()
+
+
+def attach(endpoint: Endpoint, timeout: timedelta = _SILENCE_LIMIT, dial: str | None = None) -> Attachment:
+    """Tells the agent that this process needs it, until the attachment is closed or this process ends.
+
+    `timeout` is how long the agent may be silent. Raises PeerUnavailableError.
+    """
+    return Attachment(endpoint, timeout, dial)

@@ -1,0 +1,282 @@
+"""The peer client: fetches shards from an agent straight into their places, and verifies every block.
+
+A shard that was fetched without an error is bit for bit what was saved. The connection is kept; several of
+these in several threads share the work.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import timedelta
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from emergency_ckpt.agent.block_ranges import BlockRange, encode_ranges
+from emergency_ckpt.agent.connection import Answer, PeerConnection
+from emergency_ckpt.agent.endpoint import Endpoint
+from emergency_ckpt.agent.slot_id import SlotId
+from emergency_ckpt.agent.slots_on_disk import MAX_LAYOUT_BYTES, MAX_MANIFEST_BYTES
+from emergency_ckpt.core.checksums import shard_seed
+from emergency_ckpt.core.layout import Layout
+from emergency_ckpt.core.lineage import StepId
+from emergency_ckpt.core.shards import BLOCK_BYTES, block_ranges
+from emergency_ckpt.errors import CorruptDataError, CorruptShardsError, PeerUnavailableError
+from emergency_ckpt.local.manifest import Manifest
+
+TIMEOUT = timedelta(seconds=20)
+_BATCH_BYTES = 256 * 1024 * 1024
+_BATCH_RANGES = 4096
+_BATCH_TEXT_BYTES = 512 * 1024
+_CACHED_BYTES = 1024 * 1024
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SlotHolding:
+    """A slot that an agent says it has; nothing of it is verified. `bytes` is the size of its file."""
+
+    id: SlotId
+    nonce: str
+    digest: str
+    listed: bool
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Blocks:
+    """Blocks of a shard to be fetched into `target`, contiguous uint8 of just their bytes.
+
+    `shard` is an index into the layout's shards; `count` None means all blocks from `first` on.
+    """
+
+    shard: int
+    target: np.ndarray
+    first: int = 0
+    count: int | None = None
+
+
+class PeerClient:
+    """Asks one agent. Safe to use from any thread; one request at a time.
+
+    Args:
+      endpoint: where the agent is, and its token.
+      timeout: for connecting, for an answer to begin, and for any pause in it.
+      dial: the address to connect to, where it is not the endpoint's (an agent on this very host).
+
+    Every method raises PeerUnavailableError for an agent that is gone, late, or answers something else.
+    """
+
+    def __init__(self, endpoint: Endpoint, timeout: timedelta = TIMEOUT, dial: str | None = None) -> None:
+        self.endpoint = endpoint
+        self._connection = PeerConnection(endpoint, timeout, dial)
+        self._guard = threading.Lock()
+
+    def close(self) -> None:
+        """Closes the connection; another call opens it again."""
+        with self._guard:
+            self._connection.close()
+
+    def __enter__(self) -> PeerClient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def status(self) -> dict[str, Any]:
+        """What the agent says of itself: `format`, `version`, `pid`, `directory`, `runs`, `trainers`, ..."""
+        with self._guard:
+            said = self._connection.read_json("GET", "/v1/status")
+        if not isinstance(said, dict) or type(said.get("format")) is not int:
+            raise self._nonsense("a status without a format version")
+        return said
+
+    def leave(self) -> None:
+        """Asks the agent to end."""
+        with self._guard:
+            self._connection.read_json("POST", "/v1/leave")
+
+    def inventory(self) -> tuple[SlotHolding, ...]:
+        """The slots that the agent has, as their manifests say, of all runs. Unverified."""
+        with self._guard:
+            rows = self._connection.read_json("GET", "/v1/inventory")
+        try:
+            return tuple(_holding(row) for row in rows)
+        except (TypeError, ValueError, KeyError) as error:
+            raise self._nonsense(f"an inventory with an unusable row ({error})") from error
+
+    def layout(self, layout_hash: str) -> Layout:
+        """The layout of this hash. Raises CorruptDataError where the agent's file is damaged."""
+        with self._guard:
+            data = self._connection.read_bytes("GET", f"/v1/layouts/{layout_hash}", MAX_LAYOUT_BYTES)
+        layout = Layout.from_bytes(data)
+        if layout.hash != layout_hash:
+            raise CorruptDataError(f"the agent at {self.endpoint} sent layout {layout.hash} for {layout_hash}")
+        return layout
+
+    def manifest(self, slot: SlotId) -> Manifest:
+        """The manifest of a slot. Raises CorruptDataError for one that is damaged or not of this slot."""
+        with self._guard:
+            data = self._connection.read_bytes("GET", f"{slot.address}/manifest", MAX_MANIFEST_BYTES)
+        manifest = Manifest.from_bytes(data, f"of {slot} from {self.endpoint}")
+        found = SlotId(manifest.run, manifest.step, manifest.layout, manifest.position)
+        if found != slot:
+            raise CorruptDataError(f"the agent at {self.endpoint} sent the manifest of {found} for {slot}")
+        return manifest
+
+    def fetch(
+        self, slot: SlotId, layout: Layout, manifest: Manifest, wanted: Iterable[tuple[int, np.ndarray]]
+    ) -> int:
+        """Fetches whole shards, `(index into layout.shards, place)` each; returns the number of bytes.
+
+        A place is flat contiguous uint8 of the shard's size. `layout` and `manifest` are those of the slot.
+        What lies in the places is defined only once this returned, and for shards not named by
+        CorruptShardsError.
+
+        Raises:
+          CorruptShardsError: some shards do not match their checksums; all others are good.
+          PeerUnavailableError: the agent is gone, or the step is no longer there.
+          ValueError: a shard that this slot does not have, or a place of another size.
+        """
+        return self.fetch_blocks(slot, layout, manifest, [Blocks(shard, place) for shard, place in wanted])
+
+    def fetch_blocks(self, slot: SlotId, layout: Layout, manifest: Manifest, wanted: Iterable[Blocks]) -> int:
+        """Like `fetch`, for those who need only some blocks (of `BLOCK_BYTES`) of a shard."""
+        if (manifest.layout, manifest.position) != (layout.hash, slot.position) or slot.layout != layout.hash:
+            raise ValueError(f"layout {layout.hash} and the manifest of {manifest.step} are not of {slot}")
+        pieces = [piece for blocks in wanted for piece in _cut(blocks, layout, manifest)]
+        bad: set[int] = set()
+        with self._guard:
+            for batch in _batches(pieces):
+                bad |= self._fetch_batch(slot, batch)
+        if bad:
+            self._raise_corrupt(slot, layout, manifest, bad)
+        return sum(piece.target.nbytes for piece in pieces)
+
+    def _fetch_batch(self, slot: SlotId, batch: Sequence[_Piece]) -> set[int]:
+        """One request; returns the shards that are not what they should be."""
+        expected = sum(piece.target.nbytes for piece in batch)
+
+        def read(answer: Answer) -> set[int]:
+            if answer.length != expected:
+                raise self._nonsense(f"{answer.length} bytes of shards where {expected} were asked for")
+            return {piece.asked_shard for piece in batch if not _receive(answer, piece)}
+
+        body = encode_ranges(piece.asked for piece in batch)
+        return self._connection.exchange(
+            "POST", f"{slot.address}/shards", read, body=body, answer_bytes=expected
+        )
+
+    def _raise_corrupt(self, slot: SlotId, layout: Layout, manifest: Manifest, bad: set[int]) -> None:
+        """Raises PeerUnavailableError where the slot was taken for another step while it was read."""
+        if self.manifest(slot).digest != manifest.digest:
+            raise PeerUnavailableError(
+                f"the agent at {self.endpoint} holds {slot} with other content than before: it was saved "
+                "again. What to do: plan again.",
+                "slot_not_here",
+            )
+        shards = tuple(sorted(bad))
+        named = ", ".join(str(layout.shards[shard]) for shard in shards[:5])
+        more = f" and {len(shards) - 5} more" if len(shards) > 5 else ""
+        raise CorruptShardsError(
+            f"{len(shards)} shards of {slot} that came from the agent at {self.endpoint} do not match their "
+            f"checksums: {named}{more}. Its memory or the way from there damages data; take them from another "
+            "source.",
+            shards,
+        )
+
+    def _nonsense(self, what: str) -> PeerUnavailableError:
+        return PeerUnavailableError(
+            f"the agent at {self.endpoint} answers with {what}. Another program may listen there, or another "
+            "version of this package: read the endpoint again, or ask another process.",
+            "nonsense",
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Piece:
+    """Consecutive blocks of a shard that travel in one answer, and what they must be."""
+
+    asked_shard: int
+    asked: BlockRange
+    target: memoryview
+    seed: int
+    checksums: Sequence[int]
+
+
+def _cut(blocks: Blocks, layout: Layout, manifest: Manifest) -> Iterator[_Piece]:
+    """The pieces of what is wanted of a shard, none larger than a batch. Raises ValueError."""
+    shard = blocks.shard
+    held = layout.process_shards[manifest.position]
+    entry = bisect.bisect_left(held, shard)
+    if entry == len(held) or held[entry] != shard:
+        raise ValueError(f"position {manifest.position} of layout {layout.hash} does not hold shard {shard}")
+    nbytes = layout.shard_nbytes[shard]
+    total = -(-nbytes // BLOCK_BYTES)
+    last = total if blocks.count is None else blocks.first + blocks.count
+    # A view without elements cannot be cast.
+    fits = blocks.target.flags.c_contiguous and blocks.target.nbytes
+    place = blocks.target.data.cast("B") if fits else memoryview(bytearray())
+    begin, end = blocks.first * BLOCK_BYTES, min(nbytes, last * BLOCK_BYTES)
+    if not 0 <= blocks.first <= last <= total or place.nbytes != end - begin or place.readonly:
+        raise ValueError(
+            f"blocks {blocks.first} to {last} of shard {layout.shards[shard]} ({nbytes} bytes) do not fit a "
+            f"contiguous, writable place of {place.nbytes} bytes"
+        )
+    checksums = manifest.checksums[entry]
+    seed = shard_seed(manifest.step.generation, layout, shard)
+    step = _BATCH_BYTES // BLOCK_BYTES
+    for first in range(blocks.first, last, step):
+        count = min(step, last - first)
+        at = first * BLOCK_BYTES - begin
+        target = place[at : min(at + count * BLOCK_BYTES, place.nbytes)]
+        asked = BlockRange(layout.shards[shard], first, count)
+        yield _Piece(shard, asked, target, seed, checksums[first : first + count])
+
+
+def _batches(pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:
+    """In order, each within the limits of one request."""
+    batch: list[_Piece] = []
+    batch_bytes = text_bytes = 0
+    for piece in pieces:
+        box = piece.asked.shard.box
+        # At most what its JSON can take: a character of a name may be escaped, a bound has up to 19 digits.
+        text = 6 * len(piece.asked.shard.leaf) + 40 * len(box.start) + 64
+        full = batch_bytes + piece.target.nbytes > _BATCH_BYTES or text_bytes + text > _BATCH_TEXT_BYTES
+        if batch and (full or len(batch) == _BATCH_RANGES):
+            yield batch
+            batch, batch_bytes, text_bytes = [], 0, 0
+        batch.append(piece)
+        batch_bytes += piece.target.nbytes
+        text_bytes += text
+    if batch:
+        yield batch
+
+
+def _receive(answer: Answer, piece: _Piece) -> bool:
+    """Puts the bytes of a piece into place, hashing them while they are in cache; whether they are good."""
+    ranges = block_ranges(piece.target.nbytes)
+    good = len(ranges) == len(piece.checksums)
+    for number, (begin, length) in enumerate(ranges):
+        block = xxhash.xxh3_64(seed=piece.seed)
+        for at in range(begin, begin + length, _CACHED_BYTES):
+            part = piece.target[at : min(at + _CACHED_BYTES, begin + length)]
+            answer.read_into(part)
+            block.update(part)
+        good = good and block.intdigest() == piece.checksums[number]
+    return good
+
+
+def _holding(row: Any) -> SlotHolding:
+    numbers = [row[name] for name in ("generation", "step", "position", "bytes")]
+    if any(type(number) is not int for number in numbers) or type(row["listed"]) is not bool:
+        raise ValueError(f"not numbers: {row!r:.120}")
+    generation, step, position, nbytes = numbers
+    slot = SlotId(str(row["run"]), StepId(generation, step), str(row["layout"]), position)
+    return SlotHolding(slot, str(row["nonce"]), str(row["digest"]), row["listed"], nbytes)

@@ -1,0 +1,129 @@
+"""Who gets in: a bounded number of connections, and only requests that carry the token.
+
+Whoever is refused gets an answer that a program can read; whoever connects and says nothing is cut.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import ssl
+
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+_OPEN_TO_ALL = "/healthz"
+_REFUSAL_SECONDS = 1.0
+_MAX_REFUSALS = 256
+_BACKLOG = 1024
+
+
+def refuse(status: int, code: str, message: str) -> web.Response:
+    """An answer that says in JSON why there is no other."""
+    return web.json_response({"error": code, "message": message}, status=status)
+
+
+def guard(token: str) -> Middleware:
+    """The middleware that lets in who has the token, and tells all others what they did wrong in JSON."""
+    expected = f"Bearer {token}".encode()
+
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.path != _OPEN_TO_ALL:
+            said = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
+            if not hmac.compare_digest(said, expected):
+                return refuse(401, "unauthorized", "this agent lets in only who has its token")
+        try:
+            return await handler(request)
+        except web.HTTPException as error:
+            codes = {404: "no_such_page", 405: "no_such_method", 413: "too_large"}
+            return refuse(error.status, codes.get(error.status, "malformed"), error.reason)
+
+    return check
+
+
+class Door:
+    """The listening socket of a server, at most `connections` at a time. Of one event loop."""
+
+    def __init__(self, server: web.Server, connections: int, silence_seconds: float) -> None:
+        self._server = server
+        self._connections = connections
+        self._silence_seconds = silence_seconds
+        self._silent: set[asyncio.Protocol] = set()
+        self._refusals = 0
+        self._listening: asyncio.Server | None = None
+        self.refused = 0
+
+    async def open(self, host: str, port: int, context: ssl.SSLContext | None) -> int:
+        """Listens; returns the port (another one where 0 was asked for). Raises OSError."""
+        loop = asyncio.get_running_loop()
+        self._listening = await loop.create_server(
+            self._accept, host, port, ssl=context, backlog=_BACKLOG, reuse_address=True
+        )
+        return self._listening.sockets[0].getsockname()[1]
+
+    def close(self) -> None:
+        """Accepts no more connections; those that are open stay."""
+        if self._listening is not None:
+            self._listening.close()
+
+    @property
+    def connections(self) -> int:
+        return len(self._server.connections)
+
+    def hear(self, request: web.Request) -> None:
+        """Notes that a connection has said something."""
+        self._silent.discard(request.protocol)
+
+    def _accept(self) -> asyncio.Protocol:
+        if self.connections >= self._connections:
+            self.refused += 1
+            return _Refusal(self)
+        connection = self._server()
+        self._silent.add(connection)
+        asyncio.get_running_loop().call_later(self._silence_seconds, self._cut_if_silent, connection)
+        return connection
+
+    def _cut_if_silent(self, connection: web.RequestHandler) -> None:
+        if connection in self._silent:
+            self._silent.discard(connection)
+            if connection.transport is not None:
+                connection.transport.abort()
+
+    def begin_refusal(self) -> bool:
+        """Whether there is room to refuse politely."""
+        self._refusals += 1
+        return self._refusals <= _MAX_REFUSALS
+
+    def end_refusal(self) -> None:
+        self._refusals -= 1
+
+
+class _Refusal(asyncio.Protocol):
+    """A connection too many: told to come back later, given a moment to read it, and closed."""
+
+    def __init__(self, door: Door) -> None:
+        self._door = door
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        if not self._door.begin_refusal():
+            transport.abort()
+            return
+        body = json.dumps({"error": "busy", "message": "too many connections: try again"}).encode()
+        head = (
+            "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
+            f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        transport.write(head.encode() + body)
+        if transport.can_write_eof():
+            transport.write_eof()
+        # Closing at once would reset the connection while the request is still coming in, answer and all.
+        asyncio.get_running_loop().call_later(_REFUSAL_SECONDS, transport.abort)
+
+    def eof_received(self) -> bool:
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._door.end_refusal()

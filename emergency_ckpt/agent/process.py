@@ -1,0 +1,213 @@
+"""The life of an agent: one per ramdisk directory, from the lock to the last answer.
+
+It writes its record once it serves, removes it before it stops, and leaves by itself when nobody needs it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import re
+import resource
+import secrets
+import signal
+import ssl
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+from emergency_ckpt.agent.addresses import choose_addresses
+from emergency_ckpt.agent.endpoint import FORMAT_VERSION, Endpoint
+from emergency_ckpt.agent.options import TOKEN_VARIABLE, AgentOptions
+from emergency_ckpt.agent.record import AgentLock, AgentRecord, agent_directory, read_record
+from emergency_ckpt.agent.server import ServerLimits, ShardServer
+from emergency_ckpt.errors import AgentStartError, ConfigError, EmergencyCheckpointError
+from emergency_ckpt.local.claim import check_root
+
+_TOKEN = re.compile(r"[0-9A-Za-z._~+/=-]{16,512}")
+_WATCH_SECONDS = 1.0
+_SPARE_DESCRIPTORS = 256
+_log = logging.getLogger("emergency_ckpt.agent")
+
+
+def run_agent(
+    root: Path,
+    options: AgentOptions,
+    busy: Callable[[], bool] = lambda: False,
+    ready: Callable[[], None] = lambda: None,
+) -> None:
+    """Serves `root` until it is asked to leave (SIGTERM, SIGINT, `POST /v1/leave`) or nobody needs it.
+
+    Args:
+      busy: whether there is something left to do although no trainer is attached.
+      ready: called once it serves and its record is in place.
+
+    Raises AnotherAgentError, LocalDirectoryError, ConfigError, AgentStartError.
+    """
+    check_root(root)
+    os.umask(0o077)
+    token = _token(options)
+    context = _tls_context(options)
+    directory = agent_directory(root)
+    lock = AgentLock(directory)
+    try:
+        asyncio.run(_Life(root, directory, options, lock, busy).live(token, context, ready))
+    finally:
+        lock.release()
+
+
+class _Life:
+    """One agent, from its first answer to its last."""
+
+    def __init__(
+        self, root: Path, directory: Path, options: AgentOptions, lock: AgentLock, busy: Callable[[], bool]
+    ) -> None:
+        self._root = root
+        self._directory = directory
+        self._options = options
+        self._lock = lock
+        self._busy = busy
+        self._signalled: str | None = None
+
+    async def live(self, token: str, context: ssl.SSLContext | None, ready: Callable[[], None]) -> None:
+        options = self._options
+        addresses = choose_addresses(options.bind, options.advertise, options.reach)
+        limits = ServerLimits(
+            connections=_connections(options.connections), stall_seconds=options.stall_seconds
+        )
+        server = ShardServer(self._root, token, limits)
+        self._catch_signals(server)
+        try:
+            port = await server.start(addresses.bind, options.port, context)
+        except OSError as error:
+            await server.stop()
+            raise AgentStartError(
+                f"the agent cannot listen on {addresses.bind} port {options.port}: {error.strerror or error}. "
+                "Choose another port (0 takes a free one) or an address of this host."
+            ) from error
+        ca_file = str(options.tls_ca.absolute()) if options.tls_ca else None
+        endpoint = Endpoint(addresses.advertise, port, token, context is not None, ca_file)
+        record = AgentRecord(endpoint, addresses.dial, os.getpid(), metadata.version("emergency_ckpt"))
+        try:
+            record.write(self._directory)
+            _log.info(
+                "agent %s (format %d, pid %d) serves %s on %s port %d and advertises %s: %s",
+                record.package,
+                FORMAT_VERSION,
+                record.pid,
+                self._root,
+                addresses.bind,
+                port,
+                endpoint,
+                addresses.why,
+            )
+            ready()
+            _log.info("the agent leaves: %s", await self._watch(server, record))
+        finally:
+            record.remove(self._directory)
+            await server.stop()
+
+    async def _watch(self, server: ShardServer, record: AgentRecord) -> str:
+        """Waits until there is a reason to leave, and returns it."""
+        idle = self._options.idle_seconds
+        period = _WATCH_SECONDS if idle is None else max(0.05, min(_WATCH_SECONDS, idle / 4))
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(period):
+                    await server.left.wait()
+            if self._signalled:
+                return f"{self._signalled} came"
+            if server.left.is_set():
+                return "it was asked to"
+            if not self._lock.is_current():
+                return f"{self._directory} was emptied or replaced, and what is there now is not this agent's"
+            self._keep_record(record)
+            if idle is not None and server.trainers.idle_seconds() >= idle and not self._busy():
+                return f"no trainer was attached for {idle:g} s, nobody was served and nothing is left to do"
+
+    def _keep_record(self, record: AgentRecord) -> None:
+        try:
+            if read_record(self._directory) == record:
+                return
+            _log.warning("the record of this agent was removed or changed, and is written again")
+        except EmergencyCheckpointError as error:
+            _log.warning("the record of this agent cannot be read and is written again: %s", error)
+        try:
+            record.write(self._directory)
+        except EmergencyCheckpointError as error:
+            _log.error("%s", error)
+
+    def _catch_signals(self, server: ShardServer) -> None:
+        def leave(name: str) -> None:
+            self._signalled = name
+            server.left.set()
+
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, leave, number.name)
+
+
+def _token(options: AgentOptions) -> str:
+    if options.token_file is not None:
+        try:
+            token, origin = options.token_file.read_text().strip(), f"the file {options.token_file}"
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"the token file {options.token_file} cannot be read: {error}") from error
+    elif (given := os.environ.get(TOKEN_VARIABLE)) is not None:
+        token, origin = given.strip(), f"the variable {TOKEN_VARIABLE}"
+    else:
+        return secrets.token_urlsafe(32)
+    if not _TOKEN.fullmatch(token):
+        raise ConfigError(
+            f"{origin} has no usable token: 16 to 512 letters, digits or any of ._~+/=- are expected"
+        )
+    return token
+
+
+def _tls_context(options: AgentOptions) -> ssl.SSLContext | None:
+    if (options.tls_certificate is None) != (options.tls_key is None):
+        raise ConfigError("--tls-certificate and --tls-key are given together or not at all")
+    if options.tls_certificate is None or options.tls_key is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(options.tls_certificate, options.tls_key, password=_no_password)
+    except OSError as error:
+        raise ConfigError(
+            f"the certificate {options.tls_certificate} and the key {options.tls_key} cannot be used: {error}"
+        ) from error
+    return context
+
+
+def _no_password() -> str:
+    """OpenSSL would ask the terminal."""
+    raise OSError("the key has a password; give one without")
+
+
+def _connections(wanted: int) -> int:
+    """As many as this process may have descriptors for; raises the limit as far as it may."""
+    if wanted < 1:
+        raise ConfigError(f"--connections {wanted}: at least 1 is needed")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = wanted + _SPARE_DESCRIPTORS
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(hard, needed)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    possible = wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, soft - _SPARE_DESCRIPTORS))
+    if possible < wanted:
+        _log.warning("%d connections at a time instead of %d: `ulimit -n` is %d", possible, wanted, soft)
+    return possible
+
+
+def log_to(handler: logging.Handler) -> None:
+    """Sends what this process logs to one handler, with time and level."""
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+
+
+def log_to_terminal() -> None:
+    """For an agent that a person or a supervisor started."""
+    log_to(logging.StreamHandler(sys.stderr))

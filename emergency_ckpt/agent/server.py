@@ -1,0 +1,335 @@
+"""The shard server: what an agent answers, page by page. Read-only and stateless: it tells what lies on disk.
+
+It serves ids only, never paths, to holders of its token. Every wait has a limit, and every size that a request
+may cause is bounded: connections, bodies, answers, and requests that are worked on at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import dataclasses
+import io
+import os
+import ssl
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from emergency_ckpt.agent.block_ranges import MAX_ANSWER_BYTES, MAX_REQUEST_BYTES, BlockRange, decode_ranges
+from emergency_ckpt.agent.counters import Counters
+from emergency_ckpt.agent.door import Door, guard, refuse
+from emergency_ckpt.agent.endpoint import FORMAT_VERSION
+from emergency_ckpt.agent.sending import Body, Sender
+from emergency_ckpt.agent.slot_id import SlotId, is_layout_hash
+from emergency_ckpt.agent.slots_on_disk import SlotOnDisk, SlotsOnDisk
+from emergency_ckpt.agent.trainers import Trainers
+from emergency_ckpt.core.layout import SlotEntry
+from emergency_ckpt.core.shards import Shard
+
+HEARTBEAT_SECONDS = 2.0
+HEARTBEAT = b".\n"
+_SLOT = "/v1/runs/{run}/steps/{generation}/{step}/slots/{layout}/{position}"
+_DISK_THREADS = 4
+_KEEP_ALIVE_SECONDS = 75.0
+_T = TypeVar("_T")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ServerLimits:
+    """What one server takes on.
+
+    Attributes:
+      connections: at a time; whoever comes beyond that is told to come back.
+      answers: requests for slots and layouts that are worked on at a time; others wait `queue_seconds`.
+      request_seconds: for a request to arrive whole.
+      stall_seconds: for which a client may read nothing.
+      leave_seconds: for what is being sent when the agent leaves.
+    """
+
+    connections: int = 512
+    answers: int = 32
+    queue_seconds: float = 20.0
+    request_seconds: float = 10.0
+    stall_seconds: float = 20.0
+    leave_seconds: float = 5.0
+
+
+class ShardServer:
+    """Serves the slots below one ramdisk directory. All methods are of one event loop.
+
+    `left` is set when somebody asked this agent to leave.
+    """
+
+    def __init__(self, root: Path, token: str, limits: ServerLimits) -> None:
+        self.trainers = Trainers()
+        self.left = asyncio.Event()
+        self._root = root
+        self._limits = limits
+        self._slots = SlotsOnDisk(root)
+        self._counters = Counters()
+        self._started = time.time()
+        self._sender = Sender(limits.answers, limits.stall_seconds)
+        self._places = asyncio.Semaphore(limits.answers)
+        self._disk = concurrent.futures.ThreadPoolExecutor(_DISK_THREADS, "emergency_ckpt disk")
+        self._stopping = asyncio.Event()
+        self._app = web.Application(middlewares=[self._count, guard(token)], client_max_size=MAX_REQUEST_BYTES)
+        self._app.add_routes(
+            [
+                web.get("/healthz", self._health),
+                web.get("/metrics", self._metrics),
+                web.get("/v1/status", self._status),
+                web.get("/v1/attach", self._attach),
+                web.post("/v1/leave", self._leave),
+                web.get("/v1/inventory", self._inventory),
+                web.get("/v1/layouts/{hash}", self._layout),
+                web.get(f"{_SLOT}/manifest", self._manifest),
+                web.post(f"{_SLOT}/shards", self._shards),
+            ]
+        )
+        self._runner = web.AppRunner(
+            self._app,
+            access_log=None,
+            handle_signals=False,
+            handler_cancellation=True,
+            auto_decompress=False,
+            keepalive_timeout=_KEEP_ALIVE_SECONDS,
+            shutdown_timeout=limits.leave_seconds,
+        )
+        self._door: Door | None = None
+
+    async def start(self, host: str, port: int, context: ssl.SSLContext | None) -> int:
+        """Listens and serves from now on; returns the port. Raises OSError where it cannot listen."""
+        await self._runner.setup()
+        assert self._runner.server is not None
+        self._door = Door(self._runner.server, self._limits.connections, self._limits.request_seconds)
+        self._counters.watch("trainers", "trainers that are attached", lambda: self.trainers.count)
+        self._counters.watch("connections", "open connections", lambda: self._connections.connections)
+        self._counters.watch("refused", "connections refused so far", lambda: self._connections.refused)
+        return await self._door.open(host, port, context)
+
+    async def stop(self) -> None:
+        """Accepts nothing more, lets what is being sent end for a while, then cuts it."""
+        if self._door is not None:
+            self._door.close()
+        self._stopping.set()
+        cutting = asyncio.get_running_loop().call_later(self._limits.leave_seconds, self._sender.cut_all)
+        await self._runner.cleanup()
+        cutting.cancel()
+        self._sender.close()
+        self._disk.shutdown(wait=True)
+
+    @property
+    def _connections(self) -> Door:
+        assert self._door is not None
+        return self._door
+
+    # What an agent is.
+
+    async def _health(self, request: web.Request) -> web.Response:
+        return web.json_response({"status": "ok"})
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        return web.Response(body=self._counters.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    async def _status(self, request: web.Request) -> web.Response:
+        # Whoever asks is about to use this agent.
+        with self.trainers.in_use():
+            slots = await self._on_disk(self._slots.all)
+        return web.json_response(
+            {
+                "format": FORMAT_VERSION,
+                "version": metadata.version("emergency_ckpt"),
+                "pid": os.getpid(),
+                "directory": str(self._root),
+                "started": self._started,
+                "runs": sorted({slot.id.run for slot in slots}),
+                "trainers": self.trainers.count,
+                "connections": self._connections.connections,
+                "bytes_served": self._counters.bytes_served_total,
+                "leaving": self.left.is_set(),
+            }
+        )
+
+    async def _attach(self, request: web.Request) -> web.StreamResponse:
+        """Held open by a trainer as long as it lives; the heartbeat tells it that the agent lives, too."""
+        response = web.StreamResponse(headers={"Cache-Control": "no-store"})
+        response.enable_chunked_encoding()
+        with self.trainers.attached():
+            await response.prepare(request)
+            while not self._stopping.is_set():
+                await response.write(HEARTBEAT)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(HEARTBEAT_SECONDS):
+                        await self._stopping.wait()
+        return response
+
+    async def _leave(self, request: web.Request) -> web.Response:
+        self.left.set()
+        return web.json_response({"leaving": True}, status=202)
+
+    # What it holds.
+
+    async def _inventory(self, request: web.Request) -> web.Response:
+        slots = await self._on_disk(self._slots.all)
+        return web.json_response([_told(slot) for slot in slots])
+
+    async def _layout(self, request: web.Request) -> web.Response:
+        layout_hash = request.match_info["hash"]
+        if not is_layout_hash(layout_hash):
+            return refuse(400, "malformed", "this is not the hash of a layout")
+        async with self._place() as place:
+            if not place:
+                return _busy()
+            data = await self._on_disk(lambda: self._slots.layout_bytes(layout_hash))
+            if data is None:
+                return refuse(404, "layout_not_here", "no directory here has this layout")
+            return await self._send_bytes(request, data)
+
+    async def _manifest(self, request: web.Request) -> web.Response:
+        try:
+            wanted = SlotId.parse(request.match_info)
+        except ValueError as error:
+            return refuse(400, "malformed", str(error))
+        async with self._place() as place:
+            if not place:
+                return _busy()
+            slot = await self._on_disk(lambda: self._slots.find(wanted))
+            data = await self._on_disk(lambda: self._slots.manifest_bytes(slot)) if slot else None
+            if data is None:
+                return _not_here(wanted)
+            return await self._send_bytes(request, data)
+
+    async def _send_bytes(self, request: web.Request, data: bytes) -> web.Response:
+        """Whole, before the place is given back: so many answers are in memory at a time and no more."""
+        response = web.Response(body=data, content_type="application/octet-stream")
+        try:
+            async with asyncio.timeout(self._limits.stall_seconds + len(data) / MAX_REQUEST_BYTES):
+                await response.prepare(request)
+                await response.write_eof()
+        except TimeoutError:
+            if request.transport is not None:
+                request.transport.abort()
+        return response
+
+    async def _shards(self, request: web.Request) -> web.StreamResponse:
+        try:
+            wanted = SlotId.parse(request.match_info)
+        except ValueError as error:
+            return refuse(400, "malformed", str(error))
+        async with self._place() as place:
+            if not place:
+                return _busy()
+            try:
+                async with asyncio.timeout(self._limits.request_seconds):
+                    asked = await request.read()
+            except TimeoutError:
+                return refuse(408, "too_slow", "the request did not arrive in time")
+            return await self._answer(request, wanted, asked)
+
+    async def _answer(self, request: web.Request, wanted: SlotId, asked: bytes) -> web.StreamResponse:
+        try:
+            body = await self._on_disk(lambda: self._body(wanted, asked))
+        except ValueError as error:
+            return refuse(400, "malformed", str(error))
+        except OSError:
+            body = None
+        if body is None:
+            return _not_here(wanted)
+        response = web.StreamResponse(headers={"Content-Type": "application/octet-stream"})
+        began = time.monotonic()
+        sending = asyncio.ensure_future(self._sender.send(request, response, body))
+        try:
+            with self.trainers.in_use():
+                ending = await asyncio.shield(sending)
+        except asyncio.CancelledError:
+            # The client went away: the thread that sends notices by itself, and has the place until then.
+            await asyncio.wait([sending])
+            raise
+        self._counters.count_answer(ending, body.nbytes, time.monotonic() - began)
+        return response
+
+    def _body(self, wanted: SlotId, asked: bytes) -> Body | None:
+        """The pieces of a slot that were asked for; None where it is not here, or not usable.
+
+        Raises ValueError for a request that no client of ours makes, OSError for data that cannot be opened.
+        """
+        ranges = decode_ranges(asked)
+        slot = self._slots.find(wanted)
+        entries = self._slots.entries(slot) if slot is not None else None
+        if slot is None or entries is None:
+            return None
+        pieces = _pieces(ranges, entries)
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        return Body(io.FileIO(os.open(slot.data, flags)), pieces, slot.is_current)
+
+    # How requests are handled.
+
+    @web.middleware
+    async def _count(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        self._connections.hear(request)
+        response = await handler(request)
+        resource = request.match_info.route.resource
+        page = resource.canonical if resource is not None else "other"
+        self._counters.requests.labels(page, str(response.status)).inc()
+        return response
+
+    @contextlib.asynccontextmanager
+    async def _place(self) -> AsyncIterator[bool]:
+        """One of the places for answers; False where none became free in time."""
+        try:
+            async with asyncio.timeout(self._limits.queue_seconds):
+                await self._places.acquire()
+        except TimeoutError:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            self._places.release()
+
+    async def _on_disk(self, read: Callable[[], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._disk, read)
+
+
+def _pieces(ranges: Iterable[BlockRange], entries: Mapping[Shard, SlotEntry]) -> list[tuple[int, int]]:
+    """`(offset, length)` of each range in the data of a slot. Raises ValueError for what is not in it."""
+    pieces: list[tuple[int, int]] = []
+    for wanted in ranges:
+        entry = entries.get(wanted.shard)
+        if entry is None:
+            raise ValueError(f"this slot does not have the shard {wanted.shard!s:.200}")
+        begin, end = wanted.bytes_within(entry.nbytes)
+        pieces.append((entry.offset + begin, end - begin))
+    if sum(length for _, length in pieces) > MAX_ANSWER_BYTES:
+        raise ValueError(f"more than {MAX_ANSWER_BYTES} bytes were asked for in one request")
+    return pieces
+
+
+def _told(slot: SlotOnDisk) -> dict[str, Any]:
+    return {
+        "run": slot.id.run,
+        "nonce": slot.nonce,
+        "generation": slot.id.step.generation,
+        "step": slot.id.step.step,
+        "layout": slot.id.layout,
+        "position": slot.id.position,
+        "digest": slot.digest,
+        "listed": slot.listed,
+        "bytes": slot.bytes,
+    }
+
+
+def _not_here(wanted: SlotId) -> web.Response:
+    return refuse(404, "slot_not_here", f"{wanted} is not sealed here, or not any more")
+
+
+def _busy() -> web.Response:
+    return refuse(503, "busy", "too many requests at a time: try again")

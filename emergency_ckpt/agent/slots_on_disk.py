@@ -1,0 +1,174 @@
+"""What an agent finds on its ramdisk: sealed slots by id, layouts by hash. It takes no lock and pins nothing.
+
+Everything is told from the files as they lie there now. What is remembered of a manifest is bound to its inode,
+time and size; whoever reads a slot's bytes asks `is_current` afterwards, and the reader verifies in any case.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import os
+import re
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+from emergency_ckpt.agent.slot_id import SlotId
+from emergency_ckpt.core.layout import Layout, SlotEntry
+from emergency_ckpt.core.shards import Shard
+from emergency_ckpt.errors import CorruptDataError, LocalDirectoryError
+from emergency_ckpt.local.claim import directories
+from emergency_ckpt.local.manifest import Manifest
+from emergency_ckpt.local.recovery import data_path
+from emergency_ckpt.local.small_files import read_file
+
+MAX_MANIFEST_BYTES = 256 * 1024 * 1024
+MAX_LAYOUT_BYTES = 1024 * 1024 * 1024
+_MANIFEST_NAME = re.compile(r"slot_(0|[1-9]\d{0,3})\.manifest")
+_KEPT_TABLES = 8
+
+_Stamp = tuple[int, int, int, int]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SlotOnDisk:
+    """A sealed slot, as its manifest says; its data is not verified here.
+
+    `bytes` is the size of its data file, `stamp` tells this very manifest file from a later one.
+    """
+
+    id: SlotId
+    nonce: str
+    digest: str
+    listed: bool
+    bytes: int
+    manifest: Path
+    data: Path
+    stamp: _Stamp
+
+    def is_current(self) -> bool:
+        """Whether the manifest is still in place, so that the slot has not been taken for another step."""
+        return _stamp_of(self.manifest) == self.stamp
+
+
+class SlotsOnDisk:
+    """The slots below one ramdisk directory. Safe to use from any thread; calls may read large files."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._guard = threading.Lock()
+        self._known: dict[Path, tuple[_Stamp, SlotOnDisk | None]] = {}
+        self._tables: collections.OrderedDict[tuple[str, int], Mapping[Shard, SlotEntry]] = (
+            collections.OrderedDict()
+        )
+
+    def all(self) -> list[SlotOnDisk]:
+        """Every slot with a readable manifest."""
+        with self._guard:
+            return self._scan()
+
+    def find(self, wanted: SlotId) -> SlotOnDisk | None:
+        """The slot of this id, None where it is not here (any more)."""
+        return next((slot for slot in self.all() if slot.id == wanted), None)
+
+    def manifest_bytes(self, slot: SlotOnDisk) -> bytes | None:
+        """The manifest of a slot as it lies there; None where it went meanwhile."""
+        try:
+            data = read_file(slot.manifest, "manifest", MAX_MANIFEST_BYTES)
+        except (LocalDirectoryError, CorruptDataError):
+            return None
+        return data if slot.is_current() else None
+
+    def layout_bytes(self, layout_hash: str) -> bytes | None:
+        """The file of a layout, unchecked: whoever reads it compares its hash. None where it is not here."""
+        for directory in self._directories():
+            for name in _names(directory):
+                if name != f"layout_{layout_hash}.json":
+                    continue
+                try:
+                    data = read_file(directory / name, "layout", MAX_LAYOUT_BYTES)
+                except (LocalDirectoryError, CorruptDataError):
+                    continue
+                if data is not None:
+                    return data
+        return None
+
+    def entries(self, slot: SlotOnDisk) -> Mapping[Shard, SlotEntry] | None:
+        """Where each shard lies in the data of a slot; None where its layout is missing or does not fit."""
+        key = (slot.id.layout, slot.id.position)
+        with self._guard:
+            table = self._tables.get(key)
+            if table is None:
+                table = self._read_table(*key)
+                if table is None:
+                    return None
+                self._tables[key] = table
+                if len(self._tables) > _KEPT_TABLES:
+                    self._tables.popitem(last=False)
+            self._tables.move_to_end(key)
+        needed = max((entry.offset + entry.nbytes for entry in table.values()), default=0)
+        return table if needed <= slot.bytes else None
+
+    def _read_table(self, layout_hash: str, position: int) -> Mapping[Shard, SlotEntry] | None:
+        data = self.layout_bytes(layout_hash)
+        if data is None:
+            return None
+        try:
+            layout = Layout.from_bytes(data)
+        except CorruptDataError:
+            return None
+        if layout.hash != layout_hash or position >= layout.process_count:
+            return None
+        return {layout.shards[entry.shard]: entry for entry in layout.slot_entries(position)}
+
+    def _scan(self) -> list[SlotOnDisk]:
+        found: dict[Path, tuple[_Stamp, SlotOnDisk | None]] = {}
+        for directory in self._directories():
+            for name in _names(directory):
+                number = _MANIFEST_NAME.fullmatch(name)
+                path = directory / name
+                stamp = _stamp_of(path) if number else None
+                if number is None or stamp is None:
+                    continue
+                known = self._known.get(path)
+                if known is None or known[0] != stamp:
+                    known = (stamp, _read_slot(path, data_path(directory, int(number[1])), stamp))
+                found[path] = known
+        self._known = found
+        return [slot for _, slot in found.values() if slot is not None]
+
+    def _directories(self) -> list[Path]:
+        try:
+            return [path for _, path in sorted(directories(self._root).items())]
+        except OSError:  # Taken away at this moment.
+            return []
+
+
+def _read_slot(path: Path, data: Path, stamp: _Stamp) -> SlotOnDisk | None:
+    """What a manifest says; None for one that is damaged, of another version, or gone."""
+    try:
+        content = read_file(path, "manifest", MAX_MANIFEST_BYTES)
+        if content is None:
+            return None
+        manifest = Manifest.from_bytes(content, str(path))
+        slot_id = SlotId(manifest.run, manifest.step, manifest.layout, manifest.position)
+        nbytes = os.stat(data).st_size
+    except (CorruptDataError, LocalDirectoryError, ValueError, OSError):
+        return None
+    return SlotOnDisk(slot_id, manifest.nonce, manifest.digest, manifest.listed, nbytes, path, data, stamp)
+
+
+def _stamp_of(path: Path) -> _Stamp | None:
+    try:
+        status = os.stat(path, follow_symlinks=False)
+    except OSError:
+        return None
+    return (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
+
+
+def _names(directory: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(directory))
+    except OSError:
+        return []
