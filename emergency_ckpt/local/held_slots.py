@@ -63,7 +63,8 @@ class HeldSlots:
       foreign: the slots that hold another run's step.
       promises: steps that manifests found at start say were complete.
       table: the slot state machine; changed by `update` only.
-      gone: steps that are gone for all but those who read them.
+      gone: steps that are gone for all but those who work on them.
+      doubted: steps that were known to be complete until damage was found in them here.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class HeldSlots:
         self.changed = self.claim.changed if self.claim else threading.Condition()
         self.layouts = LayoutFiles(self.directory, layout)
         self.gone: set[StepId] = set()
+        self.doubted: set[StepId] = set()
         slot_bytes = layout.data_bytes(process)
         try:
             found, self.numbers = self._find(options, run, slot_bytes)
@@ -131,6 +133,10 @@ class HeldSlots:
         """Whether what lies in the directory is this process's to change. Raises LocalDirectoryError."""
         return self.claim is not None and self.usable and self.claim.is_current()
 
+    def is_in_place(self, index: int) -> bool:
+        """Whether a slot's file lies in a directory that is this process's. Raises LocalDirectoryError."""
+        return self.claim is not None and self.claim.is_current() and index not in self.files.lost()
+
     # What is there.
 
     def view(self, index: int) -> SealedSlot | None:
@@ -160,8 +166,7 @@ class HeldSlots:
         table = self.table.seal(index)
         path = self.manifest_path(index)
         if path:
-            there = self.claim is not None and self.claim.is_current()
-            if not there or index in self.files.lost():
+            if not self.is_in_place(index):
                 raise LocalDirectoryError(
                     f"{self.directory} was emptied or replaced while {step} was written there. The "
                     "next save makes it anew; find out what empties it."
@@ -170,10 +175,16 @@ class HeldSlots:
         self.manifests[index] = manifest
         self.update(table)
 
+    def doubt(self, step: StepId) -> None:
+        """Damage was found in `step` here: that it was complete is no reason to overwrite older ones for now."""
+        if step in self.table.complete:
+            self.doubted.add(step)
+            self.update(self.table.forget(step))
+
     def give_up(self, step: StepId) -> None:
         """Empties the slot of `step`, if it is sealed here and nobody works on it."""
         index = self.table.find(step)
-        if index is not None and not self.table.slots[index].pins:
+        if index is not None and not self.table.slots[index].in_use:
             self.give_up_slot(index)
 
     def give_up_slot(self, index: int) -> None:
@@ -183,7 +194,7 @@ class HeldSlots:
     def left(self, index: int) -> None:
         """Somebody who worked on a sealed slot has left it: what had to wait for that is done by the last."""
         slot = self.table.slots[index]
-        if slot.step is None or slot.pins or not slot.sealed:
+        if slot.step is None or slot.in_use or not slot.sealed:
             return
         if slot.step in self.gone or slot.step in self.table.abandoned:
             self.gone.discard(slot.step)

@@ -73,7 +73,7 @@ def _lose(held: HeldSlots, indices: Iterable[int]) -> None:
         held.update(held.table.forget(slot.step))
         if manifest is not None and held.owns_directory():
             held.unlink_manifest(index)
-        if slot.pins:
+        if slot.in_use:
             held.gone.add(slot.step)
         else:
             held.manifests[index] = None

@@ -7,7 +7,7 @@ overwritten, and appears by rename after the last one. Nothing here talks to oth
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from datetime import timedelta
 from pathlib import Path
 
@@ -21,10 +21,14 @@ from emergency_ckpt.local.held_slots import HeldSlots, StoreOptions
 from emergency_ckpt.local.losses import notice_losses, rebuild
 from emergency_ckpt.local.manifest import Manifest
 from emergency_ckpt.local.recovery import newest_of_run
+from emergency_ckpt.local.repair import RepairSlot, begin_repair, end_repair, repaired
 from emergency_ckpt.local.slot_views import OpenSlot, SealedSlot
-from emergency_ckpt.local.verification import verify_slots
+from emergency_ckpt.local.verification import learn_restorable, verify_slot, verify_slots
 
 __all__ = ["LocalStore", "StoreOptions", "held_positions"]
+
+# How often a save that waits for a slot looks whether another process has ended its drain: nothing tells it.
+_PIN_POLL_SECONDS = 0.05
 
 
 class LocalStore:
@@ -82,9 +86,12 @@ class LocalStore:
         return max((step for step in self._held.promises if not is_void(step, known)), default=None)
 
     def verify(self) -> tuple[Holding, ...]:
-        """Verifies every sealed slot against its checksums; damaged ones are emptied, and said.
+        """Verifies every sealed slot against its checksums; what is damaged is said and counts as missing.
 
-        Returns one holding per good slot of a known layout whose step is neither void nor abandoned.
+        A slot that lacks shards keeps the others, and its manifest says so before this returns; one that has no
+        good shard is emptied, as are two that claim the same step and differ. What was missing already is not
+        verified again. Returns one holding per slot of a known layout whose step is neither void nor abandoned.
+        A step in which damage was found does not count as complete until `learn_restorable`.
         """
         with self._changed:
             notice_losses(self._held)
@@ -93,22 +100,43 @@ class LocalStore:
             self._held.files.prepare_rest()
         return holdings
 
+    def verify_step(self, step: StepId) -> Holding | None:
+        """Verifies one sealed step as `verify` does, when a reader found damage; None where nothing is good."""
+        with self._changed:
+            index = self._held.table.find(step)
+        return None if index is None else verify_slot(self._held, index)
+
+    def learn_restorable(self, restorable: Collection[StepId]) -> None:
+        """Learns from all processes' verified holdings together which steps can be restored.
+
+        Of steps known to be complete, one that cannot be is given up and forgotten: older ones must not be
+        overwritten for it. One in which damage was found here and that can be restored counts as complete
+        again. Every process calls it, with the same steps; without a local tier it does nothing.
+        """
+        with self._changed:
+            learn_restorable(self._held, restorable)
+
     def sealed_steps(self, listed_only: bool = True) -> tuple[StepId, ...]:
-        """Sealed steps that are neither void nor abandoned, oldest first."""
+        """Sealed steps that are neither void nor abandoned, oldest first; shards of them may be missing."""
         with self._changed:
             return self._held.sealed_steps(listed_only)
 
     def complete_steps(self) -> tuple[StepId, ...]:
-        """Local steps that are known to be complete and not void, oldest first."""
+        """Local steps that are known to be complete and not void, all shards here, oldest first."""
         with self._changed:
-            complete = self._held.table.complete
-        return tuple(step for step in self.sealed_steps() if step in complete)
+            lacking = {m.step for m in self._held.manifests if m and m.missing}
+            complete = self._held.table.complete - lacking
+            return tuple(step for step in self._held.sealed_steps() if step in complete)
 
     def sealed(self, step: StepId) -> SealedSlot | None:
         """The sealed slot of `step`, if it is here and its layout is known."""
         with self._changed:
             index = self._held.table.find(step)
             return None if index is None else self._held.view(index)
+
+    def slot_number(self, index: int) -> int:
+        """The number in the names of a slot's files, by which other processes pin it (`local.pins`)."""
+        return self._held.numbers[index]
 
     def saved_layout(self, layout_hash: str) -> Layout:
         """The layout that a holding names. Raises CorruptDataError for one that is not here."""
@@ -131,15 +159,21 @@ class LocalStore:
             while True:
                 held.check_usable()
                 failures = held.files.failures()
-                table, index, reason = held.table.begin(step, pins, failures)
-                if index is not None:
-                    return self._take(index, step, table, reason)
+                drained: dict[int, str] = {}
+                while True:
+                    table, index, reason = held.table.begin(step, pins, failures | drained)
+                    if index is None:
+                        break
+                    with held.files.locked(index) as locked:
+                        if locked:
+                            return self._take(index, step, table, reason)
+                    drained[index] = f"slot {index} is being drained by another process"
                 remaining = deadline - time.monotonic()
                 if remaining <= 0 and failures:
                     raise LocalCapacityError(f"{step} finds no slot: {reason}")
                 if remaining <= 0:
                     return None, reason
-                self._changed.wait(remaining)
+                self._changed.wait(min(remaining, _PIN_POLL_SECONDS) if drained else remaining)
 
     def _take(self, index: int, step: StepId, table: SlotTable, reason: str) -> tuple[OpenSlot, str]:
         """Empties slot `index` and opens it; whatever interrupts this, table and manifests still agree."""
@@ -165,7 +199,7 @@ class LocalStore:
             raise
 
     def seal(self, slot: OpenSlot, manifest: Manifest) -> None:
-        """Puts the manifest of a completely written slot in place.
+        """Puts the manifest of a written slot in place; it may say that shards are missing (`begin_repair`).
 
         Raises LocalDirectoryError once closed, and where the slot is not in the directory any more. A newer
         manager that takes the directory over waits for the slots that were begun before.
@@ -185,6 +219,36 @@ class LocalStore:
             if still_written and self.usable:
                 self._held.files.replace(slot.index)
 
+    # Completing a step that lacks shards.
+
+    def begin_repair(self, step: StepId) -> RepairSlot | None:
+        """Takes the slot of `step` for writing its missing shards in place; call `end_repair` in the end.
+
+        None where the step is not sealed here, lacks nothing, or is being repaired already. Until the end the
+        slot is not overwritten, neither here nor by a later owner of the directory. Raises LocalDirectoryError
+        when the directory cannot be used, or this store is closed or was taken over.
+        """
+        with self._changed:
+            return begin_repair(self._held, step)
+
+    def repaired(self, slot: RepairSlot, shards: Iterable[int]) -> tuple[int, ...]:
+        """Verifies missing shards that were written, and counts those that match as there, on disk first.
+
+        Args:
+          shards: indices into the layout's shards, all of them missing until now.
+
+        Returns those that do not match their checksums: they are still missing, and may be written again. Every
+        call writes a manifest, so many small shards are better told at once. Threads may call it for different
+        shards. Raises ValueError for shards that are not missing, LocalDirectoryError once closed and where the
+        slot is not in the directory any more.
+        """
+        return repaired(self._held, slot, shards)
+
+    def end_repair(self, slot: RepairSlot) -> None:
+        """Nobody writes into the slot any more; what is still missing stays so. Repeating it is fine."""
+        with self._changed:
+            end_repair(self._held, slot)
+
     # What becomes of a step. Of a store that is closed or was taken over, these change the memory only.
 
     def settle(self, step: StepId, outcome: Outcome) -> None:
@@ -195,21 +259,21 @@ class LocalStore:
                 self._held.give_up(step)
 
     def give_up(self, step: StepId) -> None:
-        """Empties the slot of `step`, if it is sealed here and not pinned."""
+        """Empties the slot of `step`, if it is sealed here and neither pinned nor being repaired."""
         with self._changed:
             self._held.give_up(step)
 
     def delete(self, step: int) -> None:
         """Gives up and forgets the sealed steps of this number, of every generation.
 
-        A pinned slot stays readable for whoever pinned it and is emptied at the last `unpin`.
+        A slot that is pinned or being repaired stays as it is for whoever does that, and is emptied after him.
         """
         held = self._held
         with self._changed:
             for index, slot in enumerate(held.table.slots):
                 if slot.step is None or slot.step.step != step or not slot.sealed:
                     continue
-                if slot.pins:
+                if slot.in_use:
                     held.gone.add(slot.step)
                     held.unlink_manifest(index)
                 else:
