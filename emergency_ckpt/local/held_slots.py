@@ -176,7 +176,7 @@ class HeldSlots:
         self.update(table)
 
     def doubt(self, step: StepId) -> None:
-        """Damage was found in `step` here: that it was complete is no reason to overwrite older ones for now."""
+        """Damage was found in `step` here: that it was complete speaks for overwriting nothing for now."""
         if step in self.table.complete:
             self.doubted.add(step)
             self.update(self.table.forget(step))

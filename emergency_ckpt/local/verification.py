@@ -67,11 +67,12 @@ def _note_damage(held: HeldSlots, slot: SealedSlot, bad: Collection[int]) -> Hol
         if len(missing) == len(entries):
             _give_up(held, index, step, f"none of its {len(entries)} shards matches its checksums")
             return None
+        verb = "is" if len(bad) == 1 else "are"
         names = [str(slot.layout.shards[shard]) for shard in sorted(bad)]
         more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
         held.log(
-            f"{len(bad)} of {len(entries)} shards of {step} {where} are damaged: {', '.join(names[:_NAMED])}"
-            f"{more}. They count as missing; the others stay usable."
+            f"{len(bad)} of {len(entries)} shards of {step} {where} {verb} damaged: "
+            f"{', '.join(names[:_NAMED])}{more}. What is damaged counts as missing; the others stay usable."
         )
         partial = held.manifests[index] = current.with_missing(missing)
         held.doubt(step)
