@@ -15,14 +15,15 @@ from emergency_ckpt.errors import CorruptDataError
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Holding:
-    """One sealed step on one process's ramdisk, every block of it verified.
+    """One sealed step on one process's ramdisk, every block of it verified but for those of missing shards.
 
     Attributes:
       step: which step.
       layout: hash of the layout under which it was sealed.
       position: the process index in that layout whose shards these are.
-      digest: one checksum over all block checksums; equal for bit-identical replicas.
+      digest: one checksum over all block checksums as saved; equal for bit-identical replicas.
       extras_of: the process indices whose extras are kept with it.
+      missing: ascending indices into the layout's shards, of those that are not good in this slot.
     """
 
     step: StepId
@@ -30,6 +31,7 @@ class Holding:
     position: int
     digest: str
     extras_of: tuple[int, ...] = ()
+    missing: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -52,7 +54,15 @@ class Inventory:
                 "process": self.process,
                 "process_count": self.process_count,
                 "holdings": [
-                    [h.step.generation, h.step.step, h.layout, h.position, h.digest, list(h.extras_of)]
+                    [
+                        h.step.generation,
+                        h.step.step,
+                        h.layout,
+                        h.position,
+                        h.digest,
+                        list(h.extras_of),
+                        list(h.missing),
+                    ]
                     for h in self.holdings
                 ],
                 "highest_generation": self.highest_generation,
@@ -74,17 +84,21 @@ class Inventory:
         return cls(
             process=int(raw["process"]),
             process_count=int(raw["process_count"]),
-            holdings=tuple(
-                Holding(
-                    StepId(int(generation), int(step)),
-                    str(layout),
-                    int(position),
-                    str(digest),
-                    tuple(int(p) for p in extras_of),
-                )
-                for generation, step, layout, position, digest, extras_of in raw["holdings"]
-            ),
+            holdings=tuple(_holding(*holding) for holding in raw["holdings"]),
             highest_generation=int(raw["highest_generation"]),
             activations=tuple(Activation(int(g), None if s is None else int(s)) for g, s in raw["activations"]),
             promised=StepId(int(raw["promised"][0]), int(raw["promised"][1])) if raw["promised"] else None,
         )
+
+
+def _holding(
+    generation: Any, step: Any, layout: Any, position: Any, digest: Any, extras_of: Any, missing: Any = ()
+) -> Holding:
+    return Holding(
+        StepId(int(generation), int(step)),
+        str(layout),
+        int(position),
+        str(digest),
+        tuple(int(process) for process in extras_of),
+        tuple(int(shard) for shard in missing),
+    )

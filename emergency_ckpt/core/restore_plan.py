@@ -26,6 +26,8 @@ from emergency_ckpt.core.other_layouts import (
 )
 from emergency_ckpt.errors import CorruptDataError
 
+_DAMAGED = "is damaged"
+
 
 class SourceKind(enum.Enum):
     OWN_SLOT = "own slot"
@@ -161,7 +163,7 @@ class Planner:
             by_layout: dict[str, list[int]] = collections.defaultdict(list)
             for inventory in self.inventories:
                 for holding in inventory.holdings:
-                    if holding.step == step:
+                    if holding.step == step and not holding.missing:
                         by_layout[holding.layout].append(holding.position)
             for layout_hash, positions in by_layout.items():
                 saved = self._layout(layout_hash)
@@ -230,6 +232,7 @@ class Planner:
                 else:
                     usable[inventory.process] = holding
         for why, processes in misfits.items():
+            why = "are damaged" if why == _DAMAGED and len(processes) > 1 else why
             notes.append(f"the {'copy' if len(processes) == 1 else 'copies'} of {_processes(processes)} {why}")
         for group in self.groups:
             digests = collections.Counter(usable[p].digest for p in group if p in usable)
@@ -246,12 +249,14 @@ class Planner:
     def _fits(self, process: int, holding: Holding) -> bool:
         """Whether what it holds is exactly what the process needs."""
         held = self._held.get(holding.layout, ())
-        if not 0 <= holding.position < len(held):
+        if holding.missing or not 0 <= holding.position < len(held):
             return False
         return held[holding.position] == self.layout.process_shards[process]
 
     def _misfit(self, holding: Holding) -> str:
         """Why a holding does not fit the process that has it."""
+        if holding.missing:
+            return _DAMAGED
         saved = self._layout(holding.layout)
         if saved is None:
             return "cannot be read: their layout is unknown"

@@ -29,13 +29,21 @@ class Outcome(enum.Enum):
 class Slot:
     """One slot: empty (`step` None), being written (`sealed` False) or sealed; `pins` counts running drains.
 
-    `foreign` marks an empty slot whose file still has another run's step.
+    A sealed slot may lack shards: it is protected like a whole one, for it may have the only copy of the
+    others. `repairing`: its missing shards are being written. `foreign` marks an empty slot whose file still
+    has another run's step.
     """
 
     step: StepId | None = None
     sealed: bool = False
     pins: int = 0
     foreign: bool = False
+    repairing: bool = False
+
+    @property
+    def in_use(self) -> bool:
+        """Whether somebody works on this sealed slot, so that it cannot be emptied now."""
+        return self.pins > 0 or self.repairing
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -94,6 +102,8 @@ class SlotTable:
             return f"slot {index} is being written ({slot.step})"
         if slot.pins:
             return f"slot {index} is being drained ({slot.step})"
+        if slot.repairing:
+            return f"slot {index} is being repaired ({slot.step})"
         if self.max_to_keep == 0 or self._given_up(slot.step):
             return None
         newer = [s for s in self.complete if s > slot.step and not is_void(s, self.activations)]
@@ -132,8 +142,8 @@ class SlotTable:
         return step in self.abandoned or is_void(step, self.activations)
 
     def unsettled(self) -> int:
-        """Slots that are being written or drained."""
-        return sum(s.step is not None and (not s.sealed or s.pins > 0) for s in self.slots)
+        """Slots that are being written, drained or repaired."""
+        return sum(s.step is not None and (not s.sealed or s.in_use) for s in self.slots)
 
     # Transitions.
 
@@ -142,8 +152,9 @@ class SlotTable:
     ) -> tuple[SlotTable, int | None, str]:
         """Takes a slot for `step` (the caller removes the slot's manifest before it writes a byte).
 
-        `unusable` names the slots that have no memory now, each with the reason. Returns the new
-        table, the slot's index or None where none may be overwritten, and the reason.
+        `unusable` names the slots that cannot be taken for what this table does not know, each with the reason:
+        they have no memory now, or another process drains them. Returns the new table, the slot's index or
+        None where none may be overwritten, and the reason.
         """
         index, reason = self.choose(step, unusable)
         if index is None:
@@ -152,7 +163,7 @@ class SlotTable:
         return table._with_slot(index, Slot(step, sealed=False, pins=pins)), index, reason
 
     def seal(self, index: int) -> SlotTable:
-        """The slot's manifest is in place."""
+        """The slot's manifest is in place; it may say that shards are missing."""
         slot = self._writing(index)
         return self._with_slot(index, dataclasses.replace(slot, sealed=True))
 
@@ -200,6 +211,20 @@ class SlotTable:
         if not slot.pins:
             raise ValueError(f"slot {index} is not pinned")
         return self._with_slot(index, dataclasses.replace(slot, pins=slot.pins - 1))
+
+    def begin_repair(self, index: int) -> SlotTable:
+        """The missing shards of this sealed slot are written from now on, by one repair at a time."""
+        slot = self.slots[index]
+        if slot.step is None or not slot.sealed or slot.repairing:
+            raise ValueError(f"slot {index} cannot be repaired: {slot}")
+        return self._with_slot(index, dataclasses.replace(slot, repairing=True))
+
+    def end_repair(self, index: int) -> SlotTable:
+        """Nobody writes into this sealed slot any more, whole or not."""
+        slot = self.slots[index]
+        if not slot.repairing:
+            raise ValueError(f"slot {index} is not being repaired")
+        return self._with_slot(index, dataclasses.replace(slot, repairing=False))
 
     def _writing(self, index: int) -> Slot:
         slot = self.slots[index]

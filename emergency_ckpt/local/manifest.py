@@ -6,22 +6,19 @@ it is used, because a ramdisk may hold anything.
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import json
-import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import xxhash
 
-from emergency_ckpt.core.checksums import checksum_blocks
 from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.lineage import Activation, StepId
-from emergency_ckpt.core.shards import BLOCK_BYTES, block_ranges
+from emergency_ckpt.core.shards import block_ranges
 from emergency_ckpt.core.values import Value, values_from_json, values_to_json
 from emergency_ckpt.errors import CorruptDataError, UnsupportedStateError
 from emergency_ckpt.local.small_files import read_file, replace_file
@@ -29,7 +26,6 @@ from emergency_ckpt.local.small_files import read_file, replace_file
 FORMAT = "emergency_ckpt manifest 2"
 _ANY_FORMAT = re.compile(rb"(emergency_ckpt manifest \d{1,9})( .*)?")
 _MAX_BYTES = 256 * 1024 * 1024
-_MAX_VERIFY_THREADS = 8
 _T = TypeVar("_T")
 
 
@@ -59,6 +55,10 @@ class Manifest:
       activations: the restores this process knew of.
       metadata: custom metadata and metrics of the save.
       promised: the newest step that this process knew to be complete when it sealed.
+      missing: ascending places among the entries, of those whose bytes are not there or not good. At least one
+        entry is good. `checksums` are complete all the same, as saved.
+
+    Raises ValueError for `missing` that is not so.
     """
 
     run: str
@@ -74,10 +74,23 @@ class Manifest:
     activations: tuple[Activation, ...] = ()
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     promised: StepId | None = None
+    missing: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if list(self.missing) != sorted(set(self.missing)):
+            raise ValueError(f"the missing entries are not ascending: {self.missing!r:.80}")
+        if self.missing and not 0 <= self.missing[0] <= self.missing[-1] < len(self.checksums):
+            raise ValueError(f"of {len(self.checksums)} entries, {self.missing!r:.80} are said to be missing")
+        if self.missing and len(self.missing) == len(self.checksums):
+            raise ValueError("every entry is said to be missing: such a slot does not exist")
+
+    def with_missing(self, entries: Iterable[int]) -> Manifest:
+        """The same manifest with these entries missing. Raises ValueError where nothing else is left."""
+        return dataclasses.replace(self, missing=tuple(sorted(set(entries))))
 
     @property
     def digest(self) -> str:
-        """One checksum over all block checksums and values: equal for bit-identical replicas."""
+        """One checksum over all block checksums and values: equal for replicas, whatever is missing in them."""
         values = json.dumps(values_to_json(self.values))
         return xxhash.xxh3_64_hexdigest(json.dumps(self.checksums).encode() + values.encode())
 
@@ -97,6 +110,7 @@ class Manifest:
                 "activations": [[a.generation, a.step] for a in self.activations],
                 "metadata": self.metadata,
                 "promised": [self.promised.generation, self.promised.step] if self.promised else None,
+                "missing": self.missing,
             },
             separators=(",", ":"),
         ).encode()
@@ -142,8 +156,10 @@ class Manifest:
                 Activation(_number(g), None if s is None else _number(s)) for g, s in raw["activations"]
             ),
             metadata=_typed(raw["metadata"], dict),
-            # Manifests of earlier versions do not say it.
+            # Manifests of earlier versions do not say these. Such a version takes a slot that lacks shards for
+            # a damaged one, and gives it up.
             promised=_step_id(promised) if (promised := raw.get("promised")) is not None else None,
+            missing=tuple(_number(entry) for entry in _typed(raw.get("missing", []), list)),
         )
 
     def check_against(self, layout: Layout, data_bytes: int) -> None:
@@ -193,7 +209,7 @@ def _typed(raw: Any, kind: type[_T]) -> _T:
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Puts the manifest in place atomically; the slot's data must be complete.
+    """Puts the manifest in place atomically; the data of all entries that are not missing must be there.
 
     Raises LocalDirectoryError, and UnsupportedStateError for a manifest that would not be read again; what was
     at `path` then stands as before.
@@ -214,50 +230,3 @@ def read_manifest(path: Path) -> Manifest | None:
     """
     data = read_file(path, "manifest", _MAX_BYTES)
     return None if data is None else Manifest.from_bytes(data, str(path))
-
-
-def find_damage(manifest: Manifest, layout: Layout, data: Any, seeds: Mapping[int, int]) -> str | None:
-    """Verifies every block of a slot; says in words what the first bad one is, None when all are good.
-
-    `data` is the slot's flat uint8 array; `seeds` the block seed per shard index (see `core.checksums`).
-    Several threads share the work: hashing releases the GIL, and one core does not exhaust the memory.
-    """
-
-    def first_bad(checks: list[_Check]) -> _Check | None:
-        return next(
-            (c for c in checks if checksum_blocks(data[c.begin : c.end], c.seed) != (c.expected,)), None
-        )
-
-    threads = min(_MAX_VERIFY_THREADS, len(os.sched_getaffinity(0)))
-    with concurrent.futures.ThreadPoolExecutor(threads, "emergency_ckpt verify") as pool:
-        for bad in pool.map(first_bad, _batches(manifest, layout, seeds)):
-            if bad is not None:
-                return f"block {bad.block} of shard {layout.shards[bad.shard]} does not match its checksum"
-    return None
-
-
-class _Check(NamedTuple):
-    """One block of a slot and what it must be. A tuple because a slot may have a hundred thousand."""
-
-    shard: int
-    block: int
-    begin: int
-    end: int
-    seed: int
-    expected: int
-
-
-def _batches(manifest: Manifest, layout: Layout, seeds: Mapping[int, int]) -> Iterator[list[_Check]]:
-    """All blocks in order, in lists of a block's worth of bytes: tiny shards are not worth a task each."""
-    batch: list[_Check] = []
-    batch_bytes = 0
-    for entry, checksums in zip(layout.slot_entries(manifest.position), manifest.checksums, strict=True):
-        ranges = block_ranges(entry.nbytes)
-        for block, ((at, length), expected) in enumerate(zip(ranges, checksums, strict=True)):
-            begin = entry.offset + at
-            batch.append(_Check(entry.shard, block, begin, begin + length, seeds[entry.shard], expected))
-            batch_bytes += length
-            if batch_bytes >= BLOCK_BYTES:
-                yield batch
-                batch, batch_bytes = [], 0
-    yield batch

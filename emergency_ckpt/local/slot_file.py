@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import mmap
 import os
 import threading
@@ -79,6 +80,15 @@ class SlotFile:
             return True
         own = os.fstat(self._fd)
         return (there.st_dev, there.st_ino) != (own.st_dev, own.st_ino) or own.st_size < self._map_bytes
+
+    def lock(self) -> bool:
+        """Locks the file against other processes that would pin it; False where one has (see `local.pins`)."""
+        return self.path is None or try_lock(self._fd)
+
+    def unlock(self) -> None:
+        """Explicitly, because a forked child would keep the lock. Fine without `lock`, and after `close`."""
+        if self.path is not None and self._data is not None:
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
 
     def prepare(self) -> None:
         """Allocates and maps every page, releasing the GIL; keeps the content. After a failure, tries again."""
@@ -156,12 +166,24 @@ def _open(path: Path | None, size: int) -> int:
     else:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        if os.fstat(fd).st_size != size:
+        found = os.fstat(fd).st_size
+        # A file that another process reads is never cut under it; a longer one serves as well.
+        if found < size or (found > size and try_lock(fd)):
             os.ftruncate(fd, size)
+            fcntl.flock(fd, fcntl.LOCK_UN)
     except OSError:
         os.close(fd)
         raise
     return fd
+
+
+def try_lock(fd: int) -> bool:
+    """Takes the exclusive lock of a file without waiting; False where somebody else has one."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _populate(data: np.ndarray, at: int, length: int) -> None:

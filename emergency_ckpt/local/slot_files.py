@@ -6,14 +6,16 @@ that whoever still reads the old one reads on.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from emergency_ckpt.errors import LocalDirectoryError
 from emergency_ckpt.local.capacity import measure_room
 from emergency_ckpt.local.recovery import data_path
-from emergency_ckpt.local.slot_file import SlotFile
+from emergency_ckpt.local.slot_file import SlotFile, try_lock
 
 
 class SlotFiles:
@@ -62,6 +64,33 @@ class SlotFiles:
 
     def path(self, index: int) -> Path | None:
         return data_path(self._directory, self._numbers[index]) if self._directory else None
+
+    @contextlib.contextmanager
+    def locked(self, index: int) -> Iterator[bool]:
+        """Locks a slot's file against pins of other processes meanwhile; False where one has it pinned."""
+        file = self._files[index]
+        if file is not None:
+            try:
+                yield file.lock()
+            finally:
+                file.unlock()
+            return
+        path = self.path(index)  # Another run's, not opened yet.
+        assert path is not None
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except FileNotFoundError:
+            yield True
+            return
+        except OSError as error:
+            raise LocalDirectoryError(
+                f"cannot open the slot file {path}: {error.strerror}. Check the owner of the local checkpoint "
+                "directory."
+            ) from error
+        try:
+            yield try_lock(fd)
+        finally:
+            os.close(fd)
 
     def fit(self, index: int) -> None:
         """Gives a slot that is about to be written the size of a slot of this layout."""

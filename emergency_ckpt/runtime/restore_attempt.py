@@ -294,7 +294,8 @@ class Attempt:
     def _own_strike(self, why: str) -> Strike:
         """The source that this process's bytes came from."""
         step, job = self._plan.step, self._job
-        if self._wanted.part.is_whole or self._source.kind is SourceKind.OWN_SLOT:
+        in_slot = self._whole is not None and not self._whole.waits
+        if in_slot and (self._wanted.part.is_whole or self._source.kind is SourceKind.OWN_SLOT):
             job.local.give_up(step)
         if self._source.kind is SourceKind.OWN_SLOT:
             return Strike(step, job.process, why)

@@ -93,6 +93,7 @@ class Restorer:
         answer = agree(job.coordinator, key, mine, decide, timeout)
         survey = Survey.from_json(answer, surveyed[0].planner if surveyed else None)
         job.local.activate(survey.activations)
+        job.local.learn_restorable(survey.restorable)
         return survey
 
     def restore(

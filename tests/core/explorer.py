@@ -379,7 +379,7 @@ class _Processes(_Interned[Process]):
         self.manifests.append(_mask(value.manifests()))
         self.offered.append(_mask(value.offered()))
         disk = tuple(SlotOnDisk(slot.manifest, slot.manifest) for slot in value.disk)
-        drained = value.drained if slot_world.drain_outlives_crash(value) else None
+        drained = value.drained if slot_world.drain_outlives_crash(self.rules, value) else None
         self.husks.append(self.husk.number(Process(SlotTable(()), disk, drained=drained)))
 
 

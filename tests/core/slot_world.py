@@ -48,6 +48,9 @@ class Rules:
       restore_older: a restart may choose any restorable step, not just the newest.
       live_restore: the running job may go back to a restorable step, with its memory and its writers alive.
       drains: sealed slots may be pinned for any time, from `begin` on too, and across a restart.
+      repairs: sealed slots may be repaired for any time.
+      outside: another process, of which the table knows nothing, may drain a sealed slot for any time, across
+        restarts, and when the step has been given up since. The caller names that slot as unusable.
       promises: how many of the newest complete steps must stay restorable.
       in_order: each process hears the outcomes of the steps in its slots oldest first.
       late_messages: outcomes of older generations still arrive, at any time.
@@ -55,6 +58,7 @@ class Rules:
       listen_in_restore: another: a process hears old outcomes while it restores.
       save_early: another: a process saves before it has heard that its generation's restore is done.
       keep_manifest: another: the manifest stays when its slot is reused.
+      overlook_outside: another: the caller does not look whether another process drains a slot.
     """
 
     shards: str = "AB"
@@ -66,6 +70,8 @@ class Rules:
     restore_older: bool = False
     live_restore: bool = False
     drains: bool = False
+    repairs: bool = False
+    outside: bool = False
     promises: int = 1
     in_order: bool = False
     late_messages: bool = False
@@ -73,6 +79,7 @@ class Rules:
     listen_in_restore: bool = False
     save_early: bool = False
     keep_manifest: bool = False
+    overlook_outside: bool = False
 
     @property
     def processes(self) -> int:
@@ -104,7 +111,8 @@ class Process:
       begun: the last step number that it saved, or restored.
       ready: it holds the state of its generation.
       writing: what its writer has to do, oldest first.
-      drained: the slot that a drain reads, with the step that the drain was started for.
+      drained: the slot that a drain reads, with the step that the drain was started for. The table says that
+        it is pinned, or being repaired; or nothing, where the drain is another process's.
       restored: the step that its generation began from, until it has heard that all processes hold it.
     """
 
@@ -128,6 +136,13 @@ class Process:
         known = self.table.complete | self.table.abandoned
         return [slot.step for slot in self.table.slots if slot.step and slot.step not in known]
 
+    @property
+    def drained_outside(self) -> int | None:
+        """The slot that another process drains."""
+        if self.drained is None or self.table.slots[self.drained[0]].in_use:
+            return None
+        return self.drained[0]
+
     def in_order(self) -> Process:
         """The same process with its slots sorted by what is in them.
 
@@ -148,7 +163,10 @@ class Process:
     def __str__(self) -> str:
         table = self.table
         slots = [
-            short(s.step) + " being written" * bool(s.step and not s.sealed) + " pinned" * bool(s.pins)
+            short(s.step)
+            + " being written" * bool(s.step and not s.sealed)
+            + " pinned" * bool(s.pins)
+            + " repaired" * s.repairing
             for s in table.slots
         ]
         known = [f"{short(step)} complete" for step in sorted(table.complete)]
@@ -254,8 +272,8 @@ def process_moves(rules: Rules, process: Process, seen: Situation) -> Iterator[M
         yield from _restore(rules, process, seen.restoring)
     yield from _write(process)
     yield from _empty(process)
-    if rules.drains:
-        yield from _drain(process)
+    if rules.drains or rules.repairs or rules.outside:
+        yield from _drain(rules, process)
 
 
 def _save(rules: Rules, process: Process, seen: Situation) -> Iterator[Move]:
@@ -280,7 +298,9 @@ def _begin(
 
     Returns the process with the step that the slot held, or None where no slot may be taken.
     """
-    table, index, _ = process.table.begin(step, pins)
+    outside = None if rules.overlook_outside else process.drained_outside
+    unusable = {} if outside is None else {outside: "another process drains it"}
+    table, index, _ = process.table.begin(step, pins, unusable)
     if index is None:
         return None
     held = process.disk[index].manifest
@@ -321,22 +341,44 @@ def _empty(process: Process) -> Iterator[Move]:
     """The slot of an abandoned or void step is emptied on disk, some time after the process learned it."""
     listed = process.table.sealed_steps()
     for index, slot in enumerate(process.table.slots):
-        if slot.sealed and not slot.pins and slot.step not in listed:
-            disk = _replaced(process.disk, index, SlotOnDisk())
+        if slot.sealed and not slot.in_use and slot.step not in listed:
+            read = slot.step if index == process.drained_outside else None
+            disk = _replaced(process.disk, index, SlotOnDisk(None, read))
             emptied = dataclasses.replace(process, table=process.table.empty(index), disk=disk)
             yield f"slot {index} is emptied", emptied, Effect(gave_up=slot.step)
 
 
-def _drain(process: Process) -> Iterator[Move]:
+def _drain(rules: Rules, process: Process) -> Iterator[Move]:
+    """One drain, repair or drain of another process at a time begins or ends."""
+    table = process.table
     if process.drained is None:
-        for index, slot in enumerate(process.table.slots):
-            if slot.sealed and slot.step:
-                table = process.table.pin(index)
-                pinned = dataclasses.replace(process, table=table, drained=(index, slot.step))
+        for index, slot in enumerate(table.slots):
+            if not slot.sealed or not slot.step:
+                continue
+            begins = dataclasses.replace(process, drained=(index, slot.step))
+            if rules.drains:
+                pinned = dataclasses.replace(begins, table=table.pin(index))
                 yield f"a drain of slot {index} begins", pinned, Effect()
-    elif process.table.slots[process.drained[0]].sealed:
-        table = process.table.unpin(process.drained[0])
-        yield "the drain ends", dataclasses.replace(process, table=table, drained=None), Effect()
+            if rules.repairs:
+                repaired = dataclasses.replace(begins, table=table.begin_repair(index))
+                yield f"a repair of slot {index} begins", repaired, Effect()
+            if rules.outside:
+                yield f"another process begins to drain slot {index}", begins, Effect()
+        return
+    index, slot, ends = process.drained[0], table.slots[process.drained[0]], "the drain ends"
+    if slot.pins and slot.sealed:
+        yield ends, dataclasses.replace(process, table=table.unpin(index), drained=None), Effect()
+    elif slot.repairing:
+        ended = dataclasses.replace(process, table=table.end_repair(index), drained=None)
+        yield "the repair ends", ended, Effect()
+    elif not slot.pins:
+        disk = _replaced(process.disk, index, _unread(process.disk[index]))
+        yield f"outside, {ends}", dataclasses.replace(process, disk=disk, drained=None), Effect()
+
+
+def _unread(slot: SlotOnDisk) -> SlotOnDisk:
+    """Nobody reads bytes without a manifest."""
+    return slot if slot.manifest else SlotOnDisk()
 
 
 def _restore(rules: Rules, process: Process, step: StepId) -> Iterator[Move]:
@@ -487,15 +529,19 @@ def recovered(
     disk = tuple(SlotOnDisk(slot.manifest, slot.manifest) for slot in disk)
     table = table_type.recovered([slot.manifest for slot in disk], rules.max_to_keep, common.activations)
     drain = process.drained if drained and not wiped else None
-    if drain:
+    if drain and rules.outside:
+        disk = _replaced(disk, drain[0], SlotOnDisk(disk[drain[0]].manifest, drain[1]))
+    elif drain:
         table = table.pin(drain[0])
     ready = common.restoring is None
     return Process(table, disk, common.progress[0], ready, drained=drain, restored=common.restoring)
 
 
-def drain_outlives_crash(process: Process) -> bool:
-    """Whether an agent may still drain a sealed slot when the process comes back."""
-    return process.drained is not None and process.disk[process.drained[0]].manifest is not None
+def drain_outlives_crash(rules: Rules, process: Process) -> bool:
+    """Whether an agent may still drain a slot when the process comes back. A repair ends with the process."""
+    if process.drained is None or process.table.slots[process.drained[0]].repairing:
+        return False
+    return rules.outside or process.disk[process.drained[0]].manifest is not None
 
 
 def went_back(rules: Rules, common: Common, choice: StepId) -> Common:
@@ -558,8 +604,10 @@ def check_progress(rules: Rules, process: Process, common: Common, outcomes: Map
     if process.restored:
         table = table.activate(Activation(common.generation, process.restored.step))
         table = table.settle(process.restored, Outcome.COMPLETE)
-    if process.drained:
+    if process.drained and table.slots[process.drained[0]].pins:
         table = table.unpin(process.drained[0])
+    elif process.drained and table.slots[process.drained[0]].repairing:
+        table = table.end_repair(process.drained[0])
     _, index, reason = table.begin(StepId(common.generation, process.begun + 1))
     if index is None:
         raise Violation(f"all is known, nothing is written or drained, and yet: {reason}")
@@ -575,7 +623,7 @@ def short(step: StepId | None) -> str:
 def _content(slot: Slot, disk: SlotOnDisk) -> tuple[StepId, ...]:
     """Sort key of a slot: equal for equal slots only."""
     none = StepId(-1, -1)
-    flags = StepId(int(slot.sealed), slot.pins)
+    flags = StepId(int(slot.sealed) + 2 * slot.repairing, slot.pins)
     return (slot.step or none, flags, disk.manifest or none, disk.bytes_of or none)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,6 +15,7 @@ from emergency_ckpt.core.lineage import Activation, StepId
 from emergency_ckpt.core.other_layouts import OtherLayout
 from emergency_ckpt.core.restore_plan import Planner, RestorePlan, SourceKind, Strike
 from emergency_ckpt.core.shards import Box, Shard
+from emergency_ckpt.errors import CorruptDataError
 
 
 def make_layout(slices: int, per_slice: int) -> Layout:
@@ -45,6 +48,7 @@ def make_planner(
     return Planner(layout, groups, inventories, persistent, **options)  # type: ignore[arg-type]
 
 
+missing = st.sets(st.integers(0, 99)).map(lambda shards: tuple(sorted(shards)))
 jobs = st.tuples(st.integers(1, 4), st.integers(1, 3))
 steps = st.builds(StepId, st.integers(1, 2), st.integers(0, 4))
 
@@ -203,6 +207,51 @@ def test_inventories_survive_the_wire(
 ) -> None:
     for inventory in case[0].inventories:
         assert Inventory.from_bytes(inventory.to_bytes()) == inventory
+
+
+@given(st.lists(st.builds(Holding, steps, st.text(), st.integers(0), st.text(), missing=missing), max_size=3))
+def test_an_inventory_names_the_shards_that_are_missing(holdings: list[Holding]) -> None:
+    inventory = Inventory(1, tuple(holdings))
+    assert Inventory.from_bytes(inventory.to_bytes()) == inventory
+    raw = json.loads(inventory.to_bytes())
+    for holding in raw["holdings"]:
+        del holding[6:]  # As an earlier version says it.
+    read = Inventory.from_bytes(json.dumps(raw).encode())
+    assert read.holdings == tuple(dataclasses.replace(holding, missing=()) for holding in holdings)
+    for holding in raw["holdings"]:
+        holding += [[], []]
+    if holdings:
+        with pytest.raises(CorruptDataError):
+            Inventory.from_bytes(json.dumps(raw).encode())
+
+
+@pytest.mark.parametrize("damaged", [{3}, {1, 3}])
+def test_a_copy_that_lacks_shards_is_passed_over_as_damaged(damaged: set[int]) -> None:
+    planner = make_planner(2, 2, {StepId(1, 4): set(range(4)), StepId(1, 3): set(range(4))})
+    inventories = tuple(
+        dataclasses.replace(
+            inventory,
+            holdings=tuple(
+                dataclasses.replace(h, missing=(h.position % 2,)) if h.step.step == 4 else h
+                for h in inventory.holdings
+            ),
+        )
+        if inventory.process in damaged
+        else inventory
+        for inventory in planner.inventories
+    )
+    planner = dataclasses.replace(planner, inventories=inventories)
+    plan, reason = planner.plan()
+    assert plan is not None
+    assert planner.unusable() is None
+    if damaged == {3}:
+        assert plan.step.step == 4
+        assert [source.process for source in plan.sources] == [None, None, None, 1]
+        assert "the copy of process 3 is damaged" in reason
+    else:
+        assert plan.step.step == 3
+        assert "step 4: the shards of processes 1, 3 have no survivor" in reason
+        assert "the copies of processes 1, 3 are damaged" in reason
 
 
 def test_lost_extras_are_taken_from_the_persistent_tier_together_with_the_arrays() -> None:

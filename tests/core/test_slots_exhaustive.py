@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -34,6 +36,8 @@ EXPLORED = {
     "the running job goes back": Rules(saves=4, crashes=1, live_restore=True, late_messages=True),
     "the running job goes back, ramdisks wiped": Rules("AA", saves=3, crashes=1, live_restore=True),
     "slots pinned by drains": Rules(saves=3, crashes=1, drains=True),
+    "slots being repaired": Rules(saves=3, crashes=1, repairs=True),
+    "slots drained by another process": Rules(saves=3, crashes=1, outside=True),
     "two steps kept in three slots": Rules(
         slots=3, max_to_keep=2, promises=2, saves=4, crashes=1, in_order=True
     ),
@@ -100,6 +104,19 @@ class IgnoresPins(SlotTable):
         return _plain(self, slots=slots).protection(index)
 
 
+class IgnoresRepairs(SlotTable):
+    def protection(self, index: int) -> str | None:
+        slots = tuple(dataclasses.replace(slot, repairing=False) for slot in self.slots)
+        return _plain(self, slots=slots).protection(index)
+
+
+class IgnoresWhatIsUnusable(SlotTable):
+    def begin(
+        self, step: StepId, pins: int = 0, unusable: Mapping[int, str] = MappingProxyType({})
+    ) -> tuple[SlotTable, int | None, str]:
+        return super().begin(step, pins)
+
+
 class TakesUnknownForAbandoned(SlotTable):
     def _given_up(self, step: StepId) -> bool:
         return super()._given_up(step) or step not in self.complete
@@ -159,6 +176,8 @@ LATE = Rules(saves=3, crashes=2, restore_older=True, late_messages=True)
         (IgnoresWriters, Rules()),
         (IgnoresPins, Rules(saves=3, crashes=0, drains=True)),
         (IgnoresPins, Rules(max_to_keep=0, promises=0, saves=3, crashes=0, drains=True)),
+        (IgnoresRepairs, Rules(saves=3, crashes=0, repairs=True)),
+        (IgnoresWhatIsUnusable, Rules(saves=3, crashes=0, outside=True)),
         (TakesUnknownForAbandoned, Rules()),
         (TakesSealedForComplete, Rules()),
         (TakesAbandonedForComplete, Rules()),
@@ -189,6 +208,9 @@ def test_a_machine_without_one_of_its_rules_is_caught(broken: type[SlotTable], r
             id="old outcomes are heard in a restore",
         ),
         pytest.param(Rules(keep_manifest=True), id="the manifest of a reused slot stays"),
+        pytest.param(
+            Rules(saves=3, crashes=0, outside=True, overlook_outside=True), id="a drain elsewhere is overlooked"
+        ),
         pytest.param(Rules(slots=3, max_to_keep=2, promises=2, saves=4, crashes=0), id="outcomes out of order"),
     ],
 )

@@ -191,6 +191,7 @@ fields = st.sampled_from(
         "activations",
         "metadata",
         "promised",
+        "missing",
     ]
 )
 steps = st.tuples(st.integers(0, 3), st.integers(0, 10**20)).map(list)
@@ -202,6 +203,7 @@ changes = st.one_of(
     st.builds(edited, indices, fields, anything),
     st.builds(edited, indices, st.sampled_from(["step", "promised"]), steps),
     st.builds(edited, indices, st.just("activations"), st.lists(steps, max_size=2)),
+    st.builds(edited, indices, st.just("missing"), st.lists(st.integers(-1, 2), max_size=3)),
     st.builds(removed, indices, kinds),
     st.builds(layout_flipped, places, masks),
     st.builds(
@@ -313,7 +315,9 @@ def test_what_is_no_file_is_refused_by_name_and_never_waited_for(template: Path,
     assert str(path) in said or StepId(1, 1) in found or name == "layout"
 
 
-_BYTES = Manifest("run-a", "n", StepId(1, 1), "0" * 32, 0, 1, ((1, 2), ()), promised=StepId(1, 0)).to_bytes()
+_BYTES = Manifest(
+    "run-a", "n", StepId(1, 1), "0" * 32, 0, 1, ((1, 2), ()), promised=StepId(1, 0), missing=(1,)
+).to_bytes()
 
 
 @given(st.binary(max_size=200) | st.builds(lambda b: with_checksum(b), st.binary(max_size=100)))

@@ -229,7 +229,7 @@ def test_a_save_whose_outcome_was_never_learnt_keeps_no_slot_beyond_the_next_res
     with pytest.raises(PeerFailedError, match="service away"):
         manager.check_for_errors()
     manager.restore(4)
-    slots = manager._engine.job.local._table.slots
+    slots = manager._engine.job.local._held.table.slots
     assert not any(slot.pins for slot in slots)
     assert save_all(manager, mesh, range(5, 9)) == [5, 6, 8]
     local = manager._engine.job.local

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from jax.sharding import Mesh
 
-from emergency_ckpt import LocalCheckpointOptions, PersistentCheckpointOptions
+from emergency_ckpt import CheckpointManager, LocalCheckpointOptions, PersistentCheckpointOptions
 from emergency_ckpt.agent import drain
 from emergency_ckpt.errors import EmergencyCheckpointError, LocalDirectoryError, PersistentStoreError
 from tests.manager.states import OPTIONS, Opener, Unreliable, assert_same, make_state, save_all
@@ -120,6 +120,62 @@ def test_a_directory_that_is_a_file_or_not_writable_at_start_says_so(
         opened()
     (ramdisk / "emergency_ckpt").unlink()
     assert save_all(opened(), mesh, range(1, 3))
+
+
+def spoil(manager: CheckpointManager, step: int) -> None:
+    """Flips one bit of one shard of a step on the ramdisk."""
+    local = manager._engine.job.local
+    slot = next(local.sealed(held) for held in local.sealed_steps(False) if held.step == step)
+    assert slot is not None
+    entry = next(e for e in slot.layout.slot_entries(0) if slot.layout.shards[e.shard].leaf == "params.w")
+    slot.data[entry.offset] ^= 4
+
+
+def test_damage_found_while_the_job_runs_costs_its_step_and_no_older_one(opened: Opener, mesh: Mesh) -> None:
+    local = LocalCheckpointOptions(save_interval_steps=1, max_to_keep=2)
+    manager = opened(options=dataclasses.replace(LOCAL_ONLY, local=local))
+    save_all(manager, mesh, range(1, 6))
+    spoil(manager, 5)
+    manager.reload()
+    assert manager.latest_step() == 4
+    assert [step.step for step in manager._engine.job.local.complete_steps()][-2:] == [3, 4]
+    assert save_all(manager, mesh, range(6, 8)) == [6, 7]
+    assert manager.restore_or_init(dict).step == 7
+
+
+def test_a_slot_that_lacks_shards_is_restored_from_elsewhere_and_whole_again(
+    opened: Opener, mesh: Mesh, ramdisk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    manager = opened()
+    save_all(manager, mesh, range(1, 6))
+    spoil(manager, 5)
+    manager = opened()
+    restored = manager.restore_or_init(dict)
+    assert (restored.step, restored.source) == (5, "persistent")
+    assert_same(restored.state, make_state(mesh, 5))
+    assert "shards of step 5 (generation 1) in slot " in caplog.text
+    assert manager.last_restore is not None
+    assert "the copy of process 0 is damaged" in manager.last_restore.reason
+    (holding,) = [h for h in manager._engine.job.local.verify() if h.step.step == 5]
+    assert holding.missing == ()
+    restored = opened().restore_or_init(dict)
+    assert (restored.step, restored.source) == (5, "own slot")
+
+
+def test_a_slot_that_lacks_a_shard_which_is_to_be_drained_fails_its_drain_by_name(
+    opened: Opener, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = opened()
+    Unreliable(monkeypatch, drain, "write_part", PersistentStoreError("disk full"))
+    manager.save(5, make_state(mesh, 5))
+    manager.wait_until_finished()
+    spoil(manager, 5)
+    assert [len(h.missing) for h in manager._engine.job.local.verify()] == [1]
+    with pytest.raises(PersistentStoreError, match=r"shard params\.w\[.*\] of step 5 .* is missing in slot"):
+        manager.finish(5, make_state(mesh, 5))
+    with pytest.raises(PersistentStoreError, match="disk full"):
+        manager.check_for_errors()
+    assert save_all(manager, mesh, range(6, 11)) == [6, 8, 10]
 
 
 def test_a_step_that_was_lost_cannot_be_drained_again_and_later_ones_are_drained(
