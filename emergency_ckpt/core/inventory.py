@@ -15,14 +15,16 @@ from emergency_ckpt.errors import CorruptDataError
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Holding:
-    """One sealed step on one process's ramdisk, every block of it verified.
+    """One sealed step on one process's ramdisk, every block of it verified but for those of missing shards.
 
     Attributes:
       step: which step.
       layout: hash of the layout under which it was sealed.
       position: the process index in that layout whose shards these are.
-      digest: one checksum over all block checksums; equal for bit-identical replicas.
+      digest: one checksum over all block checksums as saved, those of missing shards included; equal for
+        bit-identical replicas.
       extras_of: the process indices whose extras are kept with it.
+      missing: indices into the shards of that layout that are not good in this slot.
     """
 
     step: StepId
@@ -30,6 +32,7 @@ class Holding:
     position: int
     digest: str
     extras_of: tuple[int, ...] = ()
+    missing: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -52,7 +55,15 @@ class Inventory:
                 "process": self.process,
                 "process_count": self.process_count,
                 "holdings": [
-                    [h.step.generation, h.step.step, h.layout, h.position, h.digest, list(h.extras_of)]
+                    [
+                        h.step.generation,
+                        h.step.step,
+                        h.layout,
+                        h.position,
+                        h.digest,
+                        list(h.extras_of),
+                        list(h.missing),
+                    ]
                     for h in self.holdings
                 ],
                 "highest_generation": self.highest_generation,
@@ -81,8 +92,10 @@ class Inventory:
                     int(position),
                     str(digest),
                     tuple(int(p) for p in extras_of),
+                    tuple(int(shard) for shards in missing for shard in shards),
                 )
-                for generation, step, layout, position, digest, extras_of in raw["holdings"]
+                # Without the last field in inventories of earlier versions: nothing is missing there.
+                for generation, step, layout, position, digest, extras_of, *missing in raw["holdings"]
             ),
             highest_generation=int(raw["highest_generation"]),
             activations=tuple(Activation(int(g), None if s is None else int(s)) for g, s in raw["activations"]),
