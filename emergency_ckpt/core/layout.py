@@ -11,18 +11,27 @@ import base64
 import dataclasses
 import functools
 import json
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import xxhash
 
+from emergency_ckpt.core.box_table import BoxTable, Numbers
+from emergency_ckpt.core.layout_format import (
+    FORMAT_VERSION,
+    READABLE_VERSIONS,
+    shards_from_json,
+    shards_to_json,
+)
+from emergency_ckpt.core.shard_table import HeldShards, ShardIndex, ShardTable
 from emergency_ckpt.core.shards import Box, Shard, dtype_of
 from emergency_ckpt.errors import CorruptDataError
 
-FORMAT_VERSION = 1
 ARRAY_METADATA_FILE = "array_metadatas/process_0"
 SHARD_ALIGNMENT = 4096
+_MOST_LEAF_BYTES = 1 << 62  # What is computed from it fits 64 bits.
 
 
 def key_implementations(array_metadata: bytes) -> dict[str, str]:
@@ -70,14 +79,24 @@ class Layout:
       value_leaves: names of leaves that are not arrays (Python scalars, strings): their values
         travel in the manifest.
       metadata_files: (relative path, content) of Orbax's metadata files for this state.
+      format: version of the serialisation that names this layout; those read from older files keep theirs.
+
+    `shards` and `process_shards` may be given as any sequences; they are kept as compact tables.
     """
 
     leaves: tuple[LeafSpec, ...]
-    shards: tuple[Shard, ...]
-    process_shards: tuple[tuple[int, ...], ...]
+    shards: Sequence[Shard]
+    process_shards: Sequence[tuple[int, ...]]
     process_slice: tuple[int, ...]
     value_leaves: tuple[str, ...] = ()
     metadata_files: tuple[tuple[str, bytes], ...] = ()
+    format: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.shards, ShardTable):
+            object.__setattr__(self, "shards", ShardTable.of(self.shards))
+        if not isinstance(self.process_shards, HeldShards):
+            object.__setattr__(self, "process_shards", HeldShards.of(self.process_shards))
 
     @classmethod
     def build(
@@ -89,18 +108,56 @@ class Layout:
         metadata_files: Mapping[str, bytes] | None = None,
     ) -> Layout:
         """The layout in which each process of `holders` holds the shards given for it."""
-        shards = sorted({shard for held in holders.values() for shard in held})
-        index = {shard: i for i, shard in enumerate(shards)}
+        boxes: dict[str, dict[int, list[Box]]] = {}
+        for process, held in holders.items():
+            for shard in held:
+                boxes.setdefault(shard.leaf, {}).setdefault(process, []).append(shard.box)
+        return cls.build_from_boxes(leaves, boxes, process_slice, value_leaves, metadata_files)
+
+    @classmethod
+    def build_from_boxes(
+        cls,
+        leaves: Iterable[LeafSpec],
+        boxes: Mapping[str, Mapping[int, Iterable[Box]]],
+        process_slice: tuple[int, ...],
+        value_leaves: Iterable[str] = (),
+        metadata_files: Mapping[str, bytes] | None = None,
+    ) -> Layout:
+        """The layout in which of each leaf each process holds the boxes given for it.
+
+        Leaves that share one mapping are worked out once: in a large job most are cut like many others.
+        """
+        known: dict[int, tuple[BoxTable, Numbers, Numbers]] = {}
+        cuts: dict[str, tuple[BoxTable, Numbers, Numbers]] = {}
+        for leaf, held in sorted(boxes.items()):
+            cut = known.get(id(held)) or known.setdefault(id(held), _cut(held, len(process_slice)))
+            if len(cut[0]):
+                cuts[leaf] = cut
+        shards = ShardTable(cuts, (table for table, _, _ in cuts.values()))
+        none = np.empty(0, np.int64)
+        owners = np.concatenate([none, *(processes for _, processes, _ in cuts.values())])
+        firsts = zip(shards.first, cuts.values(), strict=False)
+        indices = np.concatenate([none, *(rows + first for first, (_, _, rows) in firsts)])
         return cls(
             leaves=tuple(sorted(leaves, key=lambda leaf: leaf.name)),
-            shards=tuple(shards),
-            process_shards=tuple(
-                tuple(sorted({index[s] for s in holders.get(p, ())})) for p in range(len(process_slice))
-            ),
+            shards=shards,
+            process_shards=HeldShards.of_pairs(range(len(process_slice)), owners, indices),
             process_slice=process_slice,
             value_leaves=tuple(sorted(value_leaves)),
             metadata_files=tuple(sorted((metadata_files or {}).items())),
         )
+
+    @property
+    def table(self) -> ShardTable:
+        """`shards` as the table that they are."""
+        assert isinstance(self.shards, ShardTable)
+        return self.shards
+
+    @property
+    def held(self) -> HeldShards:
+        """`process_shards` as the table that they are."""
+        assert isinstance(self.process_shards, HeldShards)
+        return self.process_shards
 
     @property
     def process_count(self) -> int:
@@ -122,13 +179,22 @@ class Layout:
 
     @functools.cached_property
     def shard_index(self) -> Mapping[Shard, int]:
-        return {shard: i for i, shard in enumerate(self.shards)}
+        return ShardIndex(self.table)
+
+    @functools.cached_property
+    def shard_sizes(self) -> Numbers:
+        """Bytes of each shard in memory and in slots (C order, one byte per sub-byte element)."""
+        table = self.table
+        sizes = [
+            boxes.sizes * dtype_of(self.leaf[leaf].dtype).itemsize
+            for leaf, boxes in zip(table.leaves, table.boxes, strict=True)
+        ]
+        return np.concatenate(sizes) if sizes else np.empty(0, np.int64)
 
     @functools.cached_property
     def shard_nbytes(self) -> tuple[int, ...]:
-        """Bytes of each shard in memory and in slots (C order, one byte per sub-byte element)."""
-        itemsize = {leaf.name: dtype_of(leaf.dtype).itemsize for leaf in self.leaves}
-        return tuple(shard.box.size * itemsize[shard.leaf] for shard in self.shards)
+        """The same as plain numbers."""
+        return tuple(self.shard_sizes.tolist())
 
     @functools.cached_property
     def shard_holders(self) -> tuple[tuple[int, ...], ...]:
@@ -143,8 +209,8 @@ class Layout:
         """Where each shard of `process` lies in its slot; equal shard sets give equal offsets."""
         entries: list[SlotEntry] = []
         at = 0
-        for shard in self.process_shards[process]:
-            nbytes = self.shard_nbytes[shard]
+        held = self.held.of_process(process)
+        for shard, nbytes in zip(held.tolist(), self.shard_sizes[held].tolist(), strict=True):
             entries.append(SlotEntry(shard, at, nbytes))
             at += -(-nbytes // SHARD_ALIGNMENT) * SHARD_ALIGNMENT
         return tuple(entries)
@@ -168,13 +234,11 @@ class Layout:
 
     def to_bytes(self) -> bytes:
         """Canonical serialisation (JSON): equal layouts give equal bytes."""
-        boxes = [[shard.leaf, list(shard.box.start), list(shard.box.stop)] for shard in self.shards]
         return json.dumps(
             {
-                "format": FORMAT_VERSION,
+                "format": self.format,
                 "leaves": [[leaf.name, list(leaf.shape), leaf.dtype] for leaf in self.leaves],
-                "shards": boxes,
-                "process_shards": [list(held) for held in self.process_shards],
+                **shards_to_json(self.table, self.held, self.format),
                 "process_slice": list(self.process_slice),
                 "value_leaves": list(self.value_leaves),
                 "metadata_files": [[p, base64.b64encode(b).decode()] for p, b in self.metadata_files],
@@ -192,42 +256,56 @@ class Layout:
 
     @classmethod
     def _parse(cls, raw: Any) -> Layout:
-        if raw["format"] != FORMAT_VERSION:
-            raise ValueError(f"format version {raw['format']}, this package reads {FORMAT_VERSION}")
+        version: Any = raw["format"]
+        if type(version) is not int or version not in READABLE_VERSIONS:
+            raise ValueError(f"format version {version!r:.40}, this package reads {READABLE_VERSIONS}")
+        shards, held = shards_from_json(raw, version)
         layout = cls(
             leaves=tuple(
                 LeafSpec(str(name), tuple(int(n) for n in shape), str(dtype))
                 for name, shape, dtype in raw["leaves"]
             ),
-            shards=tuple(
-                Shard(str(leaf), Box(tuple(map(int, start)), tuple(map(int, stop))))
-                for leaf, start, stop in raw["shards"]
-            ),
-            process_shards=tuple(tuple(map(int, held)) for held in raw["process_shards"]),
+            shards=shards,
+            process_shards=held,
             process_slice=tuple(map(int, raw["process_slice"])),
             value_leaves=tuple(map(str, raw["value_leaves"])),
             metadata_files=tuple(
                 (str(p), base64.b64decode(b, validate=True)) for p, b in raw["metadata_files"]
             ),
+            format=version,
         )
         layout._check()
         return layout
 
     def _check(self) -> None:
-        if len(self.leaf) != len(self.leaves) or len(self.shard_index) != len(self.shards):
-            raise ValueError("a leaf or a shard appears twice")
+        if len(self.leaf) != len(self.leaves):
+            raise ValueError("a leaf appears twice")
         for leaf in self.leaves:
-            dtype_of(leaf.dtype)
-        for shard in self.shards:
-            if not Box.whole(self.leaf[shard.leaf].shape).contains(shard.box):
-                raise ValueError(f"shard {shard} lies outside its leaf")
+            if math.prod(leaf.shape) * dtype_of(leaf.dtype).itemsize >= _MOST_LEAF_BYTES:
+                raise ValueError(f"leaf {leaf.name!r:.80} is larger than any memory")
+        for name, boxes in zip(self.table.leaves, self.table.boxes, strict=True):
+            shape = np.array(self.leaf[name].shape, np.int64)
+            if boxes.dimensions != len(shape) or (boxes.rows[:, boxes.dimensions :] > shape).any():
+                raise ValueError(f"shards of {name!r:.80} lie outside of it")
         if len(self.process_shards) != len(self.process_slice):
             raise ValueError("process_shards and process_slice differ in length")
         if min(self.process_slice, default=0) < 0:
             raise ValueError("process_slice has a negative slice")
-        for held in self.process_shards:
-            if list(held) != sorted(set(held)) or any(not 0 <= s < len(self.shards) for s in held):
-                raise ValueError("process_shards is not an ascending list of shard indices")
+        for held in self.held.lists:
+            if len(held) and (held[0] < 0 or held[-1] >= len(self.shards)):
+                raise ValueError("process_shards has indices of shards that there are not")
         for path, _ in self.metadata_files:
             if path.startswith("/") or ".." in path.split("/"):
                 raise ValueError(f"metadata file path {path!r} leaves the checkpoint")
+
+
+def _cut(held: Mapping[int, Iterable[Box]], process_count: int) -> tuple[BoxTable, Numbers, Numbers]:
+    """The boxes of one leaf, and who holds which: processes ascending, the rows of each ascending."""
+    by_process = {p: frozenset(boxes) for p, boxes in sorted(held.items()) if 0 <= p < process_count}
+    table = BoxTable.of(sorted({box for boxes in by_process.values() for box in boxes}))
+    rows = {
+        p: sorted(row for box in boxes if (row := table.find(box)) is not None)
+        for p, boxes in by_process.items()
+    }
+    owners = np.repeat(np.array(list(rows), np.int64), [len(each) for each in rows.values()])
+    return table, owners, np.array([row for each in rows.values() for row in each], np.int64)

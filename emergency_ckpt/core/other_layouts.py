@@ -1,12 +1,14 @@
-"""Layouts other than the job's own under which ramdisks hold steps: how they differ, and what still fits.
+"""Layouts other than the job's own under which ramdisks hold steps: how they differ, and what they cover.
 
-A slot fits whoever needs exactly the shards that it holds, whichever process of whichever job shape sealed it.
+Where the leaves are the same, the shards of any job shape are sources; where they are not, none is.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+import numpy as np
 
 from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.lineage import StepId
@@ -50,28 +52,19 @@ class Unusable:
         """Why it cannot be used, with every leaf that differs."""
         if self.differences:
             return f"it is of another state; {differing(self.differences)}"
-        return f"{self.shape} saved it, and the hosts that hold its shards now need others"
+        return (
+            f"{self.shape} saved it, and the processes that need its shards cannot fetch them from the others"
+        )
 
 
-def shards_as_in(saved: Layout, wanted: Layout) -> tuple[tuple[int, ...] | None, ...]:
-    """Per process of `saved` its shards as indices into those of `wanted`; None where one is no shard there.
-
-    The leaves of both must be the same.
-    """
-    if saved.hash == wanted.hash:
-        return saved.process_shards
-    index = [wanted.shard_index.get(shard) for shard in saved.shards]
-    found: list[tuple[int, ...] | None] = []
-    for held in saved.process_shards:
-        known = [index[shard] for shard in held]
-        found.append(None if None in known else tuple(i for i in known if i is not None))
-    return tuple(found)
-
-
-def covers_all(layout: Layout, positions: Iterable[int]) -> bool:
-    """Whether these processes of a layout hold every shard together."""
-    held = {s for p in positions if 0 <= p < layout.process_count for s in layout.process_shards[p]}
-    return len(held) == len(layout.shards)
+def covers_all(layout: Layout, found: Iterable[tuple[int, Sequence[int]]]) -> bool:
+    """Whether these slots hold every shard of a layout together: (position in it, shards not good there)."""
+    good = np.zeros(len(layout.shards), np.bool_)
+    for position, missing in found:
+        if 0 <= position < layout.process_count:
+            held = layout.held.of_process(position)
+            good[held if not missing else np.setdiff1d(held, np.array(missing, np.int64))] = True
+    return bool(good.all())
 
 
 def differing(differences: tuple[str, ...]) -> str:

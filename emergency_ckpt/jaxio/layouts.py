@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from emergency_ckpt.core.layout import Layout, LeafSpec
-from emergency_ckpt.core.shards import Box, Shard
+from emergency_ckpt.core.shards import Box
 from emergency_ckpt.errors import TopologyError
 from emergency_ckpt.jaxio.state import Leaf, LeafKind, flatten, process_boxes
 from emergency_ckpt.jaxio.topology import Topology
@@ -27,7 +27,7 @@ def build_layout(
     """
     leaves = flatten(abstract_state).leaves
     arrays = [leaf for leaf in leaves if leaf.kind is not LeafKind.VALUE]
-    holders: dict[int, list[Shard]] = {}
+    held: dict[str, dict[int, tuple[Box, ...]]] = {}
     known: dict[Any, dict[int, tuple[Box, ...]]] = {}
     for leaf in arrays:
         place = (
@@ -40,11 +40,10 @@ def build_layout(
         if boxes is None or leaf.is_process_local:
             boxes = known[place] = process_boxes(leaf, topology.process_index, topology.process_count)
             _check_holders(leaf, boxes, topology)
-        for process, held in boxes.items():
-            holders.setdefault(process, []).extend(Shard(leaf.name, box) for box in held)
-    return Layout.build(
+        held[leaf.name] = boxes
+    return Layout.build_from_boxes(
         leaves=[LeafSpec(leaf.name, leaf.shape, leaf.dtype) for leaf in arrays],
-        holders=holders,
+        boxes=held,
         process_slice=topology.process_slice,
         value_leaves=[leaf.name for leaf in leaves if leaf.kind is LeafKind.VALUE],
         metadata_files=metadata_files,

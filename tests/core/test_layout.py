@@ -179,20 +179,36 @@ def test_hostile_values_are_refused_or_make_a_sound_layout(layout: Layout, data:
 @pytest.mark.parametrize(
     ("part", "value"),
     [
-        ("format", 2),
+        ("format", 3),
+        ("format", True),
         ("leaves", [["w", [4], "object"]]),
         ("leaves", [["w", [1e999], "int8"]]),
         ("leaves", [["w", [-4], "int8"]]),
         ("leaves", [["w", [8], "int8"], ["w", [8], "int8"]]),
-        ("shards", [["w", [0], [9]]]),
-        ("shards", [["w", [0, 0], [1, 1]]]),
-        ("shards", [["v", [0], [1]]]),
-        ("shards", [["w", [4], [0]]]),
-        ("shards", [["w", [0], [8]], ["w", [0], [8]]]),
-        ("process_shards", [[1]]),
-        ("process_shards", [[-1]]),
-        ("process_shards", [[0, 0]]),
-        ("process_shards", [[0], [0]]),
+        ("leaves", [["w", [2**61, 4], "int8"]]),
+        ("cuts", [[1, [0, 9], [0], [0]]]),
+        ("cuts", [[1, [0, 0, 1, 1], [0], [0]]]),
+        ("cuts", [[1, [4, 0], [0], [0]]]),
+        ("cuts", [[1, [-1, 8], [0], [0]]]),
+        ("cuts", [[1, [0, 2**70], [0], [0]]]),
+        ("cuts", [[2, [0, 8, 0, 8], [0], [0]]]),
+        ("cuts", [[2, [4, 8, 0, 4], [0], [0]]]),
+        ("cuts", [[3, [0, 8], [0], [0]]]),
+        ("cuts", [[-1, [0, 8], [0], [0]]]),
+        ("cuts", [[0, [], [], []]]),
+        ("cuts", [[1, [0, 8], [0], [1]]]),
+        ("cuts", [[1, [0, 8], [0], [-1]]]),
+        ("cuts", [[1, [0, 8], [1], [0]]]),
+        ("cuts", [[1, [0, 8], [0, 0], [0, 0]]]),
+        ("cuts", [[1, [0, 8], [0], []]]),
+        ("cuts", []),
+        ("shards", [["v", 0]]),
+        ("shards", [["w", 0], ["w", 0]]),
+        ("shards", [["w", 1]]),
+        ("shards", [["w", -1]]),
+        ("process_kinds", [1]),
+        ("process_kinds", [-1]),
+        ("process_kinds", [0, 0]),
         ("process_slice", [-1]),
         ("metadata_files", [["../x", ""]]),
         ("metadata_files", [["/x", ""]]),
@@ -205,6 +221,89 @@ def test_a_contradiction_is_refused(part: str, value: Any) -> None:
     assert Layout.from_bytes(json.dumps(raw).encode()) == sound
     raw[part] = value
     with pytest.raises(CorruptDataError):
+        Layout.from_bytes(json.dumps(raw).encode())
+
+
+def in_format_1(layout: Layout) -> Layout:
+    return dataclasses.replace(layout, format=1)
+
+
+@given(layouts())
+def test_layouts_of_format_1_are_read_and_keep_their_names(layout: Layout) -> None:
+    old = in_format_1(layout)
+    raw = json.loads(old.to_bytes())
+    assert raw["format"] == 1
+    assert raw["shards"] == [[s.leaf, list(s.box.start), list(s.box.stop)] for s in layout.shards]
+    assert raw["process_shards"] == [list(held) for held in layout.process_shards]
+    again = Layout.from_bytes(old.to_bytes())
+    assert again == old
+    assert again.hash == old.hash != layout.hash
+    assert (again.shards, again.process_shards) == (layout.shards, layout.process_shards)
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("shards", [["w", [0], [9]]]),
+        ("shards", [["w", [0, 0], [1, 1]]]),
+        ("shards", [["v", [0], [1]]]),
+        ("shards", [["w", [4], [0]]]),
+        ("shards", [["w", [0], [8]], ["w", [0], [8]]]),
+        ("shards", [["w", [4], [8]], ["w", [0], [4]]]),
+        ("process_shards", [[1]]),
+        ("process_shards", [[-1]]),
+        ("process_shards", [[0, 0]]),
+        ("process_shards", [[0], [0]]),
+    ],
+)
+def test_a_contradiction_in_format_1_is_refused(part: str, value: Any) -> None:
+    sound = in_format_1(Layout.build([LeafSpec("w", (8,), "int8")], {0: [Shard("w", Box((0,), (8,)))]}, (0,)))
+    raw = json.loads(sound.to_bytes())
+    raw[part] = value
+    with pytest.raises(CorruptDataError):
+        Layout.from_bytes(json.dumps(raw).encode())
+
+
+@given(layouts(), st.data())
+def test_hostile_values_in_format_1_are_refused_or_make_a_sound_layout(
+    layout: Layout, data: st.DataObject
+) -> None:
+    raw = json.loads(in_format_1(layout).to_bytes())
+    node, key = raw, data.draw(st.sampled_from(["shards", "process_shards"]))
+    while isinstance(node[key], list) and node[key] and data.draw(st.booleans()):
+        node, key = node[key], data.draw(st.integers(0, len(node[key]) - 1))
+    node[key] = data.draw(hostile_values)
+    refused_or_sound(json.dumps(raw).encode())
+
+
+def test_leaves_that_are_cut_and_held_alike_are_written_once() -> None:
+    def written(leaves: int) -> int:
+        boxes = {p: [Box((p % 8,), (p % 8 + 1,))] for p in range(16)}
+        names = [f"leaf{i:04}" for i in range(leaves)]
+        layout = Layout.build_from_boxes(
+            [LeafSpec(name, (8,), "int8") for name in names], dict.fromkeys(names, boxes), (0,) * 8 + (1,) * 8
+        )
+        assert len(layout.shards) == 8 * leaves
+        return len(layout.to_bytes())
+
+    assert written(1001) - written(1000) < 50
+
+
+def test_a_small_text_cannot_name_more_shards_than_memory_holds() -> None:
+    rows = 10_000
+    bounds = [bound for row in range(rows) for bound in (row, row + 1)]
+    names = [f"{i}" for i in range(rows)]
+    raw = {
+        "format": 2,
+        "leaves": [[name, [rows], "int8"] for name in names],
+        "cuts": [[rows, bounds, [0] * rows, list(range(rows))]],
+        "shards": [[name, 0] for name in names],
+        "process_kinds": [0],
+        "process_slice": [0],
+        "value_leaves": [],
+        "metadata_files": [],
+    }
+    with pytest.raises(CorruptDataError, match="more than"):
         Layout.from_bytes(json.dumps(raw).encode())
 
 

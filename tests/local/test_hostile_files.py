@@ -209,7 +209,9 @@ changes = st.one_of(
     st.builds(
         layout_edited,
         indices,
-        st.sampled_from(["leaves", "shards", "process_shards", "process_slice", "format", "metadata_files"]),
+        st.sampled_from(
+            ["leaves", "cuts", "shards", "process_kinds", "process_slice", "format", "metadata_files"]
+        ),
         anything,
     ),
     st.builds(
@@ -337,7 +339,9 @@ def test_a_field_of_a_wrong_kind_is_damage_and_nothing_else(field: str, value: A
     assert Manifest.from_bytes(again.to_bytes(), "test").to_bytes() == again.to_bytes()
 
 
-@given(st.sampled_from(["leaves", "shards", "process_shards", "process_slice", "value_leaves"]), anything)
+@given(
+    st.sampled_from(["leaves", "cuts", "shards", "process_kinds", "process_slice", "value_leaves"]), anything
+)
 def test_a_layout_with_a_field_of_a_wrong_kind_is_damage_and_nothing_else(field: str, value: Any) -> None:
     raw = json.loads(make_layout(SIZE).to_bytes())
     raw[field] = value

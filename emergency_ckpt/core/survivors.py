@@ -1,0 +1,197 @@
+"""What of one step is left on the ramdisks and good: the sources of a restore, alike ones together.
+
+All replicas of a slot take the bytes of the majority, else of the lowest slice; what differs is no source.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+
+import numpy as np
+
+from emergency_ckpt.core.box_table import Numbers
+from emergency_ckpt.core.inventory import Holding
+from emergency_ckpt.core.other_layouts import OtherLayout
+from emergency_ckpt.core.plan_words import because, processes_named, shards_counted
+from emergency_ckpt.core.restore_plan import Strike
+from emergency_ckpt.core.universe import Universe, without
+
+_NOTED_STRIKES = 4
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Kind:
+    """Slots of one layout that hold the same shards and miss the same.
+
+    Attributes:
+      layout: its number in the universe.
+      shards: the set of shards, by the universe's number of it.
+      good: universe numbers of the shards that are good in these slots, ascending.
+      indices: the same shards as indices of the layout.
+      slots: (process, position) of each, ascending.
+    """
+
+    layout: int
+    shards: int
+    good: Numbers
+    indices: Numbers
+    slots: tuple[tuple[int, int], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Survivors:
+    """The sources on ramdisks, and what speaks against the others.
+
+    Attributes:
+      kinds: all slots that may be used, in a fixed order.
+      of_process: per process that has any, (index into kinds, position).
+      slots: equal where the same shards are good in the same slots.
+      notes: in words, what cannot be used and why.
+    """
+
+    kinds: tuple[Kind, ...]
+    of_process: Mapping[int, tuple[tuple[int, int], ...]]
+    slots: Hashable
+    notes: tuple[str, ...]
+
+    def none(self) -> Survivors:
+        """The same where no slot may be used."""
+        return Survivors((), {}, (), self.notes)
+
+
+def find_survivors(
+    universe: Universe,
+    others: Mapping[str, OtherLayout],
+    holdings: Sequence[tuple[int, Holding]],
+    strikes: Collection[Strike],
+) -> Survivors:
+    """What of `holdings` (process, holding) of one step may be used.
+
+    Args:
+      others: the layouts that the universe may lack: those of other states.
+      strikes: those of this step.
+    """
+    struck = _Struck(strikes)
+    notes: list[str] = []
+    misfits: dict[str, list[int]] = collections.defaultdict(list)
+    usable: list[_Usable] = []
+    layout_numbers = {layout_hash: number for number, layout_hash in enumerate(universe.hashes)}
+    for process, holding in sorted(holdings, key=_order):
+        if process in struck.whole:
+            continue
+        number = layout_numbers.get(holding.layout)
+        if number is None:
+            why = "cannot be used: another state was saved" if holding.layout in others else _UNKNOWN
+            misfits[why].append(process)
+        elif not 0 <= holding.position < universe.layouts[number].process_count:
+            misfits["cannot be read: their layout has no such place"].append(process)
+        else:
+            shards = universe.set_number(number, holding.position)
+            known = range(len(universe.numbers[number]))
+            missing = frozenset(i for i in holding.missing if i in known)
+            missing |= struck.indices(universe, number, process)
+            usable.append(_Usable(process, number, shards, holding.position, holding.digest, missing))
+    notes += struck.notes({process for process, _ in holdings})
+    for why, processes in misfits.items():
+        notes.append(f"the {'copy' if len(processes) == 1 else 'copies'} of {processes_named(processes)} {why}")
+    losers = _losers(usable, universe.wanted.process_slice)
+    if losers:
+        notes.append(
+            f"replicas differ: {processes_named({u.process for u in losers})} take the bytes of the majority"
+        )
+    return _gathered(universe, [u for u in usable if u not in losers], tuple(notes))
+
+
+_UNKNOWN = "cannot be read: their layout is unknown"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Usable:
+    process: int
+    layout: int
+    shards: int
+    position: int
+    digest: str
+    missing: frozenset[int]
+
+
+class _Struck:
+    """The strikes of one step against slots."""
+
+    def __init__(self, strikes: Collection[Strike]) -> None:
+        ordered = sorted((s for s in strikes if s.process is not None), key=lambda s: (s.process or 0, s.why))
+        self.whole = {s.process: s.why for s in reversed(ordered) if s.shards is None}
+        self._partly: dict[int, list[Strike]] = collections.defaultdict(list)
+        for strike in ordered:
+            if strike.process is not None and strike.process not in self.whole:
+                self._partly[strike.process].append(strike)
+
+    def indices(self, universe: Universe, layout: int, process: int) -> frozenset[int]:
+        """The struck shards of a process's slot of this layout."""
+        table = universe.layouts[layout].table
+        named = [shard for strike in self._partly.get(process, ()) for shard in strike.shards or ()]
+        return frozenset(i for shard in named if (i := table.find(shard)) is not None)
+
+    def notes(self, holders: Collection[int]) -> list[str]:
+        noted = [
+            because(f"the copy of process {process} is damaged", why)
+            for process, why in sorted(self.whole.items(), key=lambda item: item[0] or 0)
+            if process in holders
+        ]
+        for process, strikes in self._partly.items():
+            named = frozenset(shard for strike in strikes for shard in strike.shards or ())
+            if process in holders and named:
+                why = next((strike.why for strike in strikes if strike.why), "")
+                what = f"{shards_counted(len(named))} in the copy of process {process}"
+                noted.append(because(f"{what} {'is' if len(named) == 1 else 'are'} damaged", why))
+        more = len(noted) - _NOTED_STRIKES
+        return noted if more <= 1 else [*noted[:_NOTED_STRIKES], f"{more} more copies are damaged"]
+
+
+def _order(item: tuple[int, Holding]) -> tuple[int, str, int, str]:
+    process, holding = item
+    return process, holding.layout, holding.position, holding.digest
+
+
+def _losers(usable: Iterable[_Usable], process_slice: Sequence[int]) -> set[_Usable]:
+    """Those whose bytes differ from what most slots of the same shards have."""
+    by_set: dict[int, list[_Usable]] = collections.defaultdict(list)
+    for each in usable:
+        by_set[each.shards].append(each)
+    losers: set[_Usable] = set()
+    for alike in by_set.values():
+        digests = collections.Counter(each.digest for each in alike)
+        if len(digests) > 1:
+            best = max(digests.values())
+            leading = [each for each in alike if digests[each.digest] == best]
+            winner = min(leading, key=lambda each: (process_slice[each.process], each.process)).digest
+            losers.update(each for each in alike if each.digest != winner)
+    return losers
+
+
+def _gathered(universe: Universe, usable: Iterable[_Usable], notes: tuple[str, ...]) -> Survivors:
+    slots: dict[tuple[int, int, tuple[int, ...]], list[_Usable]] = collections.defaultdict(list)
+    for each in usable:
+        list_number = universe.layouts[each.layout].held.kinds[each.position]
+        slots[each.layout, list_number, tuple(sorted(each.missing))].append(each)
+    kinds: list[Kind] = []
+    named: list[Hashable] = []
+    of_process: dict[int, list[tuple[int, int]]] = collections.defaultdict(list)
+    for (layout, list_number, missing), alike in slots.items():
+        position = alike[0].position
+        indices = universe.layouts[layout].held.of_process(position)
+        if missing:
+            indices = without(indices, np.array(missing, np.int64))
+        good = universe.numbers[layout][indices] if layout else indices
+        if layout:
+            order = np.argsort(good)
+            good, indices = good[order], indices[order]
+        for each in alike:
+            of_process[each.process].append((len(kinds), each.position))
+        places = tuple((each.process, each.position) for each in alike)
+        named.append((layout, list_number, missing, places))
+        kinds.append(Kind(layout, alike[0].shards, good, indices, places))
+    by_process = {process: tuple(found) for process, found in of_process.items()}
+    return Survivors(tuple(kinds), by_process, tuple(named), notes)
