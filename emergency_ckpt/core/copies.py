@@ -1,0 +1,128 @@
+"""Copies of shards: which processes keep what beside their own, so that no failure takes the only copy.
+
+The result is a layout again, the *storage layout*: what each process's slot holds. Everything that saves,
+serves, plans or drains works from it, and knows nothing of copies.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from emergency_ckpt.core.layout import Layout
+from emergency_ckpt.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Survivable:
+    """How many failures a step survives on the ramdisks alone, whichever processes they hit.
+
+    Attributes:
+      hosts: any so many processes may be lost. slices: any so many slices may be lost.
+      weakest: a shard that one more failure could take, in words.
+    """
+
+    hosts: int
+    slices: int
+    weakest: str
+
+    def describe(self) -> str:
+        """For a log line."""
+        if not self.hosts:
+            return f"does not survive the loss of a host: {self.weakest} has one copy"
+        or_slices = f" or any {_count(self.slices, 'slice')}" if self.slices else ""
+        return f"survives the loss of any {_count(self.hosts, 'host')}{or_slices}"
+
+
+def survivable(storage: Layout) -> Survivable:
+    """What a step survives that lies on the ramdisks as `storage` says."""
+    hosts, slices, weakest = storage.process_count, storage.slice_count, "nothing"
+    domains: dict[tuple[int, ...], int] = {}
+    for shard, holders in enumerate(storage.shard_holders):
+        if holders not in domains:
+            domains[holders] = len({storage.process_slice[p] for p in holders})
+        if len(holders) < hosts:
+            hosts, weakest = len(holders), str(storage.shards[shard])
+        slices = min(slices, domains[holders])
+    return Survivable(hosts - 1, slices - 1, weakest)
+
+
+def with_copies(layout: Layout, copies: int) -> Layout:
+    """The storage layout in which each shard lies in at least `copies` failure domains.
+
+    A failure domain is a slice; in a job of one slice it is a process. Shards that lie in so many by nature, as
+    those of a state that is replicated over the slices do, are left alone; where all do, the layout is returned
+    as it is.
+
+    Partners stand in fixed groups of `copies` domains, each of which keeps the shards of the others of its
+    group. With two copies on n hosts and two failures at once, one case of n - 1 loses a shard; in a ring,
+    where each host has a partner on either side, it is two (Cidon et al., "Copysets", USENIX ATC 2013).
+
+    Raises ConfigError where there are fewer domains than copies.
+    """
+    if copies <= 1:
+        return layout
+    domains = failure_domains(layout.process_slice)
+    count = max(domains) + 1
+    if copies > count:
+        what = "slices" if layout.slice_count > 1 else "processes"
+        raise ConfigError(
+            f"local_checkpoint_copies={copies} needs {copies} failure domains and this job has {count} {what}; "
+            f"set it to {count} at most"
+        )
+    members = [[p for p, domain in enumerate(domains) if domain == d] for d in range(count)]
+    rank = {p: at for among in members for at, p in enumerate(among)}
+    partners = _partners(count, copies)
+    held = [set(shards) for shards in layout.process_shards]
+    for shard, holders in enumerate(layout.shard_holders):
+        there = {domains[p] for p in holders}
+        if len(there) >= copies or not holders:
+            continue
+        source = holders[0]
+        for domain in partners[domains[source]]:
+            if len(there) == copies:
+                break
+            if domain not in there:
+                held[members[domain][rank[source] % len(members[domain])]].add(shard)
+                there.add(domain)
+    stored = tuple(tuple(sorted(shards)) for shards in held)
+    return layout if stored == layout.process_shards else dataclasses.replace(layout, process_shards=stored)
+
+
+def copies_from(layout: Layout, storage: Layout, process: int) -> Mapping[int, tuple[int, ...]]:
+    """The shards that `process` stores for others, by the process it gets them from: one that needs them."""
+    own = set(layout.process_shards[process])
+    found: dict[int, list[int]] = {}
+    for shard in storage.process_shards[process]:
+        if shard not in own:
+            found.setdefault(layout.shard_holders[shard][0], []).append(shard)
+    return {source: tuple(shards) for source, shards in found.items()}
+
+
+def failure_domains(process_slice: Sequence[int]) -> tuple[int, ...]:
+    """Per process its failure domain: its slice, or, in a job of one slice, the process itself."""
+    if len(set(process_slice)) > 1:
+        number = {s: i for i, s in enumerate(sorted(set(process_slice)))}
+        return tuple(number[s] for s in process_slice)
+    return tuple(range(len(process_slice)))
+
+
+def _partners(count: int, size: int) -> list[list[int]]:
+    """Per domain all others: those of its group in a circle first, then the rest, for shards that need them.
+
+    Groups have `size` members; the last one takes in those that do not make up a group of their own.
+    """
+    groups = [list(range(at, min(at + size, count))) for at in range(0, count, size)]
+    if len(groups) > 1 and len(groups[-1]) < size:
+        rest = groups.pop()
+        groups[-1] += rest
+    order: list[list[int]] = [[] for _ in range(count)]
+    for group in groups:
+        for at, domain in enumerate(group):
+            near = group[at + 1 :] + group[:at]
+            order[domain] = near + [d for d in range(count) if d not in group]
+    return order
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
