@@ -1,4 +1,4 @@
-"""How planning a restore grows with the job: `python -m benchmarks.planning [--processes 64,4096] [--leaves N]`.
+"""How planning a restore grows with the job: `python -m benchmarks.planning [--processes 64,4096]`.
 
 No job runs and nothing is copied: a layout and inventories are made up, part of the ramdisks is lost, and the
 newest of three steps is planned. Time is taken without tracing, memory with it, of the planning alone.

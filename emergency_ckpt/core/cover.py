@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from emergency_ckpt.core.box_table import BoxTable, Numbers
 from emergency_ckpt.core.shards import Box, covers
-from emergency_ckpt.core.universe import Universe, joined
+from emergency_ckpt.core.universe import Universe, distinct, joined
 
 Flags: TypeAlias = npt.NDArray[np.bool_]
 Saved: TypeAlias = tuple[BoxTable, Flags]
@@ -39,8 +39,9 @@ class Cover:
 
     def of(self, places: Numbers) -> Numbers:
         """All sources of the shards at these places, each once, ascending."""
-        spans = zip(self.first[places].tolist(), self.first[places + 1].tolist(), strict=True)
-        return np.unique(joined([self.sources[a:b] for a, b in spans]))
+        counts = self.first[places + 1] - self.first[places]
+        behind = np.repeat(self.first[places] - np.cumsum(counts) + counts, counts)
+        return distinct(self.sources[behind + np.arange(len(behind))])
 
 
 def find_cover(universe: Universe, wanted: Numbers, available: Flags) -> Cover:

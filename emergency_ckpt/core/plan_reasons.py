@@ -11,7 +11,7 @@ from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.plan_words import is_one, processes_named, shards_counted, slices_or_processes
 from emergency_ckpt.core.restore_plan import ProcessPlan
 from emergency_ckpt.core.step_needs import StepNeeds
-from emergency_ckpt.core.universe import joined
+from emergency_ckpt.core.universe import distinct, joined
 
 _CLAUSES = 3
 
@@ -36,7 +36,7 @@ def describe_sources(processes: Sequence[ProcessPlan], layout: Layout) -> str:
 
 def describe_lost(needs: StepNeeds, layout: Layout) -> str:
     """Which shards nobody can give."""
-    lost = np.unique(joined(tuple(needs.lost.values())))
+    lost = distinct(joined(tuple(needs.lost.values())))
     gone = lost[~needs.survive[lost]]
     shown, what = (
         (gone, "have no survivor") if len(gone) else (lost, "survive only where nobody can fetch them")

@@ -16,7 +16,7 @@ from emergency_ckpt.core.box_table import Numbers
 from emergency_ckpt.core.cover import Flags
 from emergency_ckpt.core.restore_plan import Take
 from emergency_ckpt.core.survivors import Survivors
-from emergency_ckpt.core.universe import Universe, among, joined
+from emergency_ckpt.core.universe import Universe, among, distinct, joined
 
 UNIT_BYTES = 256 * 1024
 """Neighbouring shards that are smaller together are taken from one holder: asking costs more than sending."""
@@ -111,7 +111,7 @@ class Givers:
         blocks = self._block[needed]
         if (blocks == blocks[0]).all():
             return [(int(blocks[0]), needed)]
-        found = [(block, needed[blocks == block]) for block in np.unique(blocks).tolist()]
+        found = [(block, needed[blocks == block]) for block in distinct(blocks).tolist()]
         return sorted(found, key=lambda each: (-int(self._universe.nbytes[each[1]].sum()), int(each[1][0])))
 
     def _spread(

@@ -18,7 +18,7 @@ from emergency_ckpt.core.restore_plan import IN_PLACE, ProcessPlan
 from emergency_ckpt.core.shards import Shard
 from emergency_ckpt.core.sources import Givers
 from emergency_ckpt.core.survivors import Survivors
-from emergency_ckpt.core.universe import Universe, among, joined, without
+from emergency_ckpt.core.universe import Universe, among, distinct, joined, without
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -93,7 +93,7 @@ class StepNeeds:
             cover = self._cover_for(process)
             places = cover.places(need.far)
             covered = cover.covered[places]
-            wanted = np.union1d(wanted, cover.of(places[covered]))
+            wanted = distinct(joined((wanted, cover.of(places[covered]))))
             persistent = need.far[~covered]
         takes = self._givers.takes(process, wanted) if len(wanted) else ()
         return ProcessPlan(need.in_place, takes, tuple(persistent.tolist()))
@@ -139,7 +139,7 @@ class StepNeeds:
     def _cover(self) -> Cover:
         """Of all shards that somebody lacks, by what everybody can fetch."""
         far = {id(need): need.far for need in self._needs if len(need.far)}
-        return find_cover(self.universe, np.unique(joined(tuple(far.values()))), self._givers.available)
+        return find_cover(self.universe, distinct(joined(tuple(far.values()))), self._givers.available)
 
     def _cover_for(self, process: int) -> Cover:
         """The same, by the process's own slots as well where others cannot fetch from those."""

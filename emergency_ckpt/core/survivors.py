@@ -14,7 +14,7 @@ import numpy as np
 from emergency_ckpt.core.box_table import Numbers
 from emergency_ckpt.core.inventory import Holding
 from emergency_ckpt.core.other_layouts import OtherLayout
-from emergency_ckpt.core.plan_words import because, processes_named, shards_counted
+from emergency_ckpt.core.plan_words import because, is_one, processes_named, shards_counted
 from emergency_ckpt.core.restore_plan import Strike
 from emergency_ckpt.core.universe import Universe, without
 
@@ -98,8 +98,9 @@ def find_survivors(
         notes.append(f"the {'copy' if len(processes) == 1 else 'copies'} of {processes_named(processes)} {why}")
     losers = _losers(usable, universe.wanted.process_slice)
     if losers:
+        named = processes_named({each.process for each in losers})
         notes.append(
-            f"replicas differ: {processes_named({u.process for u in losers})} take the bytes of the majority"
+            f"replicas differ: {named} {'takes' if is_one(named) else 'take'} the bytes of the majority"
         )
     return _gathered(universe, [u for u in usable if u not in losers], tuple(notes))
 

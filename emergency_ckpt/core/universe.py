@@ -114,3 +114,9 @@ def among(numbers: Numbers, others: Numbers) -> np.ndarray[tuple[int], np.dtype[
 
 def joined(arrays: Sequence[Numbers]) -> Numbers:
     return np.concatenate(arrays) if arrays else np.empty(0, np.int64)
+
+
+def distinct(numbers: Numbers) -> Numbers:
+    """Ascending, each once. (numpy's own goes through a hash table, which is slower here.)"""
+    ordered = np.sort(numbers)
+    return ordered[np.concatenate([np.ones(min(1, len(ordered)), np.bool_), ordered[1:] != ordered[:-1]])]

@@ -1,11 +1,10 @@
-"""Every set of survivors that covers the state yields a plan, and every other one says why not."""
+"""Which step is planned and why, what a plan says of extras and hosts that moved, and how plans are written."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,9 +12,9 @@ from emergency_ckpt.core.inventory import Holding, Inventory
 from emergency_ckpt.core.layout import Layout, LeafSpec
 from emergency_ckpt.core.lineage import Activation, StepId
 from emergency_ckpt.core.other_layouts import OtherLayout
-from emergency_ckpt.core.restore_plan import Planner, RestorePlan, SourceKind, Strike
+from emergency_ckpt.core.planner import Planner
+from emergency_ckpt.core.restore_plan import ProcessPlan, Strike
 from emergency_ckpt.core.shards import Box, Shard
-from emergency_ckpt.errors import CorruptDataError
 
 
 def make_layout(slices: int, per_slice: int) -> Layout:
@@ -48,7 +47,11 @@ def make_planner(
     return Planner(layout, groups, inventories, persistent, **options)  # type: ignore[arg-type]
 
 
-missing = st.sets(st.integers(0, 99)).map(lambda shards: tuple(sorted(shards)))
+def givers(own: ProcessPlan) -> set[int] | None:
+    """Whom a process takes shards from; None where it has all itself."""
+    return None if own.is_whole else {take.process for take in own.takes}
+
+
 jobs = st.tuples(st.integers(1, 4), st.integers(1, 3))
 steps = st.builds(StepId, st.integers(1, 2), st.integers(0, 4))
 
@@ -76,18 +79,17 @@ def test_the_newest_covered_step_is_planned_from_holders_only(
         assert not covered | persistent
         return
     assert plan.step == max(covered | persistent)
-    for process, source in enumerate(plan.sources):
-        holders = held.get(plan.step, set())
-        if source.kind is SourceKind.OWN_SLOT:
-            assert process in holders
-        elif source.kind is SourceKind.PERSISTENT:
-            assert plan.step in persistent
-        else:
-            assert source.process is not None
-            assert source.process % per_slice == process % per_slice
-            sender = plan.sources[source.process]
-            assert sender.kind in (SourceKind.OWN_SLOT, SourceKind.PERSISTENT)
-    assert RestorePlan.from_json(plan.to_json()) == plan
+    holders = held.get(plan.step, set())
+    for process, own in enumerate(plan.processes):
+        assert own.in_place == (process in holders)
+        assert not own.persistent or plan.step in persistent
+        assert {take.process for take in own.takes} <= holders
+        assert all(take.process % per_slice == process % per_slice for take in own.takes)
+        if own.sender is not None:
+            assert own.sender % per_slice == process % per_slice
+            assert plan.processes[own.sender].sender is None
+        elif not own.in_place:
+            assert own.takes or own.persistent
 
 
 @given(planners(), st.data())
@@ -100,11 +102,9 @@ def test_striking_sources_walks_back_until_nothing_is_left(
         plan, _ = planner.plan(strikes=strikes)
         if plan is None:
             return
-        used = [
-            Strike(plan.step, p if source.kind is SourceKind.OWN_SLOT else None)
-            for p, source in enumerate(plan.sources)
-            if source.kind is not SourceKind.BROADCAST
-        ]
+        used = [Strike(plan.step, take.process) for own in plan.processes for take in own.takes]
+        used += [Strike(plan.step, p) for p, own in enumerate(plan.processes) if own.in_place]
+        used += [Strike(plan.step, None)] if plan.uses_persistent else []
         struck = data.draw(st.sampled_from(used))
         assert struck not in strikes, "a struck source was planned again"
         strikes.add(struck)
@@ -124,13 +124,11 @@ def test_a_wanted_step_is_taken_even_when_newer_ones_exist() -> None:
 def test_two_half_slices_make_one_step() -> None:
     plan, reason = make_planner(2, 2, {StepId(1, 120): {0, 3}}).plan()
     assert plan is not None
-    assert [s.kind for s in plan.sources] == [
-        SourceKind.OWN_SLOT,
-        SourceKind.BROADCAST,
-        SourceKind.BROADCAST,
-        SourceKind.OWN_SLOT,
-    ]
-    assert "2 of 4 processes have it on their own ramdisk" in reason
+    assert [givers(own) for own in plan.processes] == [None, {3}, {0}, None]
+    assert reason == (
+        "step 120: 2 of 4 processes have it on their own ramdisk, process 1 gets 1 shard from process 3, "
+        "process 2 gets 1 shard from process 0"
+    )
 
 
 def test_the_reason_names_the_lost_shards_and_the_newer_step() -> None:
@@ -138,7 +136,7 @@ def test_the_reason_names_the_lost_shards_and_the_newer_step() -> None:
     plan, reason = planner.plan()
     assert plan is not None
     assert plan.step == StepId(1, 100)
-    assert "step 120: the shards of processes 1, 3 have no survivor" in reason
+    assert "step 120: the shards of processes 1, 3 have no survivor (w[4:8])" in reason
     assert "all processes read the persistent tier" in reason
 
 
@@ -154,12 +152,8 @@ def test_a_diverging_replica_takes_the_bytes_of_the_majority() -> None:
     inventories[1] = dataclasses.replace(inventories[1], holdings=(odd,))
     plan, reason = dataclasses.replace(planner, inventories=tuple(inventories)).plan()
     assert plan is not None
-    assert [s.kind for s in plan.sources] == [
-        SourceKind.OWN_SLOT,
-        SourceKind.BROADCAST,
-        SourceKind.OWN_SLOT,
-    ]
-    assert "replicas differ: process 1" in reason
+    assert [givers(own) for own in plan.processes] == [None, {0}, None]
+    assert "replicas differ: process 1 takes the bytes of the majority" in reason
 
 
 def test_a_tie_between_replicas_goes_to_the_lowest_slice() -> None:
@@ -168,7 +162,7 @@ def test_a_tie_between_replicas_goes_to_the_lowest_slice() -> None:
     inventories = (dataclasses.replace(planner.inventories[0], holdings=(odd,)), planner.inventories[1])
     plan, _ = dataclasses.replace(planner, inventories=inventories).plan()
     assert plan is not None
-    assert [s.kind for s in plan.sources] == [SourceKind.OWN_SLOT, SourceKind.BROADCAST]
+    assert [givers(own) for own in plan.processes] == [None, {0}]
 
 
 def with_extras(planner: Planner, kept: dict[int, tuple[int, ...]]) -> Planner:
@@ -206,59 +200,24 @@ def test_inventories_survive_the_wire(
     case: tuple[Planner, dict[StepId, set[int]], set[StepId], int],
 ) -> None:
     for inventory in case[0].inventories:
-        assert Inventory.from_bytes(inventory.to_bytes()) == inventory
+        holdings = tuple(dataclasses.replace(h, missing=(0, 7)) for h in inventory.holdings[:1])
+        some = dataclasses.replace(inventory, holdings=holdings + inventory.holdings[1:])
+        for each in (inventory, some):
+            assert Inventory.from_bytes(each.to_bytes()) == each
 
 
-@given(st.lists(st.builds(Holding, steps, st.text(), st.integers(0), st.text(), missing=missing), max_size=3))
-def test_an_inventory_names_the_shards_that_are_missing(holdings: list[Holding]) -> None:
-    inventory = Inventory(1, tuple(holdings))
-    assert Inventory.from_bytes(inventory.to_bytes()) == inventory
+def test_in_inventories_of_earlier_versions_nothing_is_missing() -> None:
+    inventory = make_planner(1, 1, {StepId(1, 5): {0}}).inventories[0]
     raw = json.loads(inventory.to_bytes())
-    for holding in raw["holdings"]:
-        del holding[6:]  # As an earlier version says it.
-    read = Inventory.from_bytes(json.dumps(raw).encode())
-    assert read.holdings == tuple(dataclasses.replace(holding, missing=()) for holding in holdings)
-    for holding in raw["holdings"]:
-        holding += [[], []]
-    if holdings:
-        with pytest.raises(CorruptDataError):
-            Inventory.from_bytes(json.dumps(raw).encode())
-
-
-@pytest.mark.parametrize("damaged", [{3}, {1, 3}])
-def test_a_copy_that_lacks_shards_is_passed_over_as_damaged(damaged: set[int]) -> None:
-    planner = make_planner(2, 2, {StepId(1, 4): set(range(4)), StepId(1, 3): set(range(4))})
-    inventories = tuple(
-        dataclasses.replace(
-            inventory,
-            holdings=tuple(
-                dataclasses.replace(h, missing=(h.position % 2,)) if h.step.step == 4 else h
-                for h in inventory.holdings
-            ),
-        )
-        if inventory.process in damaged
-        else inventory
-        for inventory in planner.inventories
-    )
-    planner = dataclasses.replace(planner, inventories=inventories)
-    plan, reason = planner.plan()
-    assert plan is not None
-    assert planner.unusable() is None
-    if damaged == {3}:
-        assert plan.step.step == 4
-        assert [source.process for source in plan.sources] == [None, None, None, 1]
-        assert "the copy of process 3 is damaged" in reason
-    else:
-        assert plan.step.step == 3
-        assert "step 4: the shards of processes 1, 3 have no survivor" in reason
-        assert "the copies of processes 1, 3 are damaged" in reason
+    raw["holdings"] = [holding[:6] for holding in raw["holdings"]]
+    assert Inventory.from_bytes(json.dumps(raw).encode()) == inventory
 
 
 def test_lost_extras_are_taken_from_the_persistent_tier_together_with_the_arrays() -> None:
     planner = with_extras(make_planner(3, 2, {StepId(1, 5): {0}}, persistent=(StepId(1, 5),)), {0: (0, 4)})
     plan, reason = planner.plan()
     assert plan is not None
-    assert {source.kind for source in plan.sources} == {SourceKind.PERSISTENT}
+    assert [own.persistent for own in plan.processes] == [(0,), (1,)] * 3
     assert "extras of processes 1, 2, 3, 5 have no survivor" in reason
 
 
@@ -300,7 +259,7 @@ def test_hosts_that_kept_their_place_in_the_mesh_restore_alone_under_any_numberi
     groups = tuple(tuple(before.index(p) for p in group) for group in saved.groups)
     plan, _ = seen_from(saved, renumbered, groups, list(before)).plan()
     assert plan is not None
-    assert {source.kind for source in plan.sources} == {SourceKind.OWN_SLOT}
+    assert all(own.is_whole for own in plan.processes)
 
 
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.data())
@@ -316,16 +275,14 @@ def test_slices_may_come_and_go(per_slice: int, before: int, after: int, data: s
         )
     )
     planner = seen_from(saved, wanted.layout, wanted.groups, held_by)
-    fits = {p for p, b in enumerate(held_by) if b >= 0 and b % per_slice == p % per_slice}
     plan, reason = planner.plan()
-    assert (plan is not None) == ({p % per_slice for p in fits} == set(range(per_slice)))
+    assert (plan is not None) == ({b % per_slice for b in held_by if b >= 0} == set(range(per_slice)))
+    assert planner.unusable() is None
     if plan is not None:
-        assert {p for p, s in enumerate(plan.sources) if s.kind is SourceKind.OWN_SLOT} == fits
-    elif {b % per_slice for b in held_by if b >= 0} == set(range(per_slice)):
-        assert planner.unusable() is not None
+        fits = {p for p, b in enumerate(held_by) if b >= 0 and b % per_slice == p % per_slice}
+        assert {p for p, own in enumerate(plan.processes) if own.is_whole} == fits
     else:
-        assert planner.unusable() is None
-        assert reason
+        assert "have no survivor" in reason or set(held_by) == {-1}
 
 
 def test_extras_of_a_job_of_another_size_belong_to_nobody() -> None:
@@ -336,22 +293,28 @@ def test_extras_of_a_job_of_another_size_belong_to_nobody() -> None:
     assert plan.extras_from == (None,)
 
 
-def test_hosts_that_changed_places_within_a_slice_take_the_step_from_another_slice() -> None:
+def test_hosts_that_changed_places_within_a_slice_give_each_other_their_shards() -> None:
     saved = make_planner(2, 2, {StepId(1, 7): {0, 1, 2, 3}})
     plan, reason = seen_from(saved, saved.layout, saved.groups, [1, 0, 2, 3]).plan()
     assert plan is not None
-    assert [s.kind for s in plan.sources] == [SourceKind.BROADCAST] * 2 + [SourceKind.OWN_SLOT] * 2
-    assert "processes 0, 1 cannot be used: the shards in them are those of other processes now" in reason
+    assert [givers(own) for own in plan.processes] == [{1}, {0}, None, None]
+    assert [take.position for own in plan.processes for take in own.takes] == [0, 1]
+    alone = seen_from(make_planner(1, 2, {StepId(1, 7): {0, 1}}), make_layout(1, 2), ((0,), (1,)), [1, 0])
+    plan, _ = alone.plan()
+    assert plan is not None
+    assert [givers(own) for own in plan.processes] == [{1}, {0}]
+    assert reason.startswith("step 7: 2 of 4 processes have it on their own ramdisk")
 
 
-def test_a_step_that_is_whole_but_on_the_wrong_hosts_is_unusable_and_not_nothing() -> None:
+def test_a_step_that_is_whole_but_out_of_reach_is_unusable_and_not_nothing() -> None:
     saved = make_planner(1, 2, {StepId(1, 7): {0, 1}, StepId(1, 5): {0, 1}})
-    planner = seen_from(saved, saved.layout, saved.groups, [1, 0])
+    planner = dataclasses.replace(seen_from(saved, saved.layout, saved.groups, [1, 0]), served=frozenset[int]())
     found = planner.unusable()
     assert found is not None
     assert found.step == StepId(1, 7)
     assert found.describe() == (
-        "a job of 2 processes in 1 slice saved it, and the hosts that hold its shards now need others"
+        "a job of 2 processes in 1 slice saved it, and the processes that need its shards cannot fetch them "
+        "from the others"
     )
     assert dataclasses.replace(planner, persistent=(StepId(1, 7),)).unusable() is None
 
