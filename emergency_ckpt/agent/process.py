@@ -29,6 +29,7 @@ from emergency_ckpt.local.claim import check_root
 
 _TOKEN = re.compile(r"[0-9A-Za-z._~+/=-]{16,512}")
 _WATCH_SECONDS = 1.0
+_REQUEST_SECONDS = 10.0
 _SPARE_DESCRIPTORS = 256
 _log = logging.getLogger("emergency_ckpt.agent")
 
@@ -76,7 +77,9 @@ class _Life:
         options = self._options
         addresses = choose_addresses(options.bind, options.advertise, options.reach)
         limits = ServerLimits(
-            connections=_connections(options.connections), stall_seconds=options.stall_seconds
+            connections=_connections(options.connections),
+            request_seconds=min(_REQUEST_SECONDS, options.stall_seconds),
+            stall_seconds=options.stall_seconds,
         )
         server = ShardServer(self._root, token, limits)
         self._catch_signals(server)
