@@ -227,9 +227,19 @@ def test_several_processes_pin_one_slot_and_the_last_one_lets_it_go(directory: D
 def test_a_forked_child_keeps_no_pin(directory: Directory) -> None:
     store = two_slots(directory)
     pinned = pin(store, 1)
-    with subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE):
+    end, ends = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(ends)
+        os.read(end, 1)  # Until the parent has closed its end.
+        os._exit(0)
+    try:
         pinned.close()
         assert save(store, step(3))
+    finally:
+        os.close(ends)
+        os.waitpid(child, 0)
+        os.close(end)
 
 
 RACING = """

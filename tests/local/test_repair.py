@@ -287,6 +287,7 @@ KILLED_REPAIRER = """
 """
 
 
+@pytest.mark.slow
 def test_a_crash_between_any_two_steps_leaves_a_valid_slot_that_only_grows(directory: Directory) -> None:
     """Killed before the n-th step for every n: damage noted, shards written by halves, manifests replaced."""
     outcomes: list[int] = []

@@ -19,6 +19,8 @@ from emergency_ckpt.errors import (
     StateMismatchError,
     UnsupportedStateError,
 )
+from emergency_ckpt.local.manifest import Manifest
+from emergency_ckpt.local.slot_views import SealedSlot
 from emergency_ckpt.persistent import writer
 from emergency_ckpt.persistent.arrays import WriteOptions, settle
 from emergency_ckpt.persistent.committer import StepContent, commit
@@ -186,6 +188,26 @@ def test_checksums_of_another_generation_are_not_accepted(store: PersistentStore
             lambda i: shard_array(arrays, layout, i),
             lambda i: checksums_of(arrays, layout, i, 2),
         )
+
+
+def test_a_slot_that_lacks_a_shard_gives_every_part_but_the_one_with_that_shard(
+    store: PersistentStore, attempt: Attempt
+) -> None:
+    arrays = small_state()
+    layout, generation = layout_of(arrays), attempt.step_id.generation
+    entries = layout.slot_entries(0)
+    data = np.zeros(layout.data_bytes(0), np.uint8)
+    for entry in entries:
+        place = data[entry.offset : entry.offset + entry.nbytes]
+        place[:] = shard_array(arrays, layout, entry.shard).reshape(-1).view(np.uint8)
+    checksums = tuple(checksums_of(arrays, layout, entry.shard, generation) for entry in entries)
+    manifest = Manifest("run", "n", attempt.step_id, layout.hash, 0, 4, checksums, missing=(1,))
+    slot = SealedSlot(0, manifest, layout, data)
+    good = [entry.shard for entry in entries if entry.shard not in slot.missing]
+    report = write_part(store, attempt, layout, 0, good, slot.shard, slot.checksums)
+    assert report.shards == tuple(good)
+    with pytest.raises(CorruptDataError, match="is missing in slot 0"):
+        write_part(store, attempt, layout, 1, slot.missing, slot.shard, slot.checksums)
 
 
 def test_missing_parts_are_named_when_the_time_is_over(store: PersistentStore, attempt: Attempt) -> None:
