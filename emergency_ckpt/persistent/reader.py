@@ -34,7 +34,7 @@ from emergency_ckpt.persistent.arrays import (
     leaf_chunks,
     new_context,
     ocdbt,
-    settle,
+    settle_reads,
     storage_dtype,
 )
 from emergency_ckpt.persistent.files import Files, LocalFiles
@@ -176,7 +176,7 @@ class StepReader:
         if self.side is not None:
             return self.side.values
         self._open(self._tree.numbers)
-        numbers = settle(
+        numbers = settle_reads(
             [self._arrays[name].read() for name in self._tree.numbers],
             f"reading the scalars of {self.path}",
             self._timeout_seconds,
@@ -268,7 +268,7 @@ class StepReader:
             running_bytes -= request.out.nbytes
             try:
                 what = self._where(request)
-                settle([future], what, max(deadline - time.monotonic(), 0.001))
+                settle_reads([future], what, max(deadline - time.monotonic(), 0.001))
                 self._verify(request, what)
             except (CorruptDataError, PersistentStoreError) as error:
                 failure = failure or error
@@ -330,7 +330,7 @@ class StepReader:
         missing = [name for name in names if name not in self._arrays]
         for at in range(0, len(missing), _OPENED_AT_ONCE):
             some = missing[at : at + _OPENED_AT_ONCE]
-            arrays = settle(
+            arrays = settle_reads(
                 [ts.open(self._spec(name), open=True, read=True, context=self._context) for name in some],
                 f"opening {len(some)} leaves of {self.path} from {some[0]!r}",
                 self._timeout_seconds,

@@ -97,6 +97,22 @@ def test_a_damaged_file_costs_at_most_its_step(
         assert_same(manager.restore(5)["state"], make_state(mesh, 5))
 
 
+@pytest.mark.parametrize(("kind", "at", "bit"), [("default/d/*", 18, 2), ("default/manifest.ocdbt", 14, 6)])
+def test_a_flipped_bit_that_is_no_longer_a_tree_of_arrays_costs_its_step(
+    intact: Path, mesh: Mesh, tmp_path: Path, kind: str, at: int, bit: int
+) -> None:
+    """TensorStore says so without a status, and it must not pass for a store that fails."""
+    bucket = Path(shutil.copytree(intact, tmp_path / "bucket"))
+    for path in (bucket / "10").glob(kind):
+        content = bytearray(path.read_bytes())
+        content[at] ^= 1 << bit
+        path.write_bytes(content)
+    with CheckpointManager(None, bucket, mesh, make_state(mesh, 0), options=OPTIONS) as manager:
+        restored = manager.restore_or_init(dict)
+        assert restored.step == 5
+        assert_same(restored.state, make_state(mesh, 5))
+
+
 def test_an_item_directory_that_is_gone_takes_its_step_off_the_list(
     intact: Path, mesh: Mesh, tmp_path: Path
 ) -> None:
