@@ -37,6 +37,7 @@ from emergency_ckpt.persistent.arrays import (
     settle_reads,
     storage_dtype,
 )
+from emergency_ckpt.persistent.fields import parsed
 from emergency_ckpt.persistent.files import Files, LocalFiles
 from emergency_ckpt.persistent.step_files import (
     CHECKSUMS_FILE,
@@ -44,11 +45,10 @@ from emergency_ckpt.persistent.step_files import (
     ITEM_NAMES,
     LAYOUT_FILE,
     ORBAX_TREE_FILE,
-    SideInfo,
     checksums_from_bytes,
     digest,
     extras_from_json,
-    parse_side_file_name,
+    read_side_info,
     unseal,
 )
 from emergency_ckpt.persistent.tree_metadata import (
@@ -79,6 +79,7 @@ class StepReader:
     Args:
       step: the step's directory, or the files below it.
       item: the item directory; None for the one that the step has.
+      directory_step: the step that the directory's name stands for; None where that is not known.
       timeout_seconds: limit for each single wait for the store while opening.
 
     Raises CorruptDataError when a file of the step is damaged, PersistentStoreError when there is no such step.
@@ -89,6 +90,7 @@ class StepReader:
         step: str | os.PathLike[str] | Files,
         item: str | None = None,
         *,
+        directory_step: int | None = None,
         timeout_seconds: float = 300.0,
     ):
         self._files: Files = LocalFiles(step) if isinstance(step, str | os.PathLike) else step
@@ -96,12 +98,9 @@ class StepReader:
         self._context = new_context()
         self._arrays: dict[str, Any] = {}
         entries = self._files.entries()
-        sides = [e.name for e in entries if parse_side_file_name(e.name)]
-        self.side: SideInfo | None = None
-        if sides:
-            name = max(sides, key=lambda n: parse_side_file_name(n) or (0, ""))
-            self.side = SideInfo.from_bytes(self._files.read(name), self._files.locate(name))
-        elif lone := [e.name for e in entries if e.name in (LAYOUT_FILE, CHECKSUMS_FILE)]:
+        self.side = read_side_info(self._files, (e.name for e in entries), directory_step)
+        lone = [e.name for e in entries if e.name in (LAYOUT_FILE, CHECKSUMS_FILE)]
+        if self.side is None and lone:
             raise CorruptDataError(
                 f"{self.path} holds {lone[0]} but not the side file that belongs to it"
                 " (emergency_ckpt.<generation>.<nonce>.json): the step is damaged. Restore another one."
@@ -153,7 +152,8 @@ class StepReader:
         if self.side is None or EXTRAS_FILE not in self.side.digests:
             return {}
         where = self._files.locate(EXTRAS_FILE)
-        return extras_from_json(unseal(self._our_file(EXTRAS_FILE), where)["extras"], where)
+        raw = unseal(self._our_file(EXTRAS_FILE), where, "Restore another step.")
+        return parsed(raw, lambda found: extras_from_json(found["extras"]), where, "Restore another step.")
 
     def values(self) -> dict[str, Value]:
         """The leaves that are not arrays, by name."""

@@ -18,7 +18,9 @@ from emergency_ckpt.jaxio.orbax_metadata import layout_metadata_files
 from emergency_ckpt.jaxio.topology import Topology
 from emergency_ckpt.persistent.arrays import WriteOptions
 from emergency_ckpt.persistent.committer import StepContent
+from emergency_ckpt.persistent.files import LocalFiles
 from emergency_ckpt.persistent.reader import StepReader
+from emergency_ckpt.persistent.step_facts import read_step_facts
 from emergency_ckpt.persistent.store import Attempt, PersistentStore
 from tests.persistent.saving import assert_same, layout_of, read_shards, read_whole, save
 
@@ -180,3 +182,15 @@ def test_plain_orbax_refuses_our_checkpoint_with_a_flipped_bit(tmp_path: Path) -
     with ocp.StandardCheckpointer() as checkpointer, pytest.raises(Exception) as error:  # noqa: PT011
         checkpointer.restore(tmp_path / "1/default")
     assert "Digest mismatch" in str(error.value.__cause__)
+
+
+def test_a_step_that_is_deleted_between_listing_and_reading_is_no_raw_error(tmp_path: Path) -> None:
+    """A link that leads nowhere is listed like a file, and is not there when it is read."""
+    step = ours(tmp_path)
+    (side,) = step.glob("emergency_ckpt.[0-9]*.json")
+    side.unlink()
+    side.symlink_to(tmp_path / "nowhere")
+    assert [held.step_id.step for held in PersistentStore(tmp_path).steps()] == [3]
+    for read in (lambda: StepReader(step), lambda: read_step_facts(LocalFiles(step))):
+        with pytest.raises(CorruptDataError, match=f"{side} was listed and cannot be opened"):
+            read()
