@@ -15,8 +15,12 @@ from emergency_ckpt.runtime.datasets import DatasetDirectory
 
 def test_nobody_waits_without_a_limit_for_a_save_of_a_dataset_that_hangs(tmp_path: Path) -> None:
     ends = threading.Event()
+
+    def hang() -> None:
+        ends.wait()
+
     options = orbax_emergency.CheckpointManagerOptions(
-        async_options=ocp.options.AsyncOptions(timeout_secs=1, post_finalization_callback=ends.wait)
+        async_options=ocp.options.AsyncOptions(timeout_secs=1, post_finalization_callback=hang)
     )
     datasets = DatasetDirectory(tmp_path / "datasets", options, None, None)
     datasets.save(5, ocp.args.JsonSave({"position": 5}), None, [])
