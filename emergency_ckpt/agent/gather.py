@@ -51,13 +51,15 @@ class Gathered:
 
     Attributes:
       checksums: block checksums of the shards that are in their places, by index into the wanted layout.
-      strikes: what turned out bad or dead.
+      strikes: what turned out bad.
+      unreachable: processes whose agents are gone or late, or have the slot no longer, and why.
       manifest: of one of the sources, for what is the same in all of them; None where none could be opened.
       sources: per process, how many shards and bytes were read from its slots.
     """
 
     checksums: Mapping[int, tuple[int, ...]]
     strikes: tuple[Strike, ...]
+    unreachable: Mapping[int, str]
     manifest: Manifest | None
     sources: Mapping[int, tuple[int, int]]
 
@@ -106,7 +108,7 @@ def gather(
       open_source: opens the slot that a take names; raises PeerUnavailableError or CorruptDataError.
       streams: how many requests run at a time.
 
-    Nothing is raised for sources that fail: they are among the strikes, and their shards are missing.
+    Nothing is raised for sources that fail: they are struck or unreachable, and their shards are missing.
     """
     return _Gathering(target, open_source, streams).run(list(takes))
 
@@ -119,6 +121,7 @@ class _Gathering:
         self._guard = threading.Lock()
         self._strikes: dict[tuple[int, frozenset[int] | None], Strike] = {}
         self._dead: set[int] = set()
+        self._unreachable: dict[int, str] = {}
         self._lost: set[int] = set()  # wanted shards of which something could not be read
         self._sources: dict[int, list[int]] = collections.defaultdict(lambda: [0, 0])
 
@@ -135,13 +138,14 @@ class _Gathering:
         checksums = self._checksums(reads)
         manifest = min(opened, key=lambda each: each[1].process)[0].manifest if opened else None
         sources = {process: (shards, nbytes) for process, (shards, nbytes) in sorted(self._sources.items())}
-        return Gathered(checksums, tuple(self._strikes.values()), manifest, sources)
+        strikes = tuple(self._strikes.values())
+        return Gathered(checksums, strikes, dict(sorted(self._unreachable.items())), manifest, sources)
 
     def _open(self, take: Take) -> tuple[SlotSource, Take] | None:
         try:
             return self._open_source(take), take
         except (PeerUnavailableError, CorruptDataError) as error:
-            self._strike(take.process, None, str(error))
+            self._give_up(take.process, error)
             return None
 
     def _plan(self, opened: Sequence[tuple[SlotSource, Take]]) -> list[_Read]:
@@ -181,7 +185,9 @@ class _Gathering:
         try:
             source.fetch(
                 [
-                    Blocks(read.shard, data[first * BLOCK_BYTES : first * BLOCK_BYTES + read.nbytes], first, count)
+                    Blocks(
+                        read.shard, data[first * BLOCK_BYTES : first * BLOCK_BYTES + read.nbytes], first, count
+                    )
                     for read, data in zip(task, memory, strict=True)
                     for first, count in [read.blocks]
                 ]
@@ -191,8 +197,7 @@ class _Gathering:
             bad = set(error.shards)
             self._strike(source.process, frozenset(bad), str(error), source.layout)
         except (PeerUnavailableError, CorruptDataError) as error:
-            self._dead.add(source.process)
-            self._strike(source.process, None, str(error))
+            self._give_up(source.process, error)
             self._lose(task)
             return
         good = [(read, data) for read, data in zip(task, memory, strict=True) if read.shard not in bad]
@@ -240,6 +245,15 @@ class _Gathering:
                 seed = shard_seed(self._target.step.generation, wanted, place)
                 found[place] = checksum_blocks(self._target.place(place), seed)
         return found
+
+    def _give_up(self, process: int, error: PeerUnavailableError | CorruptDataError) -> None:
+        """Asks a source for nothing more."""
+        self._dead.add(process)
+        if isinstance(error, CorruptDataError):
+            self._strike(process, None, str(error))
+            return
+        with self._guard:
+            self._unreachable.setdefault(process, str(error))
 
     def _strike(
         self, process: int, shards: frozenset[int] | None, why: str, layout: Layout | None = None

@@ -79,7 +79,8 @@ class OwnSlot:
         if bad:
             named = ", ".join(str(self.layout.shards[shard]) for shard in sorted(bad)[:5])
             raise CorruptShardsError(
-                f"{len(bad)} shards of {self.manifest.step} on this ramdisk do not match their checksums: {named}",
+                f"{len(bad)} shards of {self.manifest.step} on this ramdisk do not match their checksums: "
+                f"{named}",
                 tuple(sorted(bad)),
             )
 

@@ -307,6 +307,13 @@ def _service_client() -> Any:
     return client
 
 
+def service_address() -> str | None:
+    """`host:port` of the coordination service of process 0; None where there is none."""
+    from jax._src import distributed
+
+    return distributed.global_state.coordinator_address
+
+
 def _has_status(error: RuntimeError, status: str) -> bool:
     """JAX reports the service's status code as the first word of the message."""
     return str(error).startswith(status)

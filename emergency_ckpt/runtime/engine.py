@@ -466,6 +466,7 @@ class Engine:
             self.wait()
         finally:
             self._workers.close()
+            self.job.peers.close()
             self.job.local.close()
 
     def _call(self, kind: str) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from etils import epath
 
 from emergency_ckpt.core.extras import Item, ProcessExtras, joined_items
-from emergency_ckpt.core.restore_plan import RestorePlan
+from emergency_ckpt.core.restore_plan import CommonPlan
 from emergency_ckpt.errors import CorruptDataError
 from emergency_ckpt.local.manifest import Manifest
 from emergency_ckpt.persistent.reader import StepReader
@@ -22,7 +22,7 @@ from emergency_ckpt.runtime.job import Job
 class ExtrasExchange:
     """The extras of one process in one round of a restore."""
 
-    def __init__(self, job: Job, plan: RestorePlan, items: Collection[str]) -> None:
+    def __init__(self, job: Job, plan: CommonPlan, items: Collection[str]) -> None:
         """`items`: the names of those that are wanted; the same on all processes."""
         self._job = job
         self._plan = plan
@@ -38,7 +38,7 @@ class ExtrasExchange:
     def give(self, key: str) -> None:
         """Sends the extras that this process keeps for those that lost theirs."""
         job, step = self._job, self._plan.step
-        wards = [p for p, keeper in enumerate(self._plan.extras_from) if keeper == job.process and p != keeper]
+        wards = self._plan.wards(job.process)
         slot = job.local.sealed(step) if wards else None
         for ward in wards:
             text = slot.manifest.extras.get(ward) if slot else None

@@ -1,4 +1,4 @@
-"""Hydrating: making this process's slot for one step whole, from the persistent tier or from another slice.
+"""The memory in which a process makes a step whole: a slot, the missing parts of its own slot, or plain memory.
 
 Until all processes hold the restored state no sealed slot is given up for it: where no slot is free, the bytes
 wait in ordinary memory and move into a slot afterwards. A part of a step goes into memory only.
@@ -7,7 +7,7 @@ wait in ordinary memory and move into a slot afterwards. A part of a step goes i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -20,6 +20,7 @@ from emergency_ckpt.core.part import Part
 from emergency_ckpt.core.values import Value
 from emergency_ckpt.errors import LocalDirectoryError
 from emergency_ckpt.local.manifest import Manifest
+from emergency_ckpt.local.repair import RepairSlot
 from emergency_ckpt.local.slot_views import OpenSlot, SealedSlot
 from emergency_ckpt.local.store import LocalStore
 from emergency_ckpt.persistent.reader import BoxRequest, StepReader
@@ -39,6 +40,7 @@ class Hydration:
         takes_slot = part.is_whole and not here
         self._slot = self._begin() if takes_slot else None
         self.data = self._slot_memory() if self._slot is not None else self._plain_memory()
+        self._entries = {entry.shard: entry for entry in job.layout.slot_entries(job.process)}
 
     def _begin(self) -> OpenSlot | None:
         try:
@@ -64,31 +66,17 @@ class Hydration:
         # Pages that nothing is written to, those between the leaves of a part, take no memory.
         return np.empty(self._job.layout.data_bytes(self._job.process), np.uint8)
 
-    def read_persistent(self, reader: StepReader) -> tuple[tuple[int, ...], ...]:
-        """Reads this process's shards, verified where the step has checksums; returns block checksums."""
-        job = self._job
-        requests = []
-        for entry in self._part.entries(job.process):
-            shard = job.layout.shards[entry.shard]
-            target = self.data[entry.offset : entry.offset + entry.nbytes]
-            requests.append(BoxRequest(shard.leaf, shard.box, job.layout.typed(entry.shard, target)))
-        self._still_written = True  # A read whose time is over, or that was interrupted, may go on.
-        reader.read_boxes(requests, job.settings.read_bytes, job.settings.drain_timeout.total_seconds())
-        self._still_written = False
-        return self.checksums()
+    def place(self, shard: int) -> np.ndarray:
+        """Flat uint8 memory of a shard of this process (an index into the shards of the job's layout)."""
+        entry = self._entries[shard]
+        return self.data[entry.offset : entry.offset + entry.nbytes]
 
-    def checksums(self) -> tuple[tuple[int, ...], ...]:
-        """Block checksums of what is in the slot now, entry by entry; none for what is not of this part."""
-        job = self._job
-        found: list[tuple[int, ...]] = []
-        wanted = set(self._part.entries(job.process))
-        for entry in job.layout.slot_entries(job.process):
-            if entry not in wanted:
-                found.append(())
-                continue
-            seed = shard_seed(self.step.generation, job.layout, entry.shard)
-            found.append(checksum_blocks(self.data[entry.offset : entry.offset + entry.nbytes], seed))
-        return tuple(found)
+    def read_persistent(self, reader: StepReader, shards: Iterable[int]) -> dict[int, tuple[int, ...]]:
+        """Reads shards, verified where the step has checksums; returns their block checksums."""
+        self._still_written = True  # A read whose time is over, or that was interrupted, may go on.
+        found = read_shards(self._job, self.step, reader, {shard: self.place(shard) for shard in shards})
+        self._still_written = False
+        return found
 
     def write(self, offset: int, data: np.ndarray) -> None:
         """Puts received bytes in place."""
@@ -116,6 +104,57 @@ class Hydration:
         if not self._part.is_whole:
             return None
         return SealedSlot(-1, manifest, self._job.layout, self.data).find_damage()
+
+
+class Repair:
+    """This process's own slot for a step, which lacks some shards: these alone are written."""
+
+    def __init__(self, job: Job, slot: RepairSlot) -> None:
+        self._job = job
+        self._slot = slot
+
+    @property
+    def missing(self) -> tuple[int, ...]:
+        """What the slot still lacks, as indices into the shards of the job's layout."""
+        theirs, ours = self._slot.layout, self._job.layout
+        if theirs.hash == ours.hash:
+            return self._slot.missing
+        return tuple(sorted(ours.shard_index[theirs.shards[shard]] for shard in self._slot.missing))
+
+    def place(self, shard: int) -> np.ndarray:
+        return self._slot.shard(self._theirs(shard))
+
+    def read_persistent(self, reader: StepReader, shards: Iterable[int]) -> dict[int, tuple[int, ...]]:
+        places = {shard: self.place(shard) for shard in shards}
+        return read_shards(self._job, self._slot.manifest.step, reader, places)
+
+    def count(self, shards: Iterable[int]) -> tuple[int, ...]:
+        """Counts written shards as there; returns those whose bytes are not what was saved in this slot."""
+        ours = {self._theirs(shard): shard for shard in shards}
+        return tuple(ours[shard] for shard in self._job.local.repaired(self._slot, ours))
+
+    def end(self) -> None:
+        self._job.local.end_repair(self._slot)
+
+    def _theirs(self, shard: int) -> int:
+        if self._slot.layout.hash == self._job.layout.hash:
+            return shard
+        return self._slot.layout.shard_index[self._job.layout.shards[shard]]
+
+
+def read_shards(
+    job: Job, step: StepId, reader: StepReader, places: Mapping[int, np.ndarray]
+) -> dict[int, tuple[int, ...]]:
+    """Reads shards of the job's layout from the persistent tier into their places; their block checksums."""
+    requests = [
+        BoxRequest(job.layout.shards[shard].leaf, job.layout.shards[shard].box, job.layout.typed(shard, place))
+        for shard, place in places.items()
+    ]
+    reader.read_boxes(requests, job.settings.read_bytes, job.settings.drain_timeout.total_seconds())
+    return {
+        shard: checksum_blocks(place, shard_seed(step.generation, job.layout, shard))
+        for shard, place in places.items()
+    }
 
 
 @dataclasses.dataclass(frozen=True)

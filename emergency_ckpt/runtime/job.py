@@ -12,6 +12,7 @@ from emergency_ckpt.jaxio.topology import Topology
 from emergency_ckpt.local.store import LocalStore
 from emergency_ckpt.persistent.reader import StepReader
 from emergency_ckpt.persistent.store import Generation, PersistentStore
+from emergency_ckpt.runtime.peers import Peers
 from emergency_ckpt.runtime.settings import Settings
 from emergency_ckpt.telemetry.log import CheckpointLogger
 
@@ -29,6 +30,7 @@ class Job:
     layout: Layout
     coordinator: Coordinator
     local: LocalStore
+    peers: Peers
     persistent: PersistentStore
     generation: Generation
     log: CheckpointLogger

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
 
 from emergency_ckpt.core.lineage import Activation, StepId
-from emergency_ckpt.core.restore_plan import RestorePlan, SourceKind, Strike
+from emergency_ckpt.core.restore_plan import PlanOfOne, Strike
 from emergency_ckpt.core.slots import Outcome
 from emergency_ckpt.errors import (
     CorruptDataError,
@@ -29,9 +29,11 @@ from emergency_ckpt.persistent.reader import StepReader
 from emergency_ckpt.runtime.agreement import agree
 from emergency_ckpt.runtime.extras import ReceivedExtras
 from emergency_ckpt.runtime.extras_exchange import ExtrasExchange
-from emergency_ckpt.runtime.hydrate import Hydrated, Hydration, fitted, make_manifest
+from emergency_ckpt.runtime.filling import Filling
+from emergency_ckpt.runtime.hydrate import Hydrated, Hydration, make_manifest
 from emergency_ckpt.runtime.job import Job
 from emergency_ckpt.runtime.loading import read_state
+from emergency_ckpt.runtime.setbacks import NONE, Setbacks
 from emergency_ckpt.runtime.wanted import Wanted
 
 _READ_PAUSES_SECONDS = (0.5, 2.0, 5.0)
@@ -50,32 +52,37 @@ class Attempt:
     """One round: one plan carried out by this process."""
 
     def __init__(
-        self, job: Job, plan: RestorePlan, wanted: Wanted, mesh: jax.sharding.Mesh, replica_axis: str
+        self,
+        job: Job,
+        plan: PlanOfOne,
+        wanted: Wanted,
+        filling: Filling,
+        mesh: jax.sharding.Mesh,
+        replica_axis: str,
     ) -> None:
+        """`filling`: what the rounds before have of this step."""
         self._job = job
         self._plan = plan
         self._wanted = wanted
+        self._filling = filling
         self._mesh = mesh
         self._replica_axis = replica_axis
-        self._source = plan.sources[job.process]
         self._whole: Hydrated | None = None
         self._receiving: Hydration | None = None
         self._boxes: Mapping[str, Any] = {}
-        self._extras = ExtrasExchange(job, plan, wanted.beside.items)
+        self._extras = ExtrasExchange(job, plan.common, wanted.beside.items)
 
-    def run(self, key: str) -> list[Strike]:
+    def run(self, key: str) -> Setbacks:
         """Makes this process's slot whole, or reads the wanted part of it.
 
-        Returns the sources that turned out bad, alike on all processes.
+        Returns the sources that failed, alike on all processes.
         """
         found = self._agree(f"{key}/hydrated", lambda: self._hydrate(key))
-        if not found:
-            self._extras.collect(key)
-        if not found and any(source.kind is SourceKind.BROADCAST for source in self._plan.sources):
+        if not found and self._plan.common.has_broadcast:
             found = self._agree(f"{key}/received", lambda: self._broadcast(key))
         return found
 
-    def finish(self, key: str, activation: Activation) -> Held | list[Strike]:
+    def finish(self, key: str, activation: Activation) -> Held | Setbacks:
         """Assembles the state; once all processes hold it, what it leaves behind is void."""
         held = self.hold(key, activation)
         if isinstance(held, Held):
@@ -84,7 +91,7 @@ class Attempt:
             self._settle()
         return held
 
-    def hold(self, key: str, activation: Activation | None = None) -> Held | list[Strike]:
+    def hold(self, key: str, activation: Activation | None = None) -> Held | Setbacks:
         """Assembles what is wanted; once all processes hold it, `activation` is recorded if there is one.
 
         Where the extras of one process cannot be put in their place, no process restores: data position and
@@ -93,16 +100,16 @@ class Attempt:
         job = self._job
         held: list[Held] = []
 
-        def mine() -> list[Strike]:
+        def mine() -> Setbacks:
             self._extras.give_items(key)
             try:
                 leaves = self._assemble()
             except CorruptDataError as error:
                 job.log.error("restore", self._plan.step.step, str(error))
-                return [self._own_strike(str(error))]
+                return Setbacks((self._own_strike(str(error)),))
             saved = self._extras.saved(key)
             held.append(Held(leaves, self._wanted.beside.receive(self._plan.step.step, saved)))
-            return []
+            return NONE
 
         return self._agree(key, mine, activation) or held[0]
 
@@ -122,57 +129,59 @@ class Attempt:
         if receiving is not None:
             receiving.discard()
 
-    def _agree(
-        self, key: str, work: Callable[[], Sequence[Strike]], activation: Activation | None = None
-    ) -> list[Strike]:
-        """Does this process's part; all learn of every source that anybody struck."""
+    def _agree(self, key: str, work: Callable[[], Setbacks], activation: Activation | None = None) -> Setbacks:
+        """Does this process's part; all learn of every source that failed anybody."""
         job = self._job
 
         def decide(answers: list[Any]) -> Any:
-            # Many processes may have found one source bad: what one of them says is enough.
-            by_source = {tuple(strike[:3]): strike for answer in answers for strike in answer}
-            found = [by_source[source] for source in sorted(by_source, key=str)]
-            if not found and activation is not None:
+            found = Setbacks.merged(answers)
+            if not Setbacks.from_json(found) and activation is not None:
                 job.persistent.record_activation(activation)
             return found
 
         answer = agree(
             job.coordinator,
             key,
-            lambda: [_strike_json(strike) for strike in work()],
+            lambda: work().to_json(),
             decide,
             job.settings.drain_timeout + job.settings.coordination_timeout,
         )
-        return [Strike(StepId(g, s), p, why) for g, s, p, why in answer]
+        return Setbacks.from_json(answer)
 
     # Getting the bytes.
 
-    def _hydrate(self, key: str) -> list[Strike]:
-        """Everything but receiving a broadcast: the own slot, or the persistent tier."""
-        job, step = self._job, self._plan.step
+    def _hydrate(self, key: str) -> Setbacks:
+        """Everything but receiving a broadcast: own slot, other processes' slots, the persistent tier."""
+        job, step, own = self._job, self._plan.step, self._plan.own
         self._extras.give(key)
+        self._extras.collect(key)
         try:
             if self._wanted.boxes:
                 self._boxes = self._read_persistent(self._boxes_from_persistent)
-            if self._source.kind is SourceKind.PERSISTENT:
-                self._whole = self._read_persistent(self._from_persistent)
         except CorruptDataError as error:
             # Only what is proven to be damaged may cost a step: a store that fails is asked again, and if it
             # fails for good, the restore fails and nothing becomes void.
             job.log.error("restore", step.step, str(error))
-            return [Strike(step, None, str(error))]
-        if self._source.kind is SourceKind.OWN_SLOT:
-            slot = job.local.sealed(step)
-            if slot is None:
-                return [Strike(step, job.process, "it was given up meanwhile")]
-            self._extras.note_saved_by(slot.manifest)
-            self._whole = Hydrated(fitted(slot, job.layout, job.process), job.local)
-        elif self._source.kind is SourceKind.BROADCAST:
+            return Setbacks.of(step, None, str(error))
+        if own.sender is not None:
             # Made before anybody enters the broadcast, so that an error here is agreed on first.
             self._receiving = Hydration(job, step, self._wanted.part)
-        if self._whole is not None and self._receivers(job.process):
+            return NONE
+        setbacks = self._read_persistent(lambda: self._filling.carry_out(own, self._reader_for_slot))
+        if setbacks:
+            return setbacks
+        if self._filling.saved_by is not None:
+            self._extras.note_saved_by(self._filling.saved_by)
+        self._whole = self._filling.finish(self._extras.own)
+        if self._plan.common.sends_broadcast(job.process):
             job.coordinator.put(f"{key}/manifest/{job.process}", self._whole.slot.manifest.to_bytes())
-        return []
+        return NONE
+
+    def _reader_for_slot(self) -> StepReader:
+        reader = self._checked_reader()
+        if self._plan.common.extras_from[self._job.process] is None:
+            self._extras.take_persistent(reader)
+        return reader
 
     def _read_persistent(self, read: Callable[[], _Read]) -> _Read:
         for pause_seconds in _READ_PAUSES_SECONDS:
@@ -191,25 +200,6 @@ class Attempt:
         seconds = settings.drain_timeout.total_seconds()
         return read_state(reader, self._wanted.boxes, self._job.topology, settings.read_bytes, seconds)
 
-    def _from_persistent(self) -> Hydrated:
-        job, step = self._job, self._plan.step
-        reader = self._checked_reader()
-        self._extras.take_persistent(reader)
-        metadata = {}
-        if reader.side is not None:
-            metadata = {
-                "custom_metadata": dict(reader.side.custom_metadata),
-                "metrics": dict(reader.side.metrics),
-            }
-        values = reader.values_of(self._wanted.part.value_leaves)
-        hydration = Hydration(job, step, self._wanted.part)
-        try:
-            checksums = hydration.read_persistent(reader)
-            return hydration.seal(make_manifest(job, step, checksums, values, self._extras.own, metadata))
-        except BaseException:
-            hydration.discard()
-            raise
-
     def _checked_reader(self) -> StepReader:
         """The step in the persistent tier, known to have every wanted leaf."""
         reader = self._job.open_persistent(self._plan.step)
@@ -224,7 +214,7 @@ class Attempt:
             self._job.log.warning("restore", self._plan.step.step, f"{reader.path} is a step of another run")
         return reader
 
-    def _broadcast(self, key: str) -> list[Strike]:
+    def _broadcast(self, key: str) -> Setbacks:
         """Sends or receives slot bytes over the device network; what arrives is verified before it counts."""
         hydration, self._receiving = self._receiving, None
         sent = self._whole.slot.data if self._whole else None
@@ -236,20 +226,21 @@ class Attempt:
                 read_window=lambda offset, length: sent[offset : offset + length],  # type: ignore[index]
                 write_window=lambda offset, data: hydration.write(offset, data),  # type: ignore[union-attr]
             )
-            return self._verify_received(key, hydration) if hydration is not None else []
+            return self._verify_received(key, hydration) if hydration is not None else NONE
         except BaseException:
             if hydration is not None:
                 hydration.discard()
             raise
 
-    def _verify_received(self, key: str, hydration: Hydration) -> list[Strike]:
+    def _verify_received(self, key: str, hydration: Hydration) -> Setbacks:
         job, step = self._job, self._plan.step
-        sender = self._source.process
+        sender = self._plan.own.sender
         assert sender is not None
         where = f"{key}/manifest/{sender}"
         sent = Manifest.from_bytes(job.coordinator.get(where, job.settings.coordination_timeout), where)
         self._extras.note_saved_by(sent)
-        if not self._extras.own and self._plan.sources[sender].kind is SourceKind.PERSISTENT:
+        from_store = sender in self._plan.common.readers
+        if not self._extras.own and from_store:
             self._extras.take_persistent(job.open_persistent(step))
         kept = sent.extras if sent.process_count == job.topology.process_count else {}
         extras = {**kept, **self._extras.own}
@@ -259,24 +250,16 @@ class Attempt:
             why = f"what process {sender} sent does not verify: {damage}"
             job.log.error("restore", step.step, why)
             hydration.discard()
-            from_store = self._plan.sources[sender].kind is SourceKind.PERSISTENT
-            return [Strike(step, None if from_store else sender, why)]
+            return Setbacks.of(step, None if from_store else sender, why)
         self._whole = hydration.seal(manifest)
-        return []
+        return NONE
 
     def _transfers(self) -> list[Transfer]:
-        senders = sorted({s.process for s in self._plan.sources if s.process is not None})
-        ranges = self._wanted.part.ranges
+        common, ranges = self._plan.common, self._wanted.part.ranges
+        senders = sorted({sender for sender in common.senders if sender is not None})
         return [
-            Transfer(p, self._receivers(p), offset, nbytes) for p in senders for offset, nbytes in ranges(p)
+            Transfer(p, common.receivers(p), offset, nbytes) for p in senders for offset, nbytes in ranges(p)
         ]
-
-    def _receivers(self, sender: int) -> tuple[int, ...]:
-        return tuple(
-            p
-            for p, source in enumerate(self._plan.sources)
-            if source.kind is SourceKind.BROADCAST and source.process == sender
-        )
 
     # Arrays.
 
@@ -294,37 +277,32 @@ class Attempt:
         return {**leaves, **self._boxes}
 
     def _own_strike(self, why: str) -> Strike:
-        """The source that this process's bytes came from."""
-        step, job = self._plan.step, self._job
-        in_slot = self._whole is not None and not self._whole.waits
-        if in_slot and (self._wanted.part.is_whole or self._source.kind is SourceKind.OWN_SLOT):
-            job.local.give_up(step)
-        if self._source.kind is SourceKind.OWN_SLOT:
-            return Strike(step, job.process, why)
-        if self._source.kind is SourceKind.BROADCAST:
-            sender = self._plan.sources[self._source.process or 0]
-            return Strike(step, self._source.process if sender.kind is SourceKind.OWN_SLOT else None, why)
-        return Strike(step, None, why)
+        """The source that this process's bytes came from, which have changed since they were verified."""
+        step, job, own = self._plan.step, self._job, self._plan.own
+        if own.sender is not None:
+            return Strike(step, None if own.sender in self._plan.common.readers else own.sender, None, why)
+        if not own.in_place:
+            self._filling.forget()
+            return Strike(step, job.process, None, f"what it gathered was damaged in its own memory: {why}")
+        held = job.local.verify_step(step)
+        if held is None or not held.missing:
+            return Strike(step, job.process, None, why)
+        layout = job.local.saved_layout(held.layout)
+        return Strike(step, job.process, frozenset(layout.shards[shard] for shard in held.missing), why)
 
 
-def persistent_mismatch(job: Job, plan: RestorePlan, wanted: Wanted) -> str:
+def persistent_mismatch(job: Job, step: StepId, reads: bool, wanted: Wanted) -> str:
     """Every leaf in which the persistent step of a plan differs from what is wanted; empty if none does.
 
     Process 0 asks before anybody reads, so that all processes raise the same error. A step that cannot be read
-    is none of its business: whoever is to read it finds out, and says so.
+    is none of its business: whoever is to read it finds out, and says so. `reads`: whether anybody reads it.
     """
-    if not wanted.boxes and not any(source.kind is SourceKind.PERSISTENT for source in plan.sources):
+    if not wanted.boxes and not reads:
         return ""
     try:
-        job.open_persistent(plan.step).check_leaves(wanted.leaves, wanted.values, wanted.keys)
+        job.open_persistent(step).check_leaves(wanted.leaves, wanted.values, wanted.keys)
     except StateMismatchError as error:
         return str(error)
     except (CorruptDataError, PersistentStoreError) as error:
-        job.log.warning(
-            "restore", plan.step.step, f"its leaves could not be looked at before it is read: {error}"
-        )
+        job.log.warning("restore", step.step, f"its leaves could not be looked at before it is read: {error}")
     return ""
-
-
-def _strike_json(strike: Strike) -> Sequence[int | str | None]:
-    return [strike.step.generation, strike.step.step, strike.process, strike.why]

@@ -12,21 +12,25 @@ import dataclasses
 import itertools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from emergency_ckpt.core.inventory import Inventory
 from emergency_ckpt.core.lineage import Activation, StepId
-from emergency_ckpt.core.restore_plan import Planner, RestorePlan, SourceKind, Strike
-from emergency_ckpt.errors import NoRestorableStepError, StateMismatchError
+from emergency_ckpt.core.plan_words import processes_named, shards_counted
+from emergency_ckpt.core.planner import Planner
+from emergency_ckpt.core.restore_plan import PlanOfOne, RestorePlan, Strike
+from emergency_ckpt.errors import CorruptDataError, NoRestorableStepError, StateMismatchError
 from emergency_ckpt.persistent.store import Generation
 from emergency_ckpt.runtime.agreement import agree
 from emergency_ckpt.runtime.extras import ReceivedExtras, WantedExtras
+from emergency_ckpt.runtime.filling import PEER, PERSISTENT, Filling
 from emergency_ckpt.runtime.job import Job
 from emergency_ckpt.runtime.layout_exchange import fetch_layouts, publish_layouts
 from emergency_ckpt.runtime.restore_attempt import Attempt, Held, persistent_mismatch
+from emergency_ckpt.runtime.setbacks import Setbacks
 from emergency_ckpt.runtime.survey import Survey, own_inventory, take_survey
 from emergency_ckpt.runtime.wanted import Wanted, whole_state
 from emergency_ckpt.telemetry.events import RejectedStepEvent, RestoreEvent, SourceBytes
@@ -40,7 +44,7 @@ class RestoreReport:
     Attributes:
       step: the restored step. generation: the generation that saved it (0: another program).
       reason: why this step and these sources.
-      source: where this process's shards came from, in words.
+      source: where this process's shards came from, in words; sources: the same in numbers.
       seconds: from the call until the arrays were ready. bytes: shards of this process.
     """
 
@@ -50,6 +54,7 @@ class RestoreReport:
     source: str
     seconds: float
     bytes: int
+    sources: tuple[SourceBytes, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,17 +83,18 @@ class Restorer:
         key = f"{call}/survey"
         surveyed: list[Survey] = []
 
-        def decide(inventories: list[Any]) -> Any:
-            parsed = [Inventory.from_bytes(json.dumps(raw).encode()) for raw in inventories]
+        def decide(said: list[Any]) -> Any:
+            parsed = [Inventory.from_bytes(json.dumps(raw).encode()) for raw, _ in said]
+            served = frozenset(process for process, (_, serves) in enumerate(said) if serves)
             others = fetch_layouts(job.coordinator, f"{key}/layouts", parsed, job.layout, timeout)
-            survey = take_survey(parsed, job.persistent, job.layout, job.topology, job.settings, others)
+            survey = take_survey(parsed, job.persistent, job.layout, job.topology, job.settings, others, served)
             surveyed.append(survey)
             return survey.to_json()
 
         def mine() -> Any:
             inventory = own_inventory(job.local, job.process, job.topology.process_count)
             publish_layouts(job.coordinator, f"{key}/layouts", job.local, inventory.holdings)
-            return json.loads(inventory.to_bytes())
+            return json.loads(inventory.to_bytes()), job.peers.served
 
         answer = agree(job.coordinator, key, mine, decide, timeout)
         survey = Survey.from_json(answer, surveyed[0].planner if surveyed else None)
@@ -110,7 +116,7 @@ class Restorer:
 
         whole = whole_state(self._abstract_state, self._job.layout, beside)
 
-        def finish(attempt: Attempt, key: str, plan: RestorePlan) -> Held | list[Strike]:
+        def finish(attempt: Attempt, key: str, plan: PlanOfOne) -> Held | Setbacks:
             if begins is None:
                 return attempt.hold(key)
             return attempt.finish(key, Activation(begins.number, plan.step.step))
@@ -126,7 +132,7 @@ class Restorer:
         have as they are wanted.
         """
 
-        def finish(attempt: Attempt, key: str, _: RestorePlan) -> Held | list[Strike]:
+        def finish(attempt: Attempt, key: str, _: PlanOfOne) -> Held | Setbacks:
             return attempt.hold(key)
 
         restored = self._restore(survey, wanted, part, finish, call)
@@ -144,51 +150,88 @@ class Restorer:
         survey: Survey,
         step: int | None,
         wanted: Wanted,
-        finish: Callable[[Attempt, str, RestorePlan], Held | list[Strike]],
+        finish: Callable[[Attempt, str, PlanOfOne], Held | Setbacks],
         call: str,
     ) -> Restored:
         job = self._job
         started = time.monotonic()
         strikes: set[Strike] = set()
-        for round_number in itertools.count():
-            key = f"{call}/{round_number}"
-            plan = self._plan(f"{key}/plan", survey, step, wanted, strikes)
-            attempt = Attempt(job, plan, wanted, self._mesh, self._replica_axis)
-            try:
-                found = attempt.run(key)
-                if not found:
-                    restored = finish(attempt, f"{key}/held", plan)
-                    if isinstance(restored, Held):
-                        return self._restored(restored, plan, wanted, started)
-                    found = restored
-            finally:
-                attempt.close()
-            strikes.update(found)
-            for strike in found:
-                where = "the persistent tier" if strike.process is None else f"process {strike.process}"
-                job.log.emit(
-                    RejectedStepEvent(
-                        step=strike.step.step,
-                        saved_generation=strike.step.generation,
-                        reason=f"the copy of {where} is damaged: {strike.why}",
+        unreachable: dict[int, str] = {}
+        filling: Filling | None = None
+        try:
+            for round_number in itertools.count():
+                key = f"{call}/{round_number}"
+                plan = self._plan(f"{key}/plan", survey, step, wanted, strikes, unreachable)
+                if filling is None or filling.step != plan.step:
+                    if filling is not None:
+                        filling.close()
+                    filling = Filling(job, plan.step, wanted.part)
+                attempt = Attempt(job, plan, wanted, filling, self._mesh, self._replica_axis)
+                try:
+                    found = attempt.run(key)
+                    if not found:
+                        restored = finish(attempt, f"{key}/held", plan)
+                        if isinstance(restored, Held):
+                            return self._restored(restored, plan, wanted, filling, started)
+                        found = restored
+                finally:
+                    attempt.close()
+                if strikes.issuperset(found.strikes) and unreachable.keys() >= found.unreachable.keys():
+                    raise CorruptDataError(
+                        f"{plan.step} fails again although its bad sources were left out: {_told(found)}. "
+                        "Memory of a host may be damaged: see which process says so, and replace its host."
                     )
+                strikes.update(found.strikes)
+                unreachable |= found.unreachable
+                self._tell(found)
+        finally:
+            if filling is not None:
+                filling.close()
+        raise AssertionError("unreachable: every round restores, raises or learns of a source that failed")
+
+    def _tell(self, found: Setbacks) -> None:
+        log = self._job.log
+        for strike in found.strikes:
+            where = "the persistent tier" if strike.process is None else f"process {strike.process}"
+            what = "the copy" if strike.shards is None else f"{shards_counted(len(strike.shards))} in the copy"
+            verb = "are" if strike.shards is not None and len(strike.shards) > 1 else "is"
+            log.emit(
+                RejectedStepEvent(
+                    step=strike.step.step,
+                    saved_generation=strike.step.generation,
+                    reason=f"{what} of {where} {verb} damaged: {strike.why}",
                 )
-        raise AssertionError("unreachable: every round restores, raises or strikes a source")
+            )
+        for process, why in found.unreachable.items():
+            log.warning("restore", None, f"shards of process {process} are taken from elsewhere: {why}")
 
     def _plan(
-        self, key: str, survey: Survey, step: int | None, wanted: Wanted, strikes: set[Strike]
-    ) -> RestorePlan:
+        self,
+        key: str,
+        survey: Survey,
+        step: int | None,
+        wanted: Wanted,
+        strikes: set[Strike],
+        unreachable: Mapping[int, str],
+    ) -> PlanOfOne:
         job = self._job
+        count = job.topology.process_count
 
         def make() -> Any:
             planner = survey.planner
             assert planner is not None
+            served = planner.served if planner.served is not None else frozenset(range(count))
+            planner = dataclasses.replace(planner, served=served - unreachable.keys())
             if wanted.boxes and strikes:
                 planner = _with_persistent_copy(planner, strikes)
             plan, reason = planner.plan(step, strikes)
             remaining = [] if plan else planner.restorable(strikes)
+            if plan is not None:
+                for process in range(count):
+                    own = json.dumps(plan.process_json(process)).encode()
+                    job.coordinator.put(f"{key}/own/{process}", own)
             return {
-                "plan": plan.to_json() if plan else None,
+                "plan": plan.common_json() if plan else None,
                 "reason": reason,
                 "remaining": [[step.generation, step.step] for step in remaining],
                 "mismatch": self._mismatch(planner, plan, wanted) if plan else "",
@@ -205,34 +248,42 @@ class Restorer:
             asked = "No step can be restored" if step is None else f"Step {step} cannot be restored"
             other = "" if newest is None else f" The newest restorable step is {newest}."
             raise NoRestorableStepError(f"{asked}: {answer['reason']}.{other}")
-        return RestorePlan.from_json(answer["plan"])
+        own = json.loads(job.coordinator.get(f"{key}/own/{job.process}", timeout))
+        return PlanOfOne.from_json(job.process, answer["plan"], own)
 
     def _mismatch(self, planner: Planner, plan: RestorePlan, wanted: Wanted) -> str:
         """Why the step of the plan cannot give every wanted leaf; empty if it can."""
         if wanted.boxes and plan.step not in planner.persistent:
             return _not_in_slots(planner, plan.step, wanted)
-        return persistent_mismatch(self._job, plan, wanted)
+        return persistent_mismatch(self._job, plan.step, plan.uses_persistent, wanted)
 
-    def _restored(self, held: Held, plan: RestorePlan, wanted: Wanted, started: float) -> Restored:
-        nbytes = sum(entry.nbytes for entry in wanted.part.entries(self._job.process))
+    def _restored(
+        self, held: Held, plan: PlanOfOne, wanted: Wanted, filling: Filling, started: float
+    ) -> Restored:
+        entries = wanted.part.entries(self._job.process)
+        nbytes = sum(entry.nbytes for entry in entries)
+        sources = filling.sources
+        if plan.own.sender is not None:
+            sender = self._job.layout.process_slice[plan.own.sender]
+            sources = (SourceBytes(f"broadcast from slice {sender}", len(entries), nbytes),)
         report = RestoreReport(
             step=plan.step.step,
             generation=plan.step.generation,
-            reason=plan.reason,
-            source=_source_name(self._job, plan, wanted),
+            reason=plan.common.reason,
+            source=_source_name(sources, wanted),
             seconds=time.monotonic() - started,
             bytes=nbytes,
+            sources=sources,
         )
         return Restored(wanted.tree(held.leaves), held.received, report)
 
     def _event(self, report: RestoreReport) -> RestoreEvent:
-        shards = len(self._job.layout.process_shards[self._job.process])
         return RestoreEvent(
             step=report.step,
             saved_generation=report.generation,
             plan=report.source,
             reason=report.reason,
-            sources=(SourceBytes(report.source, shards, report.bytes),),
+            sources=report.sources,
             seconds=report.seconds,
         )
 
@@ -262,13 +313,17 @@ def _not_in_slots(planner: Planner, step: StepId, wanted: Wanted) -> str:
     )
 
 
-def _source_name(job: Job, plan: RestorePlan, wanted: Wanted) -> str:
+def _source_name(sources: Sequence[SourceBytes], wanted: Wanted) -> str:
+    """The sources in a few words; processes that gave something together."""
+    names = [source.source for source in sources]
+    peers = [int(name.removeprefix(PEER)) for name in names if name.startswith(PEER)]
+    named = [name for name in names if not name.startswith(PEER)]
+    named += [processes_named(peers)] if peers else []
     if not wanted.slots:
-        return SourceKind.PERSISTENT.value
-    source = plan.sources[job.process]
-    if source.kind is SourceKind.BROADCAST and source.process is not None:
-        name = f"broadcast from slice {job.layout.process_slice[source.process]}"
-    else:
-        name = source.kind.value
-    boxes = wanted.boxes and source.kind is not SourceKind.PERSISTENT
-    return f"{name}, {len(wanted.boxes)} leaves persistent" if boxes else name
+        return PERSISTENT
+    boxes = [f"{len(wanted.boxes)} leaves {PERSISTENT}"] if wanted.boxes and named != [PERSISTENT] else []
+    return ", ".join([*named, *boxes])
+
+
+def _told(found: Setbacks) -> str:
+    return "; ".join([*(strike.why for strike in found.strikes), *found.unreachable.values()])

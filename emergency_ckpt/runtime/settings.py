@@ -12,6 +12,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from emergency_ckpt.agent.options import AgentOptions
+from emergency_ckpt.agent.starting import IDLE_SECONDS
 from emergency_ckpt.core.schedule import SaveSchedule
 from emergency_ckpt.errors import ConfigError
 from emergency_ckpt.jaxio.binding import HOST_PLATFORMS
@@ -59,6 +61,7 @@ class Settings:
       after_commit: called on every process after each persistent commit.
       event_listener: gets the fields of every event.
       host_platforms: platforms whose arrays are in this host's memory already.
+      agent: how the agent of each host is started; None: none is.
     """
 
     persistent_directory: Path
@@ -88,6 +91,9 @@ class Settings:
     after_commit: Callable[[], None] | None = None
     event_listener: EventListener | None = None
     host_platforms: Collection[str] = HOST_PLATFORMS
+    agent: AgentOptions | None = dataclasses.field(
+        default_factory=lambda: AgentOptions(idle_seconds=IDLE_SECONDS)
+    )
 
     @property
     def wanted_slots(self) -> int:

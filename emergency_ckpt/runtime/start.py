@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +14,7 @@ from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.core.placement import assign_directories
 from emergency_ckpt.errors import NoRestorableStepError, PersistentStoreError, StateMismatchError
-from emergency_ckpt.jaxio.coordination import Coordinator, open_coordinator
+from emergency_ckpt.jaxio.coordination import Coordinator, open_coordinator, service_address
 from emergency_ckpt.jaxio.layouts import build_layout
 from emergency_ckpt.jaxio.orbax_metadata import layout_metadata_files
 from emergency_ckpt.jaxio.topology import Topology
@@ -23,6 +24,7 @@ from emergency_ckpt.persistent.store import Generation, PersistentStore
 from emergency_ckpt.runtime.agreement import agree, tell
 from emergency_ckpt.runtime.board import CoordinatedBoard
 from emergency_ckpt.runtime.job import LEADER, Job
+from emergency_ckpt.runtime.peers import Peers
 from emergency_ckpt.runtime.restoring import Restorer
 from emergency_ckpt.runtime.retention import Retention
 from emergency_ckpt.runtime.settings import Settings
@@ -60,13 +62,16 @@ def start_job(settings: Settings, mesh: jax.sharding.Mesh, abstract_state: Any) 
     layout = build_layout(abstract_state, topology, layout_metadata_files(abstract_state, item))
     log = log.bind(run=run)
     local = _open_local(coordinator, settings, run, layout, topology, log)
-    job = Job(settings, run, item, topology, layout, coordinator, local, persistent, Generation(0, ""), log)
+    peers = _meet_peers(coordinator, settings, topology, log)
+    generation = Generation(0, "")
+    job = Job(settings, run, item, topology, layout, coordinator, local, peers, persistent, generation, log)
     try:
         restorer = Restorer(job, abstract_state, mesh)
         survey = restorer.survey("start")
         _check_unusable(job, survey)
         job.begin_generation(mint_generation(job, "start", survey.highest_generation, survey.newest))
     except BaseException:
+        peers.close()
         local.close()
         raise
     if job.leads:
@@ -177,6 +182,16 @@ def start_drains(job: Job, retention: Retention) -> DrainWorker | None:
             after_commit=job.settings.after_commit,
         )
     )
+
+
+def _meet_peers(
+    coordinator: Coordinator, settings: Settings, topology: Topology, log: CheckpointLogger
+) -> Peers:
+    """The agents of the job; where there is nobody to fetch from another, none is needed."""
+    options = settings.agent if topology.process_count > 1 else None
+    if options is not None and options.reach is None and (reach := service_address()):
+        options = dataclasses.replace(options, reach=reach)
+    return Peers(coordinator, settings.local_directory, options, log, settings.coordination_timeout)
 
 
 def _open_local(

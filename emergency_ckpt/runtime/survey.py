@@ -10,7 +10,7 @@ from emergency_ckpt.core.inventory import Inventory
 from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.lineage import Activation, StepId, newest_promised
 from emergency_ckpt.core.other_layouts import OtherLayout, Unusable
-from emergency_ckpt.core.restore_plan import Planner
+from emergency_ckpt.core.planner import Planner
 from emergency_ckpt.jaxio.topology import Topology
 from emergency_ckpt.local.store import LocalStore
 from emergency_ckpt.persistent.store import PersistentStore
@@ -89,8 +89,12 @@ def take_survey(
     topology: Topology,
     settings: Settings,
     others: Mapping[str, OtherLayout],
+    served: frozenset[int],
 ) -> Survey:
-    """Puts all inventories together; `others`: the layouts that they name beside ours. Process 0 calls it."""
+    """Puts all inventories together. Process 0 calls it.
+
+    `others`: the layouts that they name beside ours; `served`: the processes whose slots can be fetched.
+    """
     newest = persistent.newest_generation()
     known = {a for inventory in inventories for a in inventory.activations} | set(persistent.activations())
     activations = tuple(sorted(known, key=lambda a: (a.generation, -1 if a.step is None else a.step)))
@@ -103,6 +107,7 @@ def take_survey(
         activations,
         settings.single_replica_restore,
         others,
+        served,
     )
     _, reason = planner.plan()
     generations = [i.highest_generation for i in inventories] + [s.generation for s in steps]

@@ -52,6 +52,7 @@ class Metric(enum.Enum):
     LAST_COMMITTED_STEP = MetricSpec("last_committed_step", "gauge", "newest step drained and committed")
     RESTORES = MetricSpec("restores", "counter", "restores that put a state on the devices")
     RESTORED_BYTES = MetricSpec("restored_bytes", "counter", "bytes restored by this process")
+    FETCHED_BYTES = MetricSpec("fetched_bytes", "counter", "bytes fetched from the slots of other processes")
     LAST_RESTORE_SECONDS = MetricSpec("last_restore_seconds", "gauge", "duration of the last restore")
     LAST_RESTORED_STEP = MetricSpec("last_restored_step", "gauge", "step of the last restore")
     STEPS_REJECTED = MetricSpec("steps_rejected", "counter", "steps that could not be restored although listed")
