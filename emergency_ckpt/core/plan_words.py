@@ -16,10 +16,10 @@ def processes_named(processes: Iterable[int]) -> str:
 
 def slices_or_processes(processes: Collection[int], process_slice: Sequence[int]) -> str:
     """'slice 1' where these are whole slices of several, the process numbers otherwise."""
-    slices = sorted({process_slice[p] for p in processes})
-    members = [p for p, s in enumerate(process_slice) if s in set(slices)]
+    slices = {process_slice[p] for p in processes}
+    members = [p for p, s in enumerate(process_slice) if s in slices]
     if max(process_slice, default=0) > 0 and members == sorted(processes):
-        return ("slice " if len(slices) == 1 else "slices ") + ", ".join(map(str, slices))
+        return ("slice " if len(slices) == 1 else "slices ") + ", ".join(map(str, sorted(slices)))
     return processes_named(processes)
 
 

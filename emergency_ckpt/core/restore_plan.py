@@ -14,7 +14,7 @@ from typing import Any
 
 from emergency_ckpt.core.index_runs import MOST_INDICES, runs_from_json, runs_to_json, whole_number
 from emergency_ckpt.core.lineage import StepId
-from emergency_ckpt.core.shards import Shard
+from emergency_ckpt.core.shards import Box, Shard
 from emergency_ckpt.errors import CorruptDataError
 
 
@@ -108,6 +108,25 @@ class Strike:
     process: int | None
     shards: frozenset[Shard] | None = None
     why: str = dataclasses.field(default="", compare=False)
+
+    def to_json(self) -> list[Any]:
+        """Equal strikes differ in nothing but the last element."""
+        shards = None if self.shards is None else [_shard_to_json(shard) for shard in sorted(self.shards)]
+        return [self.step.generation, self.step.step, self.process, shards, self.why]
+
+    @classmethod
+    def from_json(cls, raw: Any) -> Strike:
+        """Raises CorruptDataError for what `to_json` did not write."""
+        try:
+            generation, step, process, shards, why = raw
+            return cls(
+                StepId(whole_number(generation), whole_number(step)),
+                None if process is None else whole_number(process),
+                None if shards is None else frozenset(map(_shard_from_json, shards)),
+                _text(why),
+            )
+        except (ValueError, TypeError) as error:
+            raise CorruptDataError(f"a strike cannot be read: {error}: {raw!r:.200}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,6 +272,15 @@ class RestorePlan:
 
     def process_json(self, process: int) -> dict[str, Any]:
         return self.processes[process].to_json()
+
+
+def _shard_to_json(shard: Shard) -> list[Any]:
+    return [shard.leaf, list(shard.box.start), list(shard.box.stop)]
+
+
+def _shard_from_json(raw: Any) -> Shard:
+    leaf, start, stop = raw
+    return Shard(_text(leaf), Box(tuple(map(whole_number, start)), tuple(map(whole_number, stop))))
 
 
 def _offsets_to_json(numbers: Sequence[int | None]) -> list[list[int | None]]:

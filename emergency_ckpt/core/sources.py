@@ -1,7 +1,8 @@
 """Who gives what: the shards that processes need, spread over those that hold them.
 
-Holders of the same shards give the same number of bytes, but for one shard; each gives a contiguous run of what
-a process needs, so that many give at once and none is asked for many small things.
+Holders of the same shards give the same number of bytes, but for one shard (where they are very many, but for
+what one process takes); each gives a contiguous run of what a process needs, so that many give at once and none
+is asked for many small things.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from emergency_ckpt.core.universe import Universe, among, distinct, joined
 
 UNIT_BYTES = 256 * 1024
 """Neighbouring shards that are smaller together are taken from one holder: asking costs more than sending."""
+
+MOST_GIVERS = 32
+"""Of more holders of the same shards a process takes from those that gave least so far."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +126,7 @@ class Givers:
         total = int(sizes.sum())
         loads = self._loads[holders]
         elsewhere = self._slice[holders] != self._slice[process]
-        order = np.lexsort((holders, elsewhere, loads))
+        order = np.lexsort((holders, elsewhere, loads))[:MOST_GIVERS]
         if total < UNIT_BYTES:
             before = holders[np.isin(holders, np.array(list(used), np.int64))] if used else holders[:0]
             giver = int(before[0]) if len(before) else int(holders[order[0]])
@@ -134,11 +138,11 @@ class Givers:
             giver = int(holders[order[0]])
             self._loads[giver] += total
             return [(giver, segment)]
-        owner = self._runs(ends[np.append(firsts[1:], len(ends)) - 1], holders[order], elsewhere[order])
-        return [
-            (giver, joined([segment[a:b] for a, b in _spans(owner == giver, firsts, len(segment))]))
-            for giver in dict.fromkeys(owner.tolist())
-        ]
+        behind = np.append(firsts[1:], len(ends))
+        givers = np.repeat(self._runs(ends[behind - 1], holders[order], elsewhere[order]), behind - firsts)
+        parts = np.argsort(givers, kind="stable")
+        borders = np.flatnonzero(np.diff(givers[parts])) + 1
+        return [(int(givers[part[0]]), segment[part]) for part in np.split(parts, borders)]
 
     def _runs(self, ends: Numbers, holders: Numbers, elsewhere: Flags) -> Numbers:
         """Per unit (`ends`: bytes up to its end) its giver; adds to the loads.
@@ -179,11 +183,3 @@ class Givers:
         if of.layout:
             numbers = np.sort(of.indices[np.searchsorted(of.good, numbers)])
         return Take(giver, self._universe.hashes[of.layout], position, tuple(numbers.tolist()))
-
-
-def _spans(given: Flags, firsts: Numbers, count: int) -> list[tuple[int, int]]:
-    """The stretches of shards that these units are, units one after the other as one."""
-    ends = np.append(firsts[1:], count)
-    edges = np.diff(given.astype(np.int8), prepend=0, append=0)
-    starts, stops = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1) - 1
-    return list(zip(firsts[starts].tolist(), ends[stops].tolist(), strict=True))

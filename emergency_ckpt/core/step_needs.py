@@ -90,8 +90,7 @@ class StepNeeds:
             return IN_PLACE
         wanted, persistent = need.near, need.far[:0]
         if len(need.far):
-            cover = self._cover_for(process)
-            places = cover.places(need.far)
+            cover, places = self._cover_for(process)
             covered = cover.covered[places]
             wanted = distinct(joined((wanted, cover.of(places[covered]))))
             persistent = need.far[~covered]
@@ -141,28 +140,34 @@ class StepNeeds:
         far = {id(need): need.far for need in self._needs if len(need.far)}
         return find_cover(self.universe, distinct(joined(tuple(far.values()))), self._givers.available)
 
-    def _cover_for(self, process: int) -> Cover:
-        """The same, by the process's own slots as well where others cannot fetch from those."""
-        own = self.survivors.of_process.get(process, ())
-        if self.served is None or process in self.served or not own:
-            return self._cover
-        if process not in self._own_covers:
-            available = self._givers.available
-            for kind, _ in own:
-                available[self.survivors.kinds[kind].good] = True
-            self._own_covers[process] = find_cover(self.universe, self._needs[process].far, available)
-        return self._own_covers[process]
+    def _cover_for(self, process: int) -> tuple[Cover, Numbers]:
+        """A cover of what nobody gives a process as it is, and where its shards stand in that.
+
+        By the process's own slots as well, where others cannot fetch from those.
+        """
+        need = self._needs[process]
+        if id(need) not in self._covers:
+            own = self.survivors.of_process.get(process, ())
+            cover = self._cover
+            if own and self.served is not None and process not in self.served:
+                available = self._givers.available
+                for kind, _ in own:
+                    available[self.survivors.kinds[kind].good] = True
+                cover = find_cover(self.universe, need.far, available)
+            self._covers[id(need)] = cover, cover.places(need.far)
+        return self._covers[id(need)]
 
     @functools.cached_property
-    def _own_covers(self) -> dict[int, Cover]:
+    def _covers(self) -> dict[int, tuple[Cover, Numbers]]:
+        """By need: processes that share one have no slots of their own."""
         return {}
 
     def _uncovered(self, process: int) -> Numbers:
         far = self._needs[process].far
         if not len(far):
             return far
-        cover = self._cover_for(process)
-        return far[~cover.covered[cover.places(far)]]
+        cover, places = self._cover_for(process)
+        return far[~cover.covered[places]]
 
     def _unmet(self, process: int) -> Numbers:
         """What not even the persistent tier gives."""

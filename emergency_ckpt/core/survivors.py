@@ -163,6 +163,8 @@ def _losers(usable: Iterable[_Usable], process_slice: Sequence[int]) -> set[_Usa
         by_set[each.shards].append(each)
     losers: set[_Usable] = set()
     for alike in by_set.values():
+        if len(alike) == 1:
+            continue
         digests = collections.Counter(each.digest for each in alike)
         if len(digests) > 1:
             best = max(digests.values())

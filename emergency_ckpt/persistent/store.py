@@ -168,6 +168,20 @@ class PersistentStore:
             logging.warning("%s is unreadable; its number is passed over: %s", self.files.locate(path), error)
             return Generation(record_number(names[-1]), UNKNOWN_NONCE)
 
+    def parents(self) -> dict[int, StepId]:
+        """By generation, the step that it was to be restored from; reads all records that can be read."""
+        found: dict[int, StepId] = {}
+        for name in self._record_names(_GENERATIONS):
+            path = f"{_GENERATIONS}/{name}"
+            try:
+                generation = read_generation(self.files, path)
+            except CorruptDataError as error:
+                logging.warning("%s is unreadable; it is passed over: %s", self.files.locate(path), error)
+                continue
+            if generation.parent is not None:
+                found[generation.number] = generation.parent
+        return found
+
     def record_activation(self, activation: Activation) -> None:
         """Records that all processes hold the state from which this generation begins. Repeating it is fine.
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from emergency_ckpt.core.index_runs import runs_from_json, runs_to_json
 from emergency_ckpt.core.lineage import StepId
-from emergency_ckpt.core.restore_plan import CommonPlan, PlanOfOne, ProcessPlan, RestorePlan, Take
+from emergency_ckpt.core.restore_plan import CommonPlan, PlanOfOne, ProcessPlan, RestorePlan, Strike, Take
+from emergency_ckpt.core.shards import Box, Shard
 from emergency_ckpt.errors import CorruptDataError
 
 ascending = st.sets(st.integers(0, 10**6), max_size=30).map(sorted).map(tuple)
@@ -128,3 +129,41 @@ def test_contradictions_are_refused(part: int, key: str, value: Any) -> None:
     raw[part][key] = value
     with pytest.raises(CorruptDataError, match="a restore plan cannot be read"):
         PlanOfOne.from_json(1, *raw)
+
+
+bounds = st.tuples(st.integers(0, 9), st.integers(0, 9)).map(sorted)
+shards = st.builds(lambda leaf, b: Shard(leaf, Box((b[0],), (b[1],))), st.text(max_size=3), bounds)
+
+
+@given(
+    st.builds(
+        Strike,
+        st.builds(StepId, st.integers(0, 5), st.integers(0, 99)),
+        st.one_of(st.none(), st.integers(0, 9)),
+        st.one_of(st.none(), st.frozensets(shards, max_size=3)),
+        st.text(max_size=9),
+    )
+)
+def test_strikes_survive_the_wire(strike: Strike) -> None:
+    raw = json.loads(json.dumps(strike.to_json()))
+    again = Strike.from_json(raw)
+    assert again == strike
+    assert again.why == strike.why
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        None,
+        [1, 2, 3, None],
+        [1, -2, 3, None, ""],
+        [1, 2, "3", None, ""],
+        [1, 2, 3, [["w", [4], [0]]], ""],
+        [1, 2, 3, [["w", [0]]], ""],
+        [1, 2, 3, [[5, [0], [4]]], ""],
+        [1, 2, 3, None, None],
+    ],
+)
+def test_what_is_no_strike_is_refused(raw: Any) -> None:
+    with pytest.raises(CorruptDataError):
+        Strike.from_json(raw)

@@ -16,7 +16,7 @@ from emergency_ckpt.core.other_layouts import OtherLayout
 from emergency_ckpt.core.planner import Planner
 from emergency_ckpt.core.restore_plan import PlanOfOne, ProcessPlan, Strike
 from emergency_ckpt.core.shards import Box, Shard
-from emergency_ckpt.core.sources import UNIT_BYTES
+from emergency_ckpt.core.sources import MOST_GIVERS, UNIT_BYTES
 from tests.core.planning_world import STEP, World, groups_of, worlds
 
 
@@ -161,6 +161,24 @@ def test_a_replaced_host_pulls_from_all_that_have_its_shards() -> None:
         "step 70: 15 of 16 processes have it on their own ramdisk, process 0 gets 70 shards from processes "
         "2, 4, 6, 8, 10, 12, 14"
     )
+
+
+@given(st.integers(40, 90), sizes, st.data())
+def test_of_very_many_holders_some_are_asked_and_all_in_turn(
+    slices: int, sizes: list[int], data: st.DataObject
+) -> None:
+    world = world_of(replicas(slices, 1, sizes), set(range(36)))
+    plan, _ = world.planner.plan()
+    assert plan is not None
+    loads = given_bytes(world, plan.processes)
+    largest = 0
+    for process in range(36, slices):
+        takes = plan.processes[process].takes
+        assert len(takes) <= MOST_GIVERS
+        parts = [sum(sizes[i] for i in take.shards) for take in takes]
+        assert sum(parts) == sum(sizes)
+        largest = max(largest, *parts)
+    assert max(loads[p] for p in range(36)) - min(loads[p] for p in range(36)) <= largest + max(sizes)
 
 
 @given(st.integers(1, 4), sizes)
