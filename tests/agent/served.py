@@ -229,6 +229,7 @@ class CuttingProxy:
         with contextlib.suppress(OSError):
             while data := connection.recv(65536):
                 target.sendall(data)
+            target.shutdown(socket.SHUT_RDWR)
 
 
 class SayingServer:
