@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from emergency_ckpt.config import Config, load_config
     from emergency_ckpt.errors import (
+        AgentStartError,
         ConfigError,
         CoordinationTimeoutError,
         CorruptDataError,
+        CorruptShardsError,
         EmergencyCheckpointError,
         ExtrasError,
         ForeignRunError,
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
         LocalDirectoryError,
         NoRestorableStepError,
         PeerFailedError,
+        PeerUnavailableError,
         PersistentStoreError,
         StaleGenerationError,
         StateMismatchError,
@@ -37,12 +40,14 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "AgentStartError",
     "CheckpointManager",
     "CheckpointManagerOptions",
     "Config",
     "ConfigError",
     "CoordinationTimeoutError",
     "CorruptDataError",
+    "CorruptShardsError",
     "EmergencyCheckpointError",
     "ExtrasError",
     "ForeignRunError",
@@ -52,6 +57,7 @@ __all__ = [
     "MultiprocessingOptions",
     "NoRestorableStepError",
     "PeerFailedError",
+    "PeerUnavailableError",
     "PersistentCheckpointOptions",
     "PersistentStoreError",
     "RestoreReport",

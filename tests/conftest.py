@@ -39,13 +39,31 @@ def ramdisk() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _no_process_outlives_the_tests() -> Iterator[None]:
-    """Fails the session when a test leaves a process behind, and ends it."""
+def _no_process_outlives_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Fails the session when a test leaves a process behind, and ends it.
+
+    Agents stay behind on purpose, until their directory is removed or nobody has needed them for a while.
+    """
     before = {process.pid for process in psutil.Process().children(recursive=True)}
     yield
+    _end_agents(tmp_path_factory.getbasetemp())
     left = [p for p in psutil.Process().children(recursive=True) if p.pid not in before]
     _, left = psutil.wait_procs(left, timeout=10)
     described = [f"{p.pid}: {' '.join(p.cmdline())}" for p in left if p.status() != psutil.STATUS_ZOMBIE]
     for process in left:
         process.kill()
     assert not described, f"processes that tests started are still running: {described}"
+
+
+def _end_agents(root: Path) -> None:
+    """Those that serve directories below `root`."""
+    agents = []
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if "emergency_ckpt.agent" in words and "--local-directory" in words:
+            served = words[words.index("--local-directory") + 1]
+            if Path(served).is_relative_to(root):
+                process.terminate()
+                agents.append(process)
+    _, left = psutil.wait_procs(agents, timeout=10)
+    assert not left, f"agents do not end when they are told to: {left}"

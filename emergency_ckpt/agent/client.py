@@ -194,7 +194,7 @@ class PeerClient:
     def _nonsense(self, what: str) -> PeerUnavailableError:
         return PeerUnavailableError(
             f"the agent at {self.endpoint} answers with {what}. Another program may listen there, or another "
-            "version of this package: read the endpoint again, or ask another process.",
+            "version of this package. What to do: read the endpoint again, or ask another process.",
             "nonsense",
         )
 

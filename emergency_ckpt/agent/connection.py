@@ -49,7 +49,8 @@ class _PlainSocket(socket.socket):
     def limit(self, stall_seconds: float) -> None:
         self.stall_seconds = stall_seconds
         self.settimeout(None)
-        kernel_time = struct.pack("@ll", *divmod(int(stall_seconds * 1e6), 1_000_000))
+        # Zero would be no limit at all.
+        kernel_time = struct.pack("@ll", *divmod(max(1000, int(stall_seconds * 1e6)), 1_000_000))
         self.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, kernel_time)
         self.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, kernel_time)
 
@@ -161,7 +162,6 @@ class PeerConnection:
         *,
         body: bytes | None = None,
         answer_bytes: int = 0,
-        may_be_busy: bool = True,
     ) -> _T:
         """One request; returns what `read` makes of the answer.
 
@@ -177,7 +177,7 @@ class PeerConnection:
                 return self._exchange(method, address, read, body, answer_bytes)
             except PeerUnavailableError as error:
                 self.close()
-                if error.code != "busy" or not may_be_busy or time.monotonic() + pause > give_up:
+                if error.code != "busy" or time.monotonic() + pause > give_up:
                     raise
                 time.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)

@@ -21,7 +21,7 @@ from emergency_ckpt.core.checksums import checksum_blocks, shard_seed
 from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.core.restore_plan import Strike, Take
-from emergency_ckpt.core.shards import BLOCK_BYTES, Box, covers
+from emergency_ckpt.core.shards import BLOCK_BYTES, Box, covers, dtype_of
 from emergency_ckpt.errors import CorruptDataError, CorruptShardsError, PeerUnavailableError
 from emergency_ckpt.local.manifest import Manifest
 
@@ -53,14 +53,14 @@ class Gathered:
       checksums: block checksums of the shards that are in their places, by index into the wanted layout.
       strikes: what turned out bad.
       unreachable: processes whose agents are gone or late, or have the slot no longer, and why.
-      manifest: of one of the sources, for what is the same in all of them; None where none could be opened.
+      manifests: of the sources that could be opened, by process: what is the same in all, and their extras.
       sources: per process, how many shards and bytes were read from its slots.
     """
 
     checksums: Mapping[int, tuple[int, ...]]
     strikes: tuple[Strike, ...]
     unreachable: Mapping[int, str]
-    manifest: Manifest | None
+    manifests: Mapping[int, Manifest]
     sources: Mapping[int, tuple[int, int]]
 
 
@@ -85,9 +85,10 @@ class _Read:
     def blocks(self) -> tuple[int, int]:
         """The blocks that are needed: first, and how many."""
         layout = self.source.layout
-        of, itemsize = layout.shards[self.shard], layout.typed(self.shard, np.empty(0, np.uint8)).itemsize
+        of = layout.shards[self.shard]
         if self.direct is not None:
             return 0, -(-layout.shard_nbytes[self.shard] // BLOCK_BYTES)
+        itemsize = dtype_of(layout.leaf[of.leaf].dtype).itemsize
         first, last = _flat_range(of.box, (copy.box for copy in self.copies))
         begin = first * itemsize // BLOCK_BYTES
         return begin, -(-last * itemsize // BLOCK_BYTES) - begin
@@ -136,10 +137,10 @@ class _Gathering:
                 for source, _ in opened:
                     source.close()
         checksums = self._checksums(reads)
-        manifest = min(opened, key=lambda each: each[1].process)[0].manifest if opened else None
+        manifests = {take.process: source.manifest for source, take in opened}
         sources = {process: (shards, nbytes) for process, (shards, nbytes) in sorted(self._sources.items())}
         strikes = tuple(self._strikes.values())
-        return Gathered(checksums, strikes, dict(sorted(self._unreachable.items())), manifest, sources)
+        return Gathered(checksums, strikes, dict(sorted(self._unreachable.items())), manifests, sources)
 
     def _open(self, take: Take) -> tuple[SlotSource, Take] | None:
         try:

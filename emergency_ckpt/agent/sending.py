@@ -58,22 +58,29 @@ class Sender:
     async def send(self, request: web.Request, response: web.StreamResponse, body: Body) -> Ending:
         """Sends headers and body; closes the connection where the answer ends short."""
         response.content_length = body.nbytes
-        await response.prepare(request)
-        transport = request.transport
-        if transport is None or transport.is_closing():
+        try:
+            await response.prepare(request)
+            transport = request.transport
+            if transport is None or transport.is_closing():
+                raise ConnectionResetError("the client closed the connection")
+            encrypted = transport.get_extra_info("sslcontext") is not None
+            in_chunks = encrypted or transport.get_write_buffer_size() > 0
+            # The thread's own descriptor: whatever becomes of the connection, it is not reused under it.
+            own = None if in_chunks else transport.get_extra_info("socket").dup()
+        except BaseException as error:
             body.file.close()
-            return "client_gone"
-        encrypted = transport.get_extra_info("sslcontext") is not None
-        if encrypted or transport.get_write_buffer_size():
+            if isinstance(error, OSError):
+                _abort(request)
+                return "client_gone"
+            raise
+        if own is None:
             with body.file:
                 ending = await self._send_chunks(response, body)
         else:
-            # Descriptors of the thread's own: whatever becomes of the connection, they are not reused under it.
-            own = transport.get_extra_info("socket").dup()
             loop = asyncio.get_running_loop()
             ending = await loop.run_in_executor(self._pool, self._send_file, own, body)
         if ending != "sent":
-            transport.abort()
+            _abort(request)
         return ending
 
     def cut_all(self) -> None:
@@ -151,6 +158,11 @@ class Sender:
 
     def _deadline(self, body: Body) -> float:
         return time.monotonic() + self._stall_seconds + body.nbytes / _LEAST_BYTES_PER_SECOND
+
+
+def _abort(request: web.Request) -> None:
+    if request.transport is not None:
+        request.transport.abort()
 
 
 def _checked_pieces(pieces: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, bool]]:

@@ -275,7 +275,13 @@ class ShardServer:
     @web.middleware
     async def _count(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         self._connections.hear(request)
-        response = await handler(request)
+        try:
+            response = await handler(request)
+        except ConnectionError:
+            # The client is gone; nobody reads what is answered.
+            if request.transport is not None:
+                request.transport.abort()
+            response = refuse(400, "client_gone", "the client closed the connection")
         resource = request.match_info.route.resource
         page = resource.canonical if resource is not None else "other"
         self._counters.requests.labels(page, str(response.status)).inc()

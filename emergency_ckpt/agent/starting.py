@@ -13,7 +13,6 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-import emergency_ckpt
 from emergency_ckpt.agent.client import PeerClient
 from emergency_ckpt.agent.endpoint import FORMAT_VERSION, Endpoint
 from emergency_ckpt.agent.options import AgentOptions
@@ -105,7 +104,7 @@ def _start(root: Path, directory: Path, options: AgentOptions, deadline: float) 
         )
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     log = directory / LOG
-    ours = str(Path(emergency_ckpt.__file__).parents[1])
+    ours = str(Path(__file__).resolve().parents[2])
     path = os.environ.get("PYTHONPATH")
     reading, writing = os.pipe()
     try:

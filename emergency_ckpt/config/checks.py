@@ -19,6 +19,15 @@ _NEED_LOCAL_TIER = (
     "local_checkpoint_slot_wait_seconds",
     "local_checkpoint_foreign_run",
     "local_save_during_drain",
+    "checkpoint_agent",
+    "checkpoint_agent_bind_address",
+    "checkpoint_agent_advertise_address",
+    "checkpoint_agent_port",
+    "checkpoint_agent_token_file",
+    "checkpoint_agent_tls_certificate",
+    "checkpoint_agent_tls_key",
+    "checkpoint_agent_tls_ca",
+    "checkpoint_agent_idle_seconds",
 )
 
 
@@ -71,6 +80,11 @@ def _local_tier(config: Config) -> Iterator[str]:
                 )
     if config.saves_locally and config.local_checkpoint_directory and config.base_output_directory:
         yield from _shared_storage(config)
+    certificate, key = "checkpoint_agent_tls_certificate", "checkpoint_agent_tls_key"
+    if bool(getattr(config, certificate)) != bool(getattr(config, key)):
+        yield (
+            f"{_said(config, certificate)}, but {_said(config, key)}. TLS needs both: set both or neither."
+        )
 
 
 def _shared_storage(config: Config) -> Iterator[str]:

@@ -132,6 +132,39 @@ class Config(BaseModel):
         "from the newer step.",
     )
 
+    # The agents, one per host: they serve the ramdisk's shards to other hosts.
+    checkpoint_agent: Literal["auto", "off"] = Field(
+        "auto",
+        description="auto starts an agent on each host of a job of several processes, or uses the one that "
+        "runs there; off starts none: shards then travel between slices by broadcast, and otherwise not at all.",
+    )
+    checkpoint_agent_bind_address: str = Field(
+        "",
+        description="Address that the agent of each host listens on. Empty: that of the interface which reaches "
+        "process 0.",
+    )
+    checkpoint_agent_advertise_address: str = Field(
+        "", description="Address that others are told. Empty: the one that the agent listens on."
+    )
+    checkpoint_agent_port: Whole = Field(0, ge=0, le=65535, description="Port of the agents. 0: a free one.")
+    checkpoint_agent_token_file: HostPath = Field(
+        "",
+        description="File with the token that lets clients in, on each host. Empty: the environment variable "
+        "EMERGENCY_CKPT_AGENT_TOKEN of the trainer, or else a random token that the job tells its processes.",
+    )
+    checkpoint_agent_tls_certificate: HostPath = Field(
+        "", description="Certificate chain (PEM) of the agent of each host; with the key, agents speak TLS."
+    )
+    checkpoint_agent_tls_key: HostPath = Field("", description="Private key (PEM) of that certificate.")
+    checkpoint_agent_tls_ca: HostPath = Field(
+        "",
+        description="Certificates (PEM) by which the agents of others are verified, at this path on every host. "
+        "Empty: those of the system.",
+    )
+    checkpoint_agent_idle_seconds: Seconds = Field(
+        900.0, gt=0, description="How long an agent stays when no trainer is left and nobody asks it."
+    )
+
     # Restoring.
     enable_single_replica_ckpt_restoring: bool = Field(
         False,

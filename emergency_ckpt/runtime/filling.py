@@ -16,6 +16,7 @@ from emergency_ckpt.agent.slot_id import SlotId
 from emergency_ckpt.agent.slot_source import OwnSlot, PeerSlot, SlotSource
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.core.part import Part
+from emergency_ckpt.core.placement import extras_keepers
 from emergency_ckpt.core.restore_plan import ProcessPlan, Take
 from emergency_ckpt.core.values import Value
 from emergency_ckpt.errors import CorruptDataError
@@ -45,6 +46,9 @@ class Filling:
         self._done: dict[int, tuple[int, ...]] = {shard: () for shard in self._needed if not nbytes[shard]}
         self._kept: SealedSlot | None = None  # the own slot, where it has all that is needed
         self._described: _Described | None = None
+        self._kept_extras: dict[int, str] = {}
+        keepers = extras_keepers(job.topology.process_slice)
+        self._wards = {process for process, keeper in enumerate(keepers) if keeper == job.process}
         self._read: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
 
     @property
@@ -83,7 +87,7 @@ class Filling:
         return setbacks or self._count_repaired()
 
     def finish(self, extras: Mapping[int, str]) -> Hydrated:
-        """The step as a slot. Call when nothing is missing any more.
+        """The step as a slot, with these extras of this process. Call when nothing is missing any more.
 
         Raises LocalDirectoryError; CorruptDataError where something is missing all the same.
         """
@@ -101,7 +105,14 @@ class Filling:
         assert isinstance(room, Hydration)
         checksums = tuple(self._done.get(entry.shard, ()) for entry in layout.slot_entries(process))
         described = self._described
-        manifest = make_manifest(job, self.step, checksums, described.values, extras, described.metadata)
+        manifest = make_manifest(
+            job,
+            self.step,
+            checksums,
+            described.values,
+            {**self._kept_extras, **extras},
+            described.metadata,
+        )
         sealed = room.seal(manifest)
         self._room = None
         return sealed
@@ -130,8 +141,9 @@ class Filling:
         target = Target(self.step, self._job.layout, wanted, self._the_room().place)
         gathered = gather(target, takes, self._open_source)
         self._done.update(gathered.checksums)
-        if self._described is None and gathered.manifest is not None:
-            self._described = _Described.by(gathered.manifest)
+        for _, manifest in sorted(gathered.manifests.items()):
+            self._described = self._described or _Described.by(manifest)
+            self._keep_extras(manifest)
         fetched = 0
         for process, (shards, nbytes) in gathered.sources.items():
             own = process == self._job.process
@@ -139,6 +151,12 @@ class Filling:
             fetched += 0 if own else nbytes
         self._job.log.metrics.add(Metric.FETCHED_BYTES, fetched)
         return Setbacks(gathered.strikes, gathered.unreachable)
+
+    def _keep_extras(self, manifest: Manifest) -> None:
+        """A slot that is made anew has the extras that this process keeps for others, if its sources do."""
+        count, wards = self._job.topology.process_count, self._wards
+        if manifest.process_count == count:
+            self._kept_extras |= {p: text for p, text in manifest.extras.items() if p in wards}
 
     def _open_source(self, take: Take) -> SlotSource:
         job = self._job

@@ -13,7 +13,6 @@ from typing import Any
 
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.core.restore_plan import Strike
-from emergency_ckpt.core.shards import Box, Shard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Setbacks:
 
     def to_json(self) -> Any:
         return {
-            "strikes": [_strike_json(strike) for strike in self.strikes],
+            "strikes": [strike.to_json() for strike in self.strikes],
             "unreachable": [[process, why] for process, why in self.unreachable.items()],
         }
 
@@ -54,23 +53,8 @@ class Setbacks:
 
     @classmethod
     def from_json(cls, raw: Any) -> Setbacks:
-        strikes = tuple(_strike_from_json(strike) for strike in raw["strikes"])
+        strikes = tuple(Strike.from_json(strike) for strike in raw["strikes"])
         return cls(strikes, dict(raw["unreachable"]))
 
 
 NONE = Setbacks()
-
-
-def _strike_json(strike: Strike) -> list[Any]:
-    shards = None
-    if strike.shards is not None:
-        shards = [[s.leaf, list(s.box.start), list(s.box.stop)] for s in sorted(strike.shards)]
-    return [strike.step.generation, strike.step.step, strike.process, shards, strike.why]
-
-
-def _strike_from_json(raw: Any) -> Strike:
-    generation, step, process, shards, why = raw
-    named = None
-    if shards is not None:
-        named = frozenset(Shard(leaf, Box(tuple(start), tuple(stop))) for leaf, start, stop in shards)
-    return Strike(StepId(generation, step), process, named, why)

@@ -134,7 +134,27 @@ def settings_from_config(config: Config) -> Settings:
         ),
         read_bytes=concurrent_bytes,
         foreign_run=config.local_checkpoint_foreign_run,
+        agent=_agent_options(config),
         log_format=config.checkpoint_log_format,
+    )
+
+
+def _agent_options(config: Config) -> AgentOptions | None:
+    if config.checkpoint_agent == "off":
+        return None
+
+    def path(text: str) -> Path | None:
+        return Path(text) if text else None
+
+    return AgentOptions(
+        bind=config.checkpoint_agent_bind_address or None,
+        port=config.checkpoint_agent_port,
+        advertise=config.checkpoint_agent_advertise_address or None,
+        token_file=path(config.checkpoint_agent_token_file),
+        tls_certificate=path(config.checkpoint_agent_tls_certificate),
+        tls_key=path(config.checkpoint_agent_tls_key),
+        tls_ca=path(config.checkpoint_agent_tls_ca),
+        idle_seconds=config.checkpoint_agent_idle_seconds,
     )
 
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -138,10 +139,10 @@ def ending_agents(root: Path) -> Iterator[None]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGCONT)
                 process.terminate()
-        _, alive = psutil.wait_procs(left, timeout=20)
-        for process in alive:
+        stuck = [process for process in left if not has_ended(process.pid, 20)]
+        for process in stuck:
             process.kill()
-        assert not alive, f"agents did not end: {alive}"
+        assert not stuck, f"agents did not end: {stuck}"
 
 
 def start(root: Path, **options: object) -> Endpoint:
@@ -156,12 +157,21 @@ def pid_of(root: Path) -> int:
     return record.pid
 
 
+def has_ended(pid: int, seconds: float) -> bool:
+    """Waits until a process has ended, whoever's child it is; False when the time limit came first."""
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([fd], [], [], seconds)[0])
+    finally:
+        os.close(fd)
+
+
 def wait_until_gone(pid: int) -> None:
     """Waits until a process has ended."""
-    try:
-        psutil.Process(pid).wait(timeout=30)
-    except psutil.NoSuchProcess:
-        return
+    assert has_ended(pid, 30), f"process {pid} is still there"
 
 
 def raw(endpoint: Endpoint, head: str, body: bytes = b"", token: str | None = None) -> tuple[int, dict]:
@@ -229,6 +239,7 @@ class CuttingProxy:
         with contextlib.suppress(OSError):
             while data := connection.recv(65536):
                 target.sendall(data)
+            target.shutdown(socket.SHUT_RDWR)
 
 
 class SayingServer:

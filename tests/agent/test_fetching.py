@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import os
 import random
+import socket
 import urllib.request
 from datetime import timedelta
 
@@ -14,20 +16,15 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from emergency_ckpt.agent import client as clients
+from emergency_ckpt.agent.block_ranges import BlockRange, encode_ranges
 from emergency_ckpt.agent.client import Blocks, PeerClient
 from emergency_ckpt.agent.endpoint import Endpoint
-from emergency_ckpt.agent.slot_id import SlotId
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.core.shards import BLOCK_BYTES
 from emergency_ckpt.errors import CorruptShardsError, PeerUnavailableError
-from emergency_ckpt.local.manifest import Manifest
 from tests.agent.served import RUN, CuttingProxy, Ramdisk, SayingServer, content, start
 
 STEP = StepId(1, 7)
-
-
-def manifest_of(client: PeerClient, slot: SlotId) -> Manifest:
-    return client.manifest(slot)
 
 
 def test_every_shard_of_a_slot_arrives_bit_for_bit(disk: Ramdisk) -> None:
@@ -271,3 +268,24 @@ def test_nobody_listening_is_a_clean_error() -> None:
         endpoint = server.endpoint
     with PeerClient(endpoint) as client, pytest.raises(PeerUnavailableError, match="Connection refused"):
         client.status()
+
+
+def test_a_slot_that_is_given_up_during_the_transfer_ends_the_answer_short(disk: Ramdisk) -> None:
+    slot = disk.save(STEP)
+    endpoint = start(disk.root)
+    big = disk.layout.shards[0]
+    body = encode_ranges([BlockRange(big, 0, 3)])
+    head = (
+        f"POST {slot.address}/shards HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {endpoint.token}\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
+    with socket.create_connection((endpoint.host, endpoint.port), 30) as connection:
+        # Little fits between the two ends, so that most is not sent yet when the step goes.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
+        connection.sendall(head.encode() + body)
+        received = len(connection.recv(1000))
+        disk.store.give_up(STEP)
+        with contextlib.suppress(ConnectionResetError):
+            while data := connection.recv(1024 * 1024):
+                received += len(data)
+    assert received < disk.layout.shard_nbytes[0]

@@ -31,6 +31,10 @@ ALL = [0, 1, 2, 3]
 STORIES: dict[str, list[dict[str, Any]]] = {
     "nothing_lost": [{"until": 20}],
     "slice_wiped": [{"wipe": [2, 3], "until": 16}, {"wipe": [0, 1], "until": 18}],
+    "slice_wiped_without_agents": [{"wipe": [2, 3], "until": 15, "flags": {"checkpoint_agent": "off"}}],
+    "slice_wiped_single_replica": [
+        {"wipe": [2, 3], "until": 15, "flags": {"enable_single_replica_ckpt_restoring": True}}
+    ],
     "slice_wiped_twice_without_a_save": [{"wipe": [2, 3], "until": 14}, {"wipe": [0, 1], "until": 14}],
     "half_of_each_slice": [{"wipe": [1, 2], "until": 15}],
     "all_wiped": [{"wipe": ALL, "until": 12}],
@@ -123,16 +127,32 @@ def test_a_restart_with_nothing_lost_reads_only_the_own_ramdisk(told: Told) -> N
     assert all(r["steps"][-1] == 20 for r in life)
 
 
-def test_a_slice_that_lost_its_ramdisk_gets_the_state_by_broadcast(told: Told) -> None:
+def test_a_slice_that_lost_its_ramdisk_gets_its_shards_from_the_agents_of_the_other(told: Told) -> None:
     first, second = told["slice_wiped"]
-    assert sources(first) == [(14, "own slot")] * 2 + [(14, "broadcast from slice 0")] * 2
+    assert sources(first) == [(14, "own slot")] * 2 + [(14, "process 0"), (14, "process 1")]
     assert [r["extras"]["data"]["position"] for r in first] == [1400, 1401, 1402, 1403]
-    assert sources(second) == [(16, "broadcast from slice 1")] * 2 + [(16, "own slot")] * 2
+    assert sources(second) == [(16, "process 2"), (16, "process 3")] + [(16, "own slot")] * 2
+    # What a process lost is what it fetches; those that lost nothing fetch nothing.
+    fetched = [r["counters"]["fetched_bytes"] for r in first]
+    assert fetched[:2] == [0, 0]
+    assert fetched[2:] == [r["counters"]["restored_bytes"] for r in first[2:]]
+
+
+def test_without_agents_a_slice_that_lost_its_ramdisk_gets_the_state_by_broadcast(told: Told) -> None:
+    (life,) = told["slice_wiped_without_agents"]
+    assert sources(life) == [(14, "own slot")] * 2 + [(14, "broadcast from slice 0")] * 2
+    assert [r["extras"]["data"]["position"] for r in life] == [1400, 1401, 1402, 1403]
+    assert {r["counters"]["fetched_bytes"] for r in life} == {0}
+
+
+def test_with_single_replica_restoring_one_slice_broadcasts_what_its_ramdisks_hold(told: Told) -> None:
+    (life,) = told["slice_wiped_single_replica"]
+    assert sources(life) == [(14, "own slot")] * 2 + [(14, "broadcast from slice 0")] * 2
 
 
 def test_a_restored_slice_is_redundant_before_its_first_save(told: Told) -> None:
     second = told["slice_wiped_twice_without_a_save"][1]
-    assert sources(second) == [(14, "broadcast from slice 1")] * 2 + [(14, "own slot")] * 2
+    assert sources(second) == [(14, "process 2"), (14, "process 3")] + [(14, "own slot")] * 2
 
 
 def test_half_of_each_slice_is_enough(told: Told) -> None:

@@ -143,7 +143,7 @@ def test_damage_found_while_the_job_runs_costs_its_step_and_no_older_one(opened:
     assert manager.restore_or_init(dict).step == 7
 
 
-def test_a_slot_that_lacks_shards_is_restored_from_elsewhere_and_whole_again(
+def test_a_slot_that_lacks_shards_gets_these_from_elsewhere_and_is_whole_again(
     opened: Opener, mesh: Mesh, ramdisk: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     manager = opened()
@@ -155,7 +155,8 @@ def test_a_slot_that_lacks_shards_is_restored_from_elsewhere_and_whole_again(
     assert_same(restored.state, make_state(mesh, 5))
     assert "shards of step 5 (generation 1) in slot " in caplog.text
     assert manager.last_restore is not None
-    assert "the copy of process 0 is damaged" in manager.last_restore.reason
+    assert manager.last_restore.reason == "step 5: process 0 reads 1 shard from the persistent tier"
+    assert [source.shards for source in manager.last_restore.sources] == [1]
     (holding,) = [h for h in manager._engine.job.local.verify() if h.step.step == 5]
     assert holding.missing == ()
     restored = opened().restore_or_init(dict)
