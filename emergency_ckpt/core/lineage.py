@@ -6,7 +6,7 @@ Invariant 1: shards of different generations never meet, and the newest step is 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 @dataclasses.dataclass(frozen=True, slots=True, order=True)
@@ -64,6 +64,23 @@ def newest_promised(
         left += [deletion.newest] if deletion.newest else []
     known = tuple(activations)
     return max((step for step in left if not is_void(step, known)), default=None)
+
+
+def begun_from(parents: Mapping[int, StepId], activations: Iterable[Activation]) -> list[StepId]:
+    """The steps that the newest life of the run began from, and that lives after it were to begin from.
+
+    `parents` has, by generation, the step that was restorable when that generation began. Of a step that was
+    restored instead of it only the number is known; it counts as the oldest of that number (generation 0).
+    """
+    newest = max(activations, key=lambda activation: activation.generation, default=None)
+    if newest is None:
+        return list(parents.values())
+    later = [parent for generation, parent in parents.items() if generation > newest.generation]
+    if newest.step is None:
+        return later
+    parent = parents.get(newest.generation)
+    known = parent if parent is not None and parent.step == newest.step else StepId(0, newest.step)
+    return [known, *later]
 
 
 def is_void(saved: StepId, activations: Iterable[Activation]) -> bool:

@@ -62,7 +62,7 @@ def slots_that_fit(
         )
         raise LocalCapacityError(
             f"{where} has no room for {least} slots of {_mib(slot_bytes)} each: {_mib(least * slot_bytes)} are "
-            f"needed, {_mib(usable)} are available ({limit} is what limits). Ask for a ramdisk of at least "
+            f"needed, {usable // MIB}Mi are available ({limit} is what limits). Ask for a ramdisk of at least "
             f"{_mib(int(wanted * slot_bytes * 1.15))} per host and process (then {wanted} slots fit, with a "
             f"reserve of 15 %), or shard the state over more hosts."
         )
@@ -145,4 +145,5 @@ def _statistic(path: Path, key: str) -> int:
 
 
 def _mib(nbytes: int) -> str:
+    """What is asked for, rounded up; what there is, is rounded down, so that the two never read alike."""
     return f"{-(-nbytes // MIB)}Mi"

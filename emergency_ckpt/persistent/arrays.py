@@ -6,8 +6,9 @@ Where a write or a read could silently give zeros (an omitted chunk of zeros, a 
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,8 @@ COMPRESSIONS = ("none", "zstd")
 _INLINE_BYTES = 1024
 _NODE_CACHE_BYTES = 64 * 1024 * 1024
 _DAMAGE = ("DATA_LOSS", "FAILED_PRECONDITION", "NOT_FOUND", "OUT_OF_RANGE", "INVALID_ARGUMENT")
+# TensorStore says every status but INVALID_ARGUMENT at the beginning of its message.
+_STATUS = re.compile(r"[A-Z]+(_[A-Z]+)*: ")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +143,20 @@ def settle(futures: Iterable[Any], what: str, timeout_seconds: float) -> list[An
     Raises CorruptDataError where the store says that data is missing or damaged, PersistentStoreError for
     anything else, time-outs included. `what` begins the message.
     """
+    return _settle(futures, what, timeout_seconds, _translated)
+
+
+def settle_reads(futures: Iterable[Any], what: str, timeout_seconds: float) -> list[Any]:
+    """As `settle`, for what only reads: there bytes that TensorStore cannot decode are damage, too."""
+    return _settle(futures, what, timeout_seconds, _translated_of_read)
+
+
+def _settle(
+    futures: Iterable[Any],
+    what: str,
+    timeout_seconds: float,
+    translated: Callable[[Exception, str], EmergencyCheckpointError],
+) -> list[Any]:
     deadline = time.monotonic() + timeout_seconds
     results, failure = [], None
     for future in futures:
@@ -152,17 +169,33 @@ def settle(futures: Iterable[Any], what: str, timeout_seconds: float) -> list[An
                 " or raise the time limit."
             )
         except (ValueError, OSError, NotImplementedError, RuntimeError) as error:
-            failure = failure or _translated(error, what)
+            failure = failure or translated(error, what)
     if failure is not None:
         raise failure
     return results
 
 
 def _translated(error: Exception, what: str) -> EmergencyCheckpointError:
-    text = str(error).partition(" [tensorstore_spec=")[0]
-    if text.startswith(_DAMAGE):
-        translated: EmergencyCheckpointError = CorruptDataError(f"{what}: {text}. Restore another step.")
-    else:
-        translated = PersistentStoreError(f"{what}: {text}")
+    return _damaged(error, what) if _text(error).startswith(_DAMAGE) else _failed(error, what)
+
+
+def _translated_of_read(error: Exception, what: str) -> EmergencyCheckpointError:
+    """INVALID_ARGUMENT comes as a ValueError without the name: a node, chunk or description that is none."""
+    undecodable = isinstance(error, ValueError) and not _STATUS.match(_text(error))
+    return _damaged(error, what) if undecodable else _translated(error, what)
+
+
+def _damaged(error: Exception, what: str) -> EmergencyCheckpointError:
+    translated = CorruptDataError(f"{what}: {_text(error)}. Restore another step.")
     translated.__cause__ = error
     return translated
+
+
+def _failed(error: Exception, what: str) -> EmergencyCheckpointError:
+    translated = PersistentStoreError(f"{what}: {_text(error)}")
+    translated.__cause__ = error
+    return translated
+
+
+def _text(error: Exception) -> str:
+    return str(error).partition(" [tensorstore_spec=")[0]

@@ -11,12 +11,16 @@ import dataclasses
 import errno
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from emergency_ckpt.errors import PersistentStoreError
+from emergency_ckpt.errors import CorruptDataError, PersistentStoreError
+from emergency_ckpt.persistent.bounded import within
+
+_ANSWER_SECONDS = 120.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, order=True)
@@ -43,7 +47,7 @@ class Files(Protocol):
         ...
 
     def read(self, path: str) -> bytes:
-        """Content of a file. Raises FileNotFoundError."""
+        """Content of a file. Raises FileNotFoundError, CorruptDataError for what is no file."""
         ...
 
     def create(self, path: str, data: bytes) -> bool:
@@ -75,33 +79,43 @@ class Files(Protocol):
 
 
 class LocalFiles:
-    """A directory of a (possibly shared) POSIX file system."""
+    """A directory of a (possibly shared) POSIX file system.
 
-    def __init__(self, root: str | os.PathLike[str]):
+    `answer_seconds` is the limit for each single look into it: a mount whose server is gone never answers.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], answer_seconds: float = _ANSWER_SECONDS):
         self._root = Path(root).absolute()
+        self._answer_seconds = answer_seconds
 
     def locate(self, path: str = "") -> str:
         return str(self._root / path)
 
     def below(self, path: str) -> LocalFiles:
-        return LocalFiles(self._root / path)
+        return LocalFiles(self._root / path, self._answer_seconds)
 
     def entries(self, path: str = "") -> list[Entry]:
-        with self._failing("list", path):
-            try:
-                with os.scandir(self._root / path) as found:
-                    return sorted(Entry(e.name, e.is_dir()) for e in found)
-            except (FileNotFoundError, NotADirectoryError):
-                return []
+        def listed() -> list[Entry]:
+            with self._failing("list", path):
+                try:
+                    with os.scandir(self._root / path) as found:
+                        return sorted(Entry(e.name, e.is_dir()) for e in found)
+                except FileNotFoundError:
+                    return []
+
+        return within(self._answer_seconds, f"listing {self.locate(path)}", listed)
 
     def read(self, path: str) -> bytes:
-        with self._failing("read", path):
-            return (self._root / path).read_bytes()
+        def content() -> bytes:
+            with self._failing("read", path):
+                return _read_file(self._root / path)
+
+        return within(self._answer_seconds, f"reading {self.locate(path)}", content)
 
     def create(self, path: str, data: bytes) -> bool:
         target = self._root / path
         with self._failing("create", path):
-            target.parent.mkdir(parents=True, exist_ok=True)
+            _make_directory(target.parent)
             scratch = _write_durably(target.with_name(f".{target.name}.{uuid.uuid4().hex}"), data)
             try:
                 return self._link(scratch, target, data)
@@ -112,13 +126,13 @@ class LocalFiles:
     def write(self, path: str, data: bytes) -> None:
         target = self._root / path
         with self._failing("write", path):
-            target.parent.mkdir(parents=True, exist_ok=True)
+            _make_directory(target.parent)
             os.replace(_write_durably(target.with_name(f".{target.name}.{uuid.uuid4().hex}"), data), target)
             _sync_directory(target.parent)
 
     def make_directory(self, path: str) -> None:
         with self._failing("make directory", path):
-            (self._root / path).mkdir(parents=True, exist_ok=True)
+            _make_directory(self._root / path)
 
     def delete_tree(self, path: str) -> None:
         with self._failing("delete", path):
@@ -169,8 +183,23 @@ class LocalFiles:
             ) from error
 
 
+def _read_file(path: Path) -> bytes:
+    """Content of a regular file; a pipe or a device in its place may never end, or act."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        raise CorruptDataError(f"{path} should be a file and is none (its mode is {mode:#o}). Remove it.")
+    return path.read_bytes()
+
+
 def _raise(error: OSError) -> None:
     raise error
+
+
+def _make_directory(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, f"{path} is no directory") from error
 
 
 def _write_durably(path: Path, data: bytes) -> Path:

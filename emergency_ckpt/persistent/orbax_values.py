@@ -48,7 +48,7 @@ def tree_with_values(tree_file: bytes, values: OrbaxValues) -> bytes:
             # Empty nodes are never read; one of them may have the joined name of a leaf.
             if not described["skip_deserialize"] and (kind := _kind(name, values)):
                 entry["value_metadata"] = {"value_type": kind, "skip_deserialize": name in values.unheld}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CorruptDataError(f"the layout carries an unusable description of the tree: {error}") from error
     return json.dumps(tree).encode()
 

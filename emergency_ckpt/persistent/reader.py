@@ -34,9 +34,10 @@ from emergency_ckpt.persistent.arrays import (
     leaf_chunks,
     new_context,
     ocdbt,
-    settle,
+    settle_reads,
     storage_dtype,
 )
+from emergency_ckpt.persistent.fields import parsed
 from emergency_ckpt.persistent.files import Files, LocalFiles
 from emergency_ckpt.persistent.step_files import (
     CHECKSUMS_FILE,
@@ -44,11 +45,10 @@ from emergency_ckpt.persistent.step_files import (
     ITEM_NAMES,
     LAYOUT_FILE,
     ORBAX_TREE_FILE,
-    SideInfo,
     checksums_from_bytes,
     digest,
     extras_from_json,
-    parse_side_file_name,
+    read_side_info,
     unseal,
 )
 from emergency_ckpt.persistent.tree_metadata import (
@@ -79,6 +79,7 @@ class StepReader:
     Args:
       step: the step's directory, or the files below it.
       item: the item directory; None for the one that the step has.
+      directory_step: the step that the directory's name stands for; None where that is not known.
       timeout_seconds: limit for each single wait for the store while opening.
 
     Raises CorruptDataError when a file of the step is damaged, PersistentStoreError when there is no such step.
@@ -89,6 +90,7 @@ class StepReader:
         step: str | os.PathLike[str] | Files,
         item: str | None = None,
         *,
+        directory_step: int | None = None,
         timeout_seconds: float = 300.0,
     ):
         self._files: Files = LocalFiles(step) if isinstance(step, str | os.PathLike) else step
@@ -96,12 +98,9 @@ class StepReader:
         self._context = new_context()
         self._arrays: dict[str, Any] = {}
         entries = self._files.entries()
-        sides = [e.name for e in entries if parse_side_file_name(e.name)]
-        self.side: SideInfo | None = None
-        if sides:
-            name = max(sides, key=lambda n: parse_side_file_name(n) or (0, ""))
-            self.side = SideInfo.from_bytes(self._files.read(name), self._files.locate(name))
-        elif lone := [e.name for e in entries if e.name in (LAYOUT_FILE, CHECKSUMS_FILE)]:
+        self.side = read_side_info(self._files, (e.name for e in entries), directory_step)
+        lone = [e.name for e in entries if e.name in (LAYOUT_FILE, CHECKSUMS_FILE)]
+        if self.side is None and lone:
             raise CorruptDataError(
                 f"{self.path} holds {lone[0]} but not the side file that belongs to it"
                 " (emergency_ckpt.<generation>.<nonce>.json): the step is damaged. Restore another one."
@@ -153,7 +152,8 @@ class StepReader:
         if self.side is None or EXTRAS_FILE not in self.side.digests:
             return {}
         where = self._files.locate(EXTRAS_FILE)
-        return extras_from_json(unseal(self._our_file(EXTRAS_FILE), where)["extras"], where)
+        raw = unseal(self._our_file(EXTRAS_FILE), where, "Restore another step.")
+        return parsed(raw, lambda found: extras_from_json(found["extras"]), where, "Restore another step.")
 
     def values(self) -> dict[str, Value]:
         """The leaves that are not arrays, by name."""
@@ -176,7 +176,7 @@ class StepReader:
         if self.side is not None:
             return self.side.values
         self._open(self._tree.numbers)
-        numbers = settle(
+        numbers = settle_reads(
             [self._arrays[name].read() for name in self._tree.numbers],
             f"reading the scalars of {self.path}",
             self._timeout_seconds,
@@ -268,7 +268,7 @@ class StepReader:
             running_bytes -= request.out.nbytes
             try:
                 what = self._where(request)
-                settle([future], what, max(deadline - time.monotonic(), 0.001))
+                settle_reads([future], what, max(deadline - time.monotonic(), 0.001))
                 self._verify(request, what)
             except (CorruptDataError, PersistentStoreError) as error:
                 failure = failure or error
@@ -330,7 +330,7 @@ class StepReader:
         missing = [name for name in names if name not in self._arrays]
         for at in range(0, len(missing), _OPENED_AT_ONCE):
             some = missing[at : at + _OPENED_AT_ONCE]
-            arrays = settle(
+            arrays = settle_reads(
                 [ts.open(self._spec(name), open=True, read=True, context=self._context) for name in some],
                 f"opening {len(some)} leaves of {self.path} from {some[0]!r}",
                 self._timeout_seconds,

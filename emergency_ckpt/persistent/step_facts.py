@@ -16,8 +16,7 @@ from emergency_ckpt.persistent.files import Files
 from emergency_ckpt.persistent.step_files import (
     ORBAX_METRICS_FILE,
     ORBAX_STEP_FILE,
-    SideInfo,
-    parse_side_file_name,
+    read_side_info,
 )
 
 
@@ -36,16 +35,21 @@ class StepFacts:
     custom_metadata: Mapping[str, Any]
 
 
-def read_step_facts(files: Files) -> StepFacts:
-    """The facts of the step whose files these are. Raises CorruptDataError, PersistentStoreError."""
+def read_step_facts(files: Files, directory_step: int | None = None) -> StepFacts:
+    """The facts of the step whose files these are. Raises CorruptDataError, PersistentStoreError.
+
+    `directory_step` is the step that the name of the directory stands for, None where that is not known.
+    """
     said = _json_object(files, ORBAX_STEP_FILE)
-    sides = [entry.name for entry in files.entries() if parse_side_file_name(entry.name)]
-    if sides:
-        name = max(sides, key=lambda found: parse_side_file_name(found) or (0, ""))
-        side = SideInfo.from_bytes(files.read(name), files.locate(name))
+    side = read_side_info(files, (entry.name for entry in files.entries()), directory_step)
+    if side is not None:
         metrics, custom = side.metrics, side.custom_metadata
     else:
         metrics, custom = _json_object(files, ORBAX_METRICS_FILE), said.get("custom_metadata") or {}
+        if not isinstance(custom, dict):
+            raise CorruptDataError(
+                f"{files.locate(ORBAX_STEP_FILE)} is damaged: its custom_metadata is no object: {custom!r:.40}"
+            )
     return StepFacts(
         _nanoseconds(said.get("init_timestamp_nsecs")),
         _nanoseconds(said.get("commit_timestamp_nsecs")),
@@ -57,10 +61,12 @@ def read_step_facts(files: Files) -> StepFacts:
 def _json_object(files: Files, path: str) -> Mapping[str, Any]:
     """Content of a file of Orbax's; nothing where there is no such file."""
     try:
-        content = json.loads(files.read(path))
+        data = files.read(path)
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
         raise CorruptDataError(f"{files.locate(path)} is damaged: it is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise CorruptDataError(
@@ -70,4 +76,4 @@ def _json_object(files: Files, path: str) -> Mapping[str, Any]:
 
 
 def _nanoseconds(value: Any) -> int | None:
-    return value if isinstance(value, int) and value > 0 else None
+    return value if type(value) is int and 0 < value < 2**63 else None

@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,8 @@ from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.core.shards import BLOCK_BYTES, block_ranges
 from emergency_ckpt.core.values import Value, values_from_json, values_to_json
 from emergency_ckpt.errors import CorruptDataError
+from emergency_ckpt.persistent.fields import UNUSABLE, parsed, step_id, typed, whole_number
+from emergency_ckpt.persistent.files import Files
 
 ITEM_NAMES = ("default", "state", "items")
 ORBAX_TREE_FILE = "_METADATA"
@@ -36,6 +38,7 @@ PARTS_DIRECTORY = "emergency_ckpt.parts"
 CLAIM_FILE = "emergency_ckpt.committer"
 
 _FORMAT_VERSION = 1
+_STEP_ADVICE = "The step is not usable; restore another one, or this file from a backup."
 _SIDE_FILE = re.compile(r"emergency_ckpt\.([1-9]\d*)\.([0-9a-f]+)\.json")
 
 
@@ -74,13 +77,55 @@ class SideInfo:
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> SideInfo:
-        raw = unseal(data, where)
-        try:
-            raw["step_id"] = StepId(*raw["step_id"])
-            raw["values"] = values_from_json(raw["values"])
-            return cls(**raw)
-        except (TypeError, KeyError) as error:
-            raise CorruptDataError(f"{where} has unexpected content: {error}") from error
+        return parsed(unseal(data, where, _STEP_ADVICE), cls._parse, where, _STEP_ADVICE)
+
+    @classmethod
+    def _parse(cls, raw: Any) -> SideInfo:
+        return cls(
+            run_id=typed(raw["run_id"], str),
+            step_id=step_id(raw["step_id"]),
+            nonce=typed(raw["nonce"], str),
+            item=_item_name(raw["item"]),
+            layout_hash=typed(raw["layout_hash"], str),
+            max_chunk_bytes=whole_number(raw["max_chunk_bytes"]),
+            compression=typed(raw["compression"], str),
+            values=values_from_json(raw["values"]),
+            custom_metadata=typed(raw["custom_metadata"], dict),
+            metrics=typed(raw["metrics"], dict),
+            digests={name: typed(found, str) for name, found in typed(raw["digests"], dict).items()},
+        )
+
+
+def read_side_info(files: Files, names: Iterable[str], directory_step: int | None = None) -> SideInfo | None:
+    """What the side file among `names` says of the step whose files these are; None where there is none.
+
+    `directory_step` is the step that the name of the directory stands for, None where that is not known.
+    Raises CorruptDataError for a side file that is damaged, gone, or of another step than its name or that of
+    the directory says; PersistentStoreError.
+    """
+    known = [(said, name) for name in names if (said := parse_side_file_name(name))]
+    if not known:
+        return None
+    said, name = max(known)
+    where = files.locate(name)
+    try:
+        side = SideInfo.from_bytes(files.read(name), where)
+    except FileNotFoundError as error:
+        raise CorruptDataError(
+            f"{where} was listed and cannot be opened: the step was deleted just now, or is damaged."
+            " Restore another one."
+        ) from error
+    if said != (side.step_id.generation, side.nonce):
+        raise CorruptDataError(
+            f"{where} was saved by generation {side.step_id.generation} ({side.nonce}): it was renamed or"
+            f" copied. {_STEP_ADVICE}"
+        )
+    if directory_step not in (None, side.step_id.step):
+        raise CorruptDataError(
+            f"{files.locate()} holds {side.step_id}, its directory says {directory_step}: it was renamed or"
+            " copied. Give it its own name again, or delete it."
+        )
+    return side
 
 
 def side_file_name(generation: int, nonce: str) -> str:
@@ -99,19 +144,23 @@ def seal(content: Mapping[str, Any]) -> bytes:
     return body + b"\n" + digest(body).encode() + b"\n"
 
 
-def unseal(data: bytes, where: str) -> dict[str, Any]:
-    """The content of a sealed file; raises CorruptDataError naming `where` if it is not what was written."""
+def unseal(data: bytes, where: str, advice: str) -> dict[str, Any]:
+    """The content of a sealed file; raises CorruptDataError naming `where` if it is not what was written.
+
+    `advice` ends the message: what the file is, where that does not go without saying, and what to do.
+    """
     body, _, rest = data.partition(b"\n")
     if rest != digest(body).encode() + b"\n":
         raise CorruptDataError(
-            f"{where} is damaged: its checksum does not match its {len(data)} bytes."
-            " The step is not usable; restore another one, or the file from a backup."
+            f"{where} is damaged: its checksum does not match its {len(data)} bytes. {advice}"
         )
     try:
-        content = json.loads(body)
+        content = typed(json.loads(body), dict)
         version = content.pop("format")
-    except (ValueError, AttributeError, KeyError) as error:
-        raise CorruptDataError(f"{where} is not a file of ours: {error}") from error
+    except UNUSABLE as error:
+        raise CorruptDataError(
+            f"{where} is not a file of ours: {type(error).__name__}: {error}. {advice}"
+        ) from error
     if version != _FORMAT_VERSION:
         raise CorruptDataError(
             f"{where} has format {version}, this package reads {_FORMAT_VERSION}."
@@ -147,8 +196,12 @@ def extras_to_json(extras: Mapping[str, bytes]) -> dict[str, str]:
     return {key: base64.b64encode(data).decode() for key, data in sorted(extras.items())}
 
 
-def extras_from_json(raw: Mapping[str, str], where: str) -> dict[str, bytes]:
-    try:
-        return {key: base64.b64decode(data, validate=True) for key, data in raw.items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise CorruptDataError(f"{where} is damaged: {error}") from error
+def extras_from_json(raw: Any) -> dict[str, bytes]:
+    """Raises what `fields.parsed` expects for anything that `extras_to_json` did not write."""
+    return {str(int(key)): base64.b64decode(data, validate=True) for key, data in typed(raw, dict).items()}
+
+
+def _item_name(raw: Any) -> str:
+    if "/" in typed(raw, str) or raw in (".", ".."):
+        raise ValueError(f"expected the name of an item, found {raw!r:.40}")
+    return raw

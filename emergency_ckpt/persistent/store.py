@@ -20,12 +20,20 @@ from absl import logging
 from emergency_ckpt.core.lineage import Activation, Deletion, StepId, is_void
 from emergency_ckpt.errors import CorruptDataError, PersistentStoreError, StaleGenerationError
 from emergency_ckpt.persistent.files import Files, LocalFiles
+from emergency_ckpt.persistent.origins import Origins
+from emergency_ckpt.persistent.reader import StepReader
+from emergency_ckpt.persistent.records import (
+    Generation,
+    read_activation,
+    read_deletion,
+    read_generation,
+    record_number,
+)
 from emergency_ckpt.persistent.step_files import (
     ITEM_NAMES,
     ORBAX_TREE_FILE,
     parse_side_file_name,
     seal,
-    unseal,
 )
 
 _RECORDS = "emergency_ckpt"
@@ -42,15 +50,6 @@ _ROOT_METADATA_FIELDS = ("internal_metadata", "custom_metadata")
 _MINT_TRIES = 1000
 _REPLACE_TRIES = 10
 UNKNOWN_NONCE = "unknown"
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Generation:
-    """One life of the run. `parent` is the step it was restored from, None for a start from scratch."""
-
-    number: int
-    nonce: str
-    parent: StepId | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -73,7 +72,7 @@ class StepNames:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PersistentStep:
-    """A committed step. `nonce` is that of the generation that wrote it, None if another program did."""
+    """A committed step. `nonce` is that of the generation that wrote it, None if another program or run did."""
 
     step_id: StepId
     path: Path
@@ -114,6 +113,7 @@ class PersistentStore:
         self.root = Path(root)
         self.names = names or StepNames()
         self.files: Files = files or LocalFiles(root)
+        self._origins = Origins(self.files, _RUN_ID, _GENERATIONS)
 
     # Run, generations, activations.
 
@@ -163,11 +163,24 @@ class PersistentStore:
             return None
         path = f"{_GENERATIONS}/{names[-1]}"
         try:
-            raw = unseal(self.files.read(path), self.files.locate(path))
-            return Generation(raw["number"], raw["nonce"], StepId(*raw["parent"]) if raw["parent"] else None)
-        except (CorruptDataError, KeyError, TypeError) as error:
+            return read_generation(self.files, path)
+        except CorruptDataError as error:
             logging.warning("%s is unreadable; its number is passed over: %s", self.files.locate(path), error)
-            return Generation(_number(names[-1]), UNKNOWN_NONCE)
+            return Generation(record_number(names[-1]), UNKNOWN_NONCE)
+
+    def parents(self) -> dict[int, StepId]:
+        """By generation, the step that it was to be restored from; reads all records that can be read."""
+        found: dict[int, StepId] = {}
+        for name in self._record_names(_GENERATIONS):
+            path = f"{_GENERATIONS}/{name}"
+            try:
+                generation = read_generation(self.files, path)
+            except CorruptDataError as error:
+                logging.warning("%s is unreadable; it is passed over: %s", self.files.locate(path), error)
+                continue
+            if generation.parent is not None:
+                found[generation.number] = generation.parent
+        return found
 
     def record_activation(self, activation: Activation) -> None:
         """Records that all processes hold the state from which this generation begins. Repeating it is fine.
@@ -185,7 +198,7 @@ class PersistentStore:
             return
         if created:
             return
-        found = self._activation(path)
+        found = read_activation(self.files, path)
         if found is None:
             self.files.write(path, seal(content))
         elif found != activation:
@@ -204,7 +217,7 @@ class PersistentStore:
         for name in names:
             path = f"{_ACTIVATIONS}/{name}"
             try:
-                activation = self._activation(path)
+                activation = read_activation(self.files, path)
             except CorruptDataError as error:
                 if name != names[-1]:
                     raise
@@ -228,13 +241,10 @@ class PersistentStore:
     def deletion(self) -> Deletion | None:
         """What was deleted on purpose. A record that cannot be read does not count: then too much is missed."""
         try:
-            raw = unseal(self.files.read(_DELETION), self.files.locate(_DELETION))
-            if raw.get("withdrawn"):
-                return None
-            return Deletion(StepId(*raw["upto"]), StepId(*raw["newest"]) if raw["newest"] else None)
+            return read_deletion(self.files, _DELETION)
         except FileNotFoundError:
             return None
-        except (CorruptDataError, KeyError, TypeError) as error:
+        except CorruptDataError as error:
             logging.warning("%s is unreadable and does not count: %s", self.files.locate(_DELETION), error)
             return None
 
@@ -245,9 +255,9 @@ class PersistentStore:
             return
         path = f"{_ACTIVATIONS}/{names[-1]}"
         try:
-            self._activation(path)
+            read_activation(self.files, path)
         except CorruptDataError:
-            self.files.write(path, seal({"generation": _number(names[-1]), "withdrawn": True}))
+            self.files.write(path, seal({"generation": record_number(names[-1]), "withdrawn": True}))
 
     # Committed steps.
 
@@ -259,6 +269,10 @@ class PersistentStore:
             if step is not None and (held := self._step_in(entry.name, step)):
                 found.append(held)
         return sorted(found, key=lambda s: s.step_id)
+
+    def open_step(self, step: PersistentStep) -> StepReader:
+        """A reader of a committed step, which must be the one that the directory's name says."""
+        return StepReader(self.files.below(step.path.name), step.item, directory_step=step.step_id.step)
 
     def delete_step(self, step: PersistentStep) -> None:
         """Deletes a committed step. It disappears at once; its bytes follow."""
@@ -362,7 +376,7 @@ class PersistentStore:
                 content = json.loads(self.files.read(path))
             except FileNotFoundError:
                 continue
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise CorruptDataError(
                     f"{self.files.locate(path)} is damaged: it is not JSON ({error})."
                     " Delete it to go on without."
@@ -404,7 +418,9 @@ class PersistentStore:
             )
             return None
         ours = sorted(filter(None, (parse_side_file_name(e.name) for e in entries)))
-        generation, nonce = ours[-1] if ours else (0, None)
+        if not ours or self._origins.is_foreign(name, *ours[-1]):
+            return PersistentStep(StepId(0, step), self.root / name, items[0], None)
+        generation, nonce = ours[-1]
         return PersistentStep(StepId(generation, step), self.root / name, items[0], nonce)
 
     def _attempt_name(self, attempt: Attempt) -> str:
@@ -423,18 +439,7 @@ class PersistentStore:
 
     def _record_names(self, directory: str) -> list[str]:
         names = [e.name for e in self.files.entries(directory) if _RECORD.fullmatch(e.name)]
-        return sorted(names, key=_number)
-
-    def _activation(self, path: str) -> Activation | None:
-        """The activation in a record; None where the record was withdrawn."""
-        raw = unseal(self.files.read(path), self.files.locate(path))
-        if raw.get("withdrawn"):
-            return None
-        return Activation(raw["generation"], raw["step"])
-
-
-def _number(record_name: str) -> int:
-    return int(record_name.partition(".")[0])
+        return sorted(names, key=record_number)
 
 
 def without_void(steps: Iterable[PersistentStep], activations: Collection[Activation]) -> list[PersistentStep]:

@@ -48,7 +48,7 @@ def read_tree_metadata(files: Files, item: str) -> TreeMetadata:
             f"{where} is missing: not a checkpoint of a PyTree, or one of a format older than this package"
             " reads. Convert it by restoring and saving it with a current Orbax."
         ) from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CorruptDataError(f"{where} is damaged: {error}") from error
     unknown = {name: kind for name, kind in kinds.items() if kind not in (*_ARRAYS, "scalar", "string")}
     if unknown:
@@ -76,7 +76,7 @@ def read_strings(files: Files, item: str, names: tuple[str, ...]) -> dict[str, s
     try:
         raw: dict[str, Any] = json.loads(files.read(path))
         return {name: str(raw[name]) for name in names}
-    except (FileNotFoundError, ValueError, TypeError, KeyError) as error:
+    except (FileNotFoundError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise CorruptDataError(
             f"{files.locate(path)} does not hold the strings {list(names)}: {error}"
         ) from error
@@ -89,5 +89,5 @@ def read_key_implementations(files: Files, item: str) -> dict[str, str]:
         return key_implementations(files.read(path))
     except FileNotFoundError:
         return {}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CorruptDataError(f"{files.locate(path)} is damaged: {error}") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tensorstore as ts
@@ -25,6 +26,7 @@ from emergency_ckpt.persistent.arrays import (
     settle,
     storage_dtype,
 )
+from emergency_ckpt.persistent.fields import parsed, typed, whole_number
 from emergency_ckpt.persistent.step_files import (
     PARTS_DIRECTORY,
     extras_from_json,
@@ -178,14 +180,24 @@ def read_part(store: PersistentStore, attempt: Attempt, part: int) -> PartReport
     """The report of a finished part. Raises FileNotFoundError if it is not finished."""
     files = store.attempt_files(attempt)
     where = files.locate(_marker(part))
-    raw = unseal(files.read(_marker(part)), where)
-    try:
-        raw["shards"] = tuple(raw["shards"])
-        raw["checksums"] = tuple(map(tuple, raw["checksums"]))
-        raw["extras"] = extras_from_json(raw["extras"], where)
-        return PartReport(**raw)
-    except (TypeError, KeyError) as error:
-        raise CorruptDataError(f"{where} has unexpected content: {error}") from error
+    advice = "Write the step again with another attempt."
+    return parsed(unseal(files.read(_marker(part)), where, advice), _parse_report, where, advice)
+
+
+def _parse_report(raw: Any) -> PartReport:
+    report = PartReport(
+        part=whole_number(raw["part"]),
+        layout_hash=typed(raw["layout_hash"], str),
+        max_chunk_bytes=whole_number(raw["max_chunk_bytes"]),
+        compression=typed(raw["compression"], str),
+        shards=tuple(whole_number(shard) for shard in typed(raw["shards"], list)),
+        checksums=tuple(tuple(whole_number(c) for c in blocks) for blocks in typed(raw["checksums"], list)),
+        nbytes=whole_number(raw["nbytes"]),
+        extras=extras_from_json(raw["extras"]),
+    )
+    if len(report.shards) != len(report.checksums):
+        raise ValueError(f"{len(report.shards)} shards have {len(report.checksums)} lists of checksums")
+    return report
 
 
 def part_store_name(attempt: Attempt, part: int | str) -> str:

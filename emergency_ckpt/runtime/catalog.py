@@ -90,7 +90,7 @@ class Catalog:
         return SavedStep(held.step_id.step, time, facts.metrics or None)
 
     def _read_facts(self, held: PersistentStep) -> StepFacts:
-        return read_step_facts(self._job.persistent.files.below(held.path.name))
+        return read_step_facts(self._job.persistent.files.below(held.path.name), held.step_id.step)
 
     def _local_facts(self, step: int) -> StepFacts | None:
         for held in reversed(self._job.local.sealed_steps(listed_only=False)):

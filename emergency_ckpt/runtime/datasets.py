@@ -8,7 +8,7 @@ persistent tier: a dataset goes when its step is gone, and has no rules of its o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import orbax.checkpoint as ocp
@@ -16,14 +16,20 @@ from etils import epath
 from orbax.checkpoint.experimental.emergency import checkpoint_manager as orbax_emergency
 
 from emergency_ckpt.errors import ConfigError
+from emergency_ckpt.persistent.bounded import within
 from emergency_ckpt.runtime.items import DATASET
 
 # What Orbax calls an item that is a whole step.
 _ONLY_ITEM = "default"
+_WAIT_SECONDS = 1800.0
 
 
 class DatasetDirectory:
-    """All processes make the same calls in the same order. Raises what Orbax raises."""
+    """All processes make the same calls in the same order. Raises what Orbax raises.
+
+    Orbax waits for its saves without a limit; here it has that of `async_options.timeout_secs`, after which
+    PersistentStoreError is raised and its threads are left behind.
+    """
 
     def __init__(
         self,
@@ -33,6 +39,9 @@ class DatasetDirectory:
         handler_registry: Any,
     ) -> None:
         options = options or orbax_emergency.CheckpointManagerOptions()
+        self._directory = directory
+        given = options.async_options
+        self._wait_seconds = float(given.timeout_secs) if given is not None else _WAIT_SECONDS
         # With handlers by name Orbax takes items by name only.
         self._names = set(item_handlers) if isinstance(item_handlers, Mapping) else None
         if isinstance(item_handlers, Mapping):
@@ -113,10 +122,13 @@ class DatasetDirectory:
         return ocp.args.Composite(**{_ONLY_ITEM: args})
 
     def wait(self) -> None:
-        self._manager.wait_until_finished()
+        self._within("waiting for Orbax to save the datasets in", self._manager.wait_until_finished)
 
     def check_for_errors(self) -> None:
         self._manager.check_for_errors()
 
     def close(self) -> None:
-        self._manager.close()
+        self._within("closing Orbax's manager of the datasets in", self._manager.close)
+
+    def _within(self, what: str, call: Callable[[], object]) -> None:
+        within(self._wait_seconds, f"{what} {self._directory}", call)

@@ -65,7 +65,10 @@ class ExtrasExchange:
         """Takes those of this process from the persistent step, if a job of this size saved it."""
         saved = reader.extras
         if len(saved) == self._job.topology.process_count:
-            self._text = saved[str(self._job.process)].decode()
+            text = saved.get(str(self._job.process))
+            if text is None:
+                raise CorruptDataError(f"{reader.path} holds extras of the processes {sorted(saved)}")
+            self._text = text.decode(errors="replace")
         elif saved:
             self._why_none = self._of_another_job(len(saved))
 

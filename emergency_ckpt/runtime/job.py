@@ -46,7 +46,7 @@ class Job:
         """A reader of a step that was listed; raises PersistentStoreError when it is not there any more."""
         for held in self.persistent.steps():
             if held.step_id == step:
-                return StepReader(held.path, held.item)
+                return self.persistent.open_step(held)
         raise PersistentStoreError(
             f"{step} disappeared from {self.persistent.root} since it was listed; was it deleted by hand?"
         )

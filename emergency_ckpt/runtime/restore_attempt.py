@@ -220,6 +220,8 @@ class Attempt:
                 self._plan.step.step,
                 f"{reader.path} was written by another program: its bytes are unverified",
             )
+        elif self._plan.step.generation == 0:
+            self._job.log.warning("restore", self._plan.step.step, f"{reader.path} is a step of another run")
         return reader
 
     def _broadcast(self, key: str) -> list[Strike]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from emergency_ckpt.core.inventory import Inventory
 from emergency_ckpt.core.layout import Layout
-from emergency_ckpt.core.lineage import Activation, StepId, newest_promised
+from emergency_ckpt.core.lineage import Activation, StepId, begun_from, newest_promised
 from emergency_ckpt.core.other_layouts import OtherLayout, Unusable
 from emergency_ckpt.core.restore_plan import Planner
 from emergency_ckpt.jaxio.topology import Topology
@@ -108,8 +108,10 @@ def take_survey(
     generations = [i.highest_generation for i in inventories] + [s.generation for s in steps]
     restorable = tuple(planner.restorable())
     promises = [i.promised for i in inventories if i.promised]
-    # Read only where it matters.
-    lost = None if restorable else newest_promised(promises, activations, persistent.deletion())
+    lost = None
+    if not restorable:  # Read only where it matters.
+        promises += begun_from(persistent.parents(), activations)
+        lost = newest_promised(promises, activations, persistent.deletion())
     return Survey(
         activations,
         restorable,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emergency_ckpt.core.lineage import Activation, Deletion, StepId, is_void, newest_promised
+from emergency_ckpt.core.lineage import Activation, Deletion, StepId, begun_from, is_void, newest_promised
 
 steps = st.builds(StepId, st.integers(0, 5), st.integers(0, 5))
 activations = st.builds(Activation, st.integers(1, 5), st.none() | st.integers(0, 5))
@@ -77,3 +78,23 @@ def test_of_two_deletions_the_later_one_says_what_is_left() -> None:
     first = Deletion(StepId(1, 8), StepId(1, 6))
     assert Deletion(StepId(1, 6), None).after(first) == Deletion(StepId(1, 8), None)
     assert first.after(None) == first
+
+
+@pytest.mark.parametrize(
+    ("parents", "activations", "expected"),
+    [
+        ({}, [], []),
+        ({}, [Activation(1, None)], []),
+        ({2: StepId(1, 12)}, [Activation(1, None)], [StepId(1, 12)]),
+        ({2: StepId(1, 12)}, [Activation(1, None), Activation(2, 12)], [StepId(1, 12)]),
+        ({2: StepId(1, 12)}, [Activation(1, None), Activation(2, 5)], [StepId(0, 5)]),
+        ({}, [Activation(2, 12)], [StepId(0, 12)]),
+        ({2: StepId(1, 12), 3: StepId(2, 20)}, [Activation(2, 12)], [StepId(1, 12), StepId(2, 20)]),
+        ({2: StepId(1, 12), 3: StepId(2, 20)}, [Activation(4, None)], []),
+        ({2: StepId(0, 12)}, [Activation(3, None)], []),
+    ],
+)
+def test_the_newest_beginning_and_those_that_were_to_follow_it_are_promises(
+    parents: dict[int, StepId], activations: list[Activation], expected: list[StepId]
+) -> None:
+    assert begun_from(parents, activations) == expected

@@ -22,13 +22,33 @@ def mesh() -> Mesh:
     return Mesh(np.array(jax.devices()).reshape(2, -1), ("replica", "fsdp"))
 
 
+class Region:
+    """A process's bytes, and which of them were read and written."""
+
+    def __init__(self) -> None:
+        self.read: list[tuple[int, int]] = []
+        self.written: list[int] = []
+
+    def read_window(self, offset: int, length: int) -> np.ndarray:
+        self.read.append((offset, length))
+        return np.ones(length, np.uint8)
+
+    def write_window(self, offset: int, data: np.ndarray) -> None:
+        self.written += range(offset, offset + data.nbytes)
+
+
 @pytest.mark.parametrize("transfers", [[], [Transfer(0, (), 5, 0)]])
 def test_without_bytes_to_send_nothing_happens(mesh: Mesh, transfers: list[Transfer]) -> None:
-    broadcast_regions(mesh, "replica", transfers, never, never)
+    region = Region()
+    broadcast_regions(mesh, "replica", transfers, region.read_window, region.write_window)
+    assert (region.read, region.written) == ([], [])
 
 
 def test_a_transfer_without_receivers_changes_nothing(mesh: Mesh) -> None:
-    broadcast_regions(mesh, 0, [Transfer(0, (), 0, 10)], lambda _, n: np.ones(n, np.uint8), never, 4)
+    region = Region()
+    broadcast_regions(mesh, 0, [Transfer(0, (), 20, 10)], region.read_window, region.write_window, 4)
+    assert region.written == []
+    assert all(offset >= 20 and offset + length <= 30 for offset, length in region.read)
 
 
 @pytest.mark.parametrize("axis", ["data", 2, -1])

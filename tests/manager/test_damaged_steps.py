@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from emergency_ckpt import CheckpointManager
 from emergency_ckpt.errors import CorruptDataError, EmergencyCheckpointError, NoRestorableStepError
+from emergency_ckpt.persistent.step_files import seal, unseal
 from tests.manager.states import OPTIONS, assert_same, make_state, save_all
 
 Damage = Callable[[Path], None]
@@ -97,6 +98,22 @@ def test_a_damaged_file_costs_at_most_its_step(
         assert_same(manager.restore(5)["state"], make_state(mesh, 5))
 
 
+@pytest.mark.parametrize(("kind", "at", "bit"), [("default/d/*", 18, 2), ("default/manifest.ocdbt", 14, 6)])
+def test_a_flipped_bit_that_is_no_longer_a_tree_of_arrays_costs_its_step(
+    intact: Path, mesh: Mesh, tmp_path: Path, kind: str, at: int, bit: int
+) -> None:
+    """TensorStore says so without a status, and it must not pass for a store that fails."""
+    bucket = Path(shutil.copytree(intact, tmp_path / "bucket"))
+    for path in (bucket / "10").glob(kind):
+        content = bytearray(path.read_bytes())
+        content[at] ^= 1 << bit
+        path.write_bytes(content)
+    with CheckpointManager(None, bucket, mesh, make_state(mesh, 0), options=OPTIONS) as manager:
+        restored = manager.restore_or_init(dict)
+        assert restored.step == 5
+        assert_same(restored.state, make_state(mesh, 5))
+
+
 def test_an_item_directory_that_is_gone_takes_its_step_off_the_list(
     intact: Path, mesh: Mesh, tmp_path: Path
 ) -> None:
@@ -154,3 +171,31 @@ def test_hand_edited_metadata_of_the_step_is_refused(intact: Path, mesh: Mesh, t
         with pytest.raises(NoRestorableStepError, match="The newest restorable step is 5"):
             manager.restore(10)
         assert np.asarray(manager.restore(None)["state"].params["w"])[0, 0] == jnp.float32(5)
+
+
+def test_a_step_whose_side_file_cannot_be_opened_costs_that_step_only(
+    intact: Path, mesh: Mesh, tmp_path: Path
+) -> None:
+    """As when a step is deleted between a look into its directory and the next one."""
+    bucket = Path(shutil.copytree(intact, tmp_path / "bucket"))
+    (side,) = (bucket / "10").glob("emergency_ckpt.[0-9]*.json")
+    side.unlink()
+    side.symlink_to(tmp_path / "nowhere")
+    with CheckpointManager(None, bucket, mesh, make_state(mesh, 0), options=OPTIONS) as manager:
+        for call in (manager.metadata, manager.metrics):
+            with pytest.raises(CorruptDataError, match=f"{side} was listed and cannot be opened"):
+                call(10)
+        assert manager.best_step("loss", "min") is None
+        with pytest.raises(NoRestorableStepError, match="cannot be opened"):
+            manager.restore(10)
+        assert manager.restore_or_init(dict).step == 5
+
+
+def test_a_side_file_with_other_fields_costs_its_step(intact: Path, mesh: Mesh, tmp_path: Path) -> None:
+    bucket = Path(shutil.copytree(intact, tmp_path / "bucket"))
+    (side,) = (bucket / "10").glob("emergency_ckpt.[0-9]*.json")
+    side.write_bytes(seal({**unseal(side.read_bytes(), str(side), ""), "digests": []}))
+    with CheckpointManager(None, bucket, mesh, make_state(mesh, 0), options=OPTIONS) as manager:
+        assert manager.restore_or_init(dict).step == 5
+        assert manager.last_restore is not None
+        assert f"{side} has an unusable field: TypeError" in manager.last_restore.reason

@@ -82,3 +82,66 @@ def test_a_damaged_record_of_deletions_errs_on_the_safe_side(
     record.write_bytes(record.read_bytes()[:-3])
     with pytest.raises(NoRestorableStepError, match="was complete once"):
         opened(options=LOCAL_ONLY).restore_or_init(lambda: make_state(mesh, 0))
+
+
+def lose_everything(ramdisk: Path, bucket: Path) -> None:
+    """Of the run nothing is left but its records in the persistent root."""
+    for place in (ramdisk, bucket):
+        for path in place.iterdir():
+            if path != bucket / "emergency_ckpt":
+                shutil.rmtree(path)
+
+
+def test_a_run_that_went_on_once_is_not_begun_from_scratch_when_only_its_records_are_left(
+    opened: Opener, mesh: Mesh, ramdisk: Path, tmp_path: Path
+) -> None:
+    save_all(opened(), mesh, range(1, 13))
+    manager = opened()
+    assert manager.restore_or_init(lambda: make_state(mesh, 0)).step == 12
+    manager.close()
+    lose_everything(ramdisk, tmp_path / "bucket")
+    for _ in range(2):
+        manager = opened()
+        with pytest.raises(NoRestorableStepError, match=r"step 12 \(generation 1\) was complete once"):
+            manager.restore_or_init(lambda: make_state(mesh, 0))
+    manager.close()
+    shutil.rmtree(tmp_path / "bucket")
+    assert opened().restore_or_init(lambda: make_state(mesh, 0)).step is None, "as the error says"
+
+
+def test_a_step_that_was_restored_by_its_number_is_missed_as_well(
+    opened: Opener, mesh: Mesh, ramdisk: Path, tmp_path: Path
+) -> None:
+    save_all(opened(), mesh, range(1, 13))
+    manager = opened()
+    manager.restore(5)
+    manager.close()
+    lose_everything(ramdisk, tmp_path / "bucket")
+    with pytest.raises(NoRestorableStepError, match=r"step 5 .* was complete once"):
+        opened().restore_or_init(lambda: make_state(mesh, 0))
+
+
+def test_a_life_that_ended_before_its_restore_keeps_the_promise(
+    opened: Opener, mesh: Mesh, ramdisk: Path, tmp_path: Path
+) -> None:
+    save_all(opened(), mesh, range(1, 13))
+    opened().close()
+    lose_everything(ramdisk, tmp_path / "bucket")
+    with pytest.raises(NoRestorableStepError, match=r"step 12 \(generation 1\) was complete once"):
+        opened().restore_or_init(lambda: make_state(mesh, 0))
+
+
+def test_deletions_on_purpose_settle_what_the_records_say(
+    opened: Opener, mesh: Mesh, ramdisk: Path, tmp_path: Path
+) -> None:
+    save_all(opened(), mesh, range(1, 13))
+    manager = opened()
+    manager.restore(10)
+    save_all(manager, mesh, range(11, 17))
+    manager = opened()
+    for step in manager.all_steps():
+        manager.delete(step)
+    manager.close()
+    lose_everything(ramdisk, tmp_path / "bucket")
+    for _ in range(2):
+        assert opened().restore_or_init(lambda: make_state(mesh, 0)).step is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -12,13 +12,15 @@ import orbax.checkpoint as ocp
 import pytest
 
 from emergency_ckpt.core.shards import Box
-from emergency_ckpt.errors import CorruptDataError, EmergencyCheckpointError
+from emergency_ckpt.errors import CorruptDataError
 from emergency_ckpt.jaxio.layouts import build_layout
 from emergency_ckpt.jaxio.orbax_metadata import layout_metadata_files
 from emergency_ckpt.jaxio.topology import Topology
 from emergency_ckpt.persistent.arrays import WriteOptions
 from emergency_ckpt.persistent.committer import StepContent
+from emergency_ckpt.persistent.files import LocalFiles
 from emergency_ckpt.persistent.reader import StepReader
+from emergency_ckpt.persistent.step_facts import read_step_facts
 from emergency_ckpt.persistent.store import Attempt, PersistentStore
 from tests.persistent.saving import assert_same, layout_of, read_shards, read_whole, save
 
@@ -87,7 +89,7 @@ def test_damage_of_any_file_is_detected_or_without_effect(intact: Path, tmp_path
             whole = {name: read_whole(reader, name) for name in reader.leaves}
             shards = read_shards(reader)
             values = reader.values()
-        except EmergencyCheckpointError as error:
+        except CorruptDataError as error:
             file = what.split(" of ")[-1].split(" ")[0]
             detected[file] = detected.get(file, 0) + 1
             messages.append(str(error))
@@ -121,6 +123,39 @@ def test_every_flip_within_array_data_is_detected_for_whole_shards_and_for_parts
                 StepReader(scratch).read_box("w", box, np.empty(box.shape, np.float32))
 
 
+def ours(root: Path) -> Path:
+    store = PersistentStore(root)
+    return save(store, Attempt(store.mint_generation(0, None), 3, "default"), {"w": ARRAYS["w"]}).path
+
+
+def of_plain_orbax(root: Path) -> Path:
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(root / "3/default", {"w": jnp.asarray(ARRAYS["w"])})
+    return root / "3"
+
+
+@pytest.mark.parametrize("saved", [ours, of_plain_orbax])
+@pytest.mark.parametrize("kind", ["default/manifest.ocdbt", "default/d/*"])
+def test_every_flip_in_the_tree_of_the_array_database_is_damage_and_no_outage(
+    tmp_path: Path, saved: Callable[[Path], Path], kind: str
+) -> None:
+    """An outage is waited for and ends the start; damage costs a step."""
+    step = saved(tmp_path)
+    for file in sorted(step.glob(kind)):
+        content = file.read_bytes()
+        for at in np.linspace(0, len(content) - 1, min(len(content), 400)).astype(int).tolist():
+            file.write_bytes(_flipped(content, at))
+            with pytest.raises(CorruptDataError, match=str(step)):
+                read_whole(StepReader(step), "w")
+        file.write_bytes(content)
+        for left in (0, 1, len(content) // 2, len(content) - 1):
+            file.write_bytes(content[:left])
+            with pytest.raises(CorruptDataError, match=str(step)):
+                read_whole(StepReader(step), "w")
+        file.write_bytes(content)
+    assert_same({"w": read_whole(StepReader(step), "w")}, {"w": ARRAYS["w"]})
+
+
 def test_a_valid_shard_in_the_place_of_another_is_detected(tmp_path: Path) -> None:
     """Bytes that are intact in themselves, but of another generation: chunk checksums cannot tell."""
     store = PersistentStore(tmp_path)
@@ -147,3 +182,15 @@ def test_plain_orbax_refuses_our_checkpoint_with_a_flipped_bit(tmp_path: Path) -
     with ocp.StandardCheckpointer() as checkpointer, pytest.raises(Exception) as error:  # noqa: PT011
         checkpointer.restore(tmp_path / "1/default")
     assert "Digest mismatch" in str(error.value.__cause__)
+
+
+def test_a_step_that_is_deleted_between_listing_and_reading_is_no_raw_error(tmp_path: Path) -> None:
+    """A link that leads nowhere is listed like a file, and is not there when it is read."""
+    step = ours(tmp_path)
+    (side,) = step.glob("emergency_ckpt.[0-9]*.json")
+    side.unlink()
+    side.symlink_to(tmp_path / "nowhere")
+    assert [held.step_id.step for held in PersistentStore(tmp_path).steps()] == [3]
+    for read in (lambda: StepReader(step), lambda: read_step_facts(LocalFiles(step))):
+        with pytest.raises(CorruptDataError, match=f"{side} was listed and cannot be opened"):
+            read()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import uuid
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from hypothesis import given
@@ -192,6 +194,39 @@ def test_leftovers_of_older_generations_go_and_everything_else_stays(tmp_path: P
     ]
     store.abandon(Attempt(new, 10, "default"))
     assert not (tmp_path / f"10.orbax-checkpoint-tmp-g2-{new.nonce}-0").exists()
+
+
+class Noting(LocalFiles):
+    """Files that note what is read."""
+
+    read_paths: ClassVar[list[str]] = []
+
+    def read(self, path: str) -> bytes:
+        self.read_paths.append(self.locate(path))
+        return super().read(path)
+
+    def below(self, path: str) -> Noting:
+        return Noting(self.locate(path))
+
+
+def test_listing_reads_one_record_per_life_and_the_side_files_of_other_runs_once(tmp_path: Path) -> None:
+    stores = [PersistentStore(tmp_path / name) for name in ("own", "other")]
+    for store, steps in zip(stores, ((10, 20, 30), (40,)), strict=True):
+        store.run_id()
+        generation = store.mint_generation(0, None)
+        for step in steps:
+            save(store, Attempt(generation, step, "default"), small_state())
+    shutil.copytree(tmp_path / "other/40", tmp_path / "own/40")
+    store = PersistentStore(tmp_path / "own", files=Noting(tmp_path / "own"))
+    Noting.read_paths.clear()
+    for _ in range(3):
+        assert [s.step_id for s in store.steps()] == [StepId(0, 40), *(StepId(1, s) for s in (10, 20, 30))]
+    assert [s.written_by_us for s in store.steps()] == [False, True, True, True]
+    (side,) = (tmp_path / "own/40").glob("emergency_ckpt.[0-9]*.json")
+    records = tmp_path / "own/emergency_ckpt"
+    assert sorted(Noting.read_paths) == sorted(
+        map(str, [records / "generations/00000001.json", side, records / "run_id"])
+    )
 
 
 @given(st.integers(0, 10**9), st.sampled_from([None, "step", "a_b"]), st.sampled_from([None, 1, 6]))
