@@ -309,6 +309,18 @@ def test_temporary_directories_of_orbax_are_removed_on_request_only(
     assert newer.exists()
 
 
+def test_temporary_directories_of_datasets_are_removed_on_request_as_well(
+    opened: Opener, mesh: Mesh, tmp_path: Path
+) -> None:
+    temporary = tmp_path / "datasets/7.orbax-checkpoint-tmp-123"
+    (temporary / "default").mkdir(parents=True)
+    where = {"persistent_non_replicated_directory": tmp_path / "datasets"}
+    opened(small(mesh), **where)
+    assert temporary.exists()
+    opened(small(mesh), dataclasses.replace(OPTIONS, cleanup_tmp_directories=True), **where).close()
+    assert not temporary.exists()
+
+
 def test_a_read_only_ramdisk_is_restored_from_and_saved_to_no_more(opened: Opener, mesh: Mesh) -> None:
     save_all(opened(), mesh, range(1, 5))
     read_only = {"save_interval_steps": 2, "read_only": True}
