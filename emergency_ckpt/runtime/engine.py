@@ -82,9 +82,15 @@ class Engine:
 
     @property
     def newest(self) -> StepId | None:
-        """The newest step that can be restored."""
-        found = [step for step in (self._base, self.newest_complete) if step is not None]
-        return max(found, default=None)
+        """The newest step that can be restored.
+
+        Without a local tier a step of this generation can be once it is committed, and the store is asked.
+        """
+        found = [self._base, self.newest_complete]
+        if self._settings.local_directory is None:
+            committed = (held.step_id for held in self.catalog.persistent())
+            found = [self._base, *(s for s in committed if s.generation == self.job.generation.number)]
+        return max((step for step in found if step is not None), default=None)
 
     def is_old(self, step: int) -> bool:
         """Whether `step` is not newer than every step that is there or was asked for."""
@@ -95,8 +101,15 @@ class Engine:
         return self.is_old(step) and not self.is_old(step + 1)
 
     def step_numbers(self) -> list[int]:
-        """Restorable step numbers, ascending."""
-        return self.catalog.numbers(() if self._began else self.survey.restorable)
+        """Restorable step numbers, ascending.
+
+        The newest is among them wherever it lies: also in slots that are no saves of the local tier, and wait
+        for a drain, or for another one after it failed.
+        """
+        newest = self.newest
+        return self.catalog.numbers(
+            [*(() if self._began else self.survey.restorable), *([newest] if newest else [])]
+        )
 
     # Saving.
 

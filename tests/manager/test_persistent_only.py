@@ -129,6 +129,7 @@ def test_a_commit_that_failed_is_said_and_the_next_one_is_made(
         with pytest.raises(PersistentStoreError, match="disk full"):
             manager.check_for_errors()
         assert list(manager.all_steps()) == []
+        assert manager.latest_step() is None, "its slot is no place to restore from"
         save_all(manager, mesh, range(3, 5))
         assert list(manager.all_steps()) == [4]
 
