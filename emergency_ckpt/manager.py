@@ -21,7 +21,9 @@ from orbax.checkpoint.experimental.emergency import checkpoint_manager as orbax_
 from emergency_ckpt.core.schedule import Due
 from emergency_ckpt.errors import (
     ConfigError,
+    CorruptDataError,
     NoRestorableStepError,
+    PersistentStoreError,
     UnsupportedStateError,
 )
 from emergency_ckpt.jaxio.preemption import PreemptionQuery
@@ -191,7 +193,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         return self._engine.step_numbers()
 
     def latest_step(self) -> int | None:
-        """The newest step that can be restored, on any tier. Local."""
+        """The newest step that can be restored, on any tier. Local; may read the persistent directory."""
         newest = self._engine.newest
         return newest.step if newest else None
 
@@ -433,14 +435,21 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
     def metadata(self, step: int | None = None) -> Any:
         """Orbax's `StepMetadata` of `step`, or `RootMetadata` for None. Local.
 
-        The commit time is that of the persistent tier; a step on ramdisks alone has none.
+        The commit time is that of the persistent tier; a step on ramdisks alone has none. The state of a step
+        whose tree cannot be read is None among its items.
         """
         if step is None:
             return RootMetadata(custom_metadata=self._engine.job.persistent.root_metadata() or {})
         step = _number(step)
         saved = self._engine.catalog.facts(step)
+        try:
+            items = self.item_metadata(step)
+        except (CorruptDataError, PersistentStoreError) as error:
+            self._engine.job.log.warning("metadata", step, f"what the state is made of is not known: {error}")
+            items = ocp.args.Composite(**dict.fromkeys([STATE, *saved.handlers]))
         return StepMetadata(
-            item_metadata=self.item_metadata(step),
+            item_handlers=dict(saved.handlers),
+            item_metadata=items,
             metrics=dict(saved.metrics),
             custom_metadata=dict(saved.custom_metadata),
             commit_timestamp_nsecs=saved.committed_nanoseconds,
@@ -448,9 +457,16 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         )
 
     def item_metadata(self, step: int) -> Any:
-        """`Composite(state=…)` of the abstract state: shapes, dtypes and shardings of `step`. Local."""
-        self._engine.catalog.saved_with(_number(step))
-        return ocp.args.Composite(state=self._abstract_state)
+        """`Composite(state=…)` of what `step` holds, and None for each item beside the state. Local.
+
+        Arrays are `jax.ShapeDtypeStruct`s, other leaves as they were saved. A leaf that agrees with that of the
+        manager's abstract state has its sharding; any other has none, and typed keys are then the integers that
+        are stored. Raises NoRestorableStepError, CorruptDataError or PersistentStoreError.
+        """
+        step = _number(step)
+        contents = self._engine.catalog.contents(step)
+        beside = [*contents.items, *([DATASET] if self._datasets and step in self._datasets.steps else [])]
+        return ocp.args.Composite(state=contents.state(self._abstract_state), **dict.fromkeys(beside))
 
     # Ending.
 
