@@ -312,10 +312,13 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
 
         `state` is what `save` takes as `args`.
 
-        Raises PersistentStoreError on all processes when the step did not reach the persistent tier.
+        Raises PersistentStoreError on all processes when the step did not reach the persistent tier. What else
+        failed in the background, before or meanwhile, `check_for_errors` and `close` raise.
         """
         if not (self._save_on_completion and self._settings.schedule.persistent):
-            self.wait_until_finished()
+            self._engine.wait()
+            if self._datasets is not None:
+                self._datasets.wait()
             return
 
         def prepare() -> SaveContent:
@@ -471,38 +474,61 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
     # Ending.
 
     def wait_until_finished(self) -> None:
-        """Waits until every save has its outcome and every drain has ended. Errors: see `check_for_errors`.
+        """Waits until every save has its outcome and every drain has ended, then does as `check_for_errors`.
 
-        Raises CoordinationTimeoutError when they take longer than their own time limits.
+        Local. Everything is waited for, whatever fails. CoordinationTimeoutError when something takes
+        longer than its own time limits.
         """
+        waits = [self._engine.wait]
         if self._datasets is not None:
-            self._datasets.wait()
-        self._engine.wait()
+            waits.insert(0, self._datasets.wait)
+        _raise_together([*_failures_of(*waits), *self._engine.take_errors()])
 
     def check_for_errors(self) -> None:
-        """Raises the first error that saves or drains in the background met since the last call. Local."""
-        if self._datasets is not None:
-            self._datasets.check_for_errors()
-        errors = self._engine.take_errors()
-        if errors:
-            for other in errors[1:]:
-                errors[0].add_note(f"and: {other}")
-            raise errors[0]
+        """Raises the first error that saves or drains in the background met since the last call. Local.
+
+        The others are its notes. An error is raised once, here or by `wait_until_finished`, `finish`, `close`.
+        """
+        checks = [] if self._datasets is None else [self._datasets.check_for_errors]
+        _raise_together([*_failures_of(*checks), *self._engine.take_errors()])
 
     def close(self) -> None:
-        """Finishes saves and drains and gives back the ramdisk directory. The data stays. Idempotent."""
-        try:
-            if self._datasets is not None:
-                self._datasets.close()
-        finally:
-            self._engine.close()
-            self._handlers.close()
+        """Finishes saves and drains and gives back the ramdisk directory. The data stays. Idempotent.
+
+        Raises the errors that nobody has asked for, when everything is released.
+        """
+        closes = [self._engine.close, self._handlers.close]
+        if self._datasets is not None:
+            closes.insert(0, self._datasets.close)
+        _raise_together([*_failures_of(*closes), *self._engine.take_errors()])
 
     def __contextmanager__(self) -> Any:
         try:
             yield self
-        finally:
-            self.close()
+        except BaseException as error:
+            for late in _failures_of(self.close):
+                error.add_note(f"and, when the checkpoint manager was closed: {late}")
+            raise
+        self.close()
+
+
+def _failures_of(*calls: Callable[[], None]) -> list[Exception]:
+    """Makes all calls; what they raise."""
+    failures: list[Exception] = []
+    for call in calls:
+        try:
+            call()
+        except Exception as error:
+            failures.append(error)
+    return failures
+
+
+def _raise_together(errors: Sequence[Exception]) -> None:
+    """Raises the first error, with the others as its notes."""
+    if errors:
+        for other in errors[1:]:
+            errors[0].add_note(f"and: {other}")
+        raise errors[0]
 
 
 def _number(step: Any) -> int:

@@ -172,8 +172,7 @@ class Engine:
             self._wait_together(key)
             if self._is_persistent(step, key):
                 return
-        self._collect_errors()
-        causes = "; ".join(map(str, self._errors))
+        causes = "; ".join(map(str, self.take_errors()))
         why = causes or "its save was abandoned, or its drain failed on another process"
         raise PersistentStoreError(f"the last step {step} did not reach the persistent tier: {why}")
 

@@ -274,9 +274,8 @@ def test_a_dataset_goes_only_when_its_step_is_gone(
         save_large_dataset(manager, mesh, step)
     with monkeypatch.context() as patch:
         Unreliable(patch, drain, "write_part", PersistentStoreError("disk full"))
-        save_large_dataset(manager, mesh, 15)
         with pytest.raises(PersistentStoreError, match="disk full"):
-            manager.check_for_errors()
+            save_large_dataset(manager, mesh, 15)
     assert dataset_steps(directory) == [10, 15]
     assert committed_steps(tmp_path / "bucket") == [10]
     save_large_dataset(manager, mesh, 20)
