@@ -246,7 +246,9 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         """Saves `step` on the tiers for which it is due. All processes call it at every step.
 
         Returns when the state may be changed or donated: after the copy from the device, or, on CPU, at once.
-        Where nothing is due it costs microseconds.
+        Where nothing is due it costs microseconds. With `enable_async_checkpointing=False` (the flag
+        `async_checkpointing`) it returns when the step is complete on all ramdisks, and committed where it is
+        due for the persistent tier.
 
         Args:
           step: the step number, larger than that of every save before.
@@ -260,9 +262,11 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
           metrics: JSON numbers of the step.
 
         Returns whether this process saves; False where nothing is due, and where the save had to be skipped
-        because no slot became free in time (it is then abandoned on all processes, logged and counted).
+        because no slot became free in time (it is then abandoned on all processes, logged and counted); a
+        synchronous save returns False on all processes where one of them could not save.
         Raises StateMismatchError, UnsupportedStateError or ExtrasError for what cannot be saved. Errors in the
-        background are raised by `check_for_errors`.
+        background are raised by `check_for_errors`; a synchronous save raises those of its commit itself, on
+        all processes, and may be repeated: the step is on the ramdisks.
         """
         step = _number(step)
         due = self._due(step, force)
@@ -276,6 +280,8 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         saved = self._engine.save(step, due, prepare, self._settings.slot_wait)
         if due.persistent:
             self._save_dataset(step, args, custom_metadata, is_new)
+        if saved and due.persistent and not self._settings.asynchronous:
+            _raise_together(self._engine.await_drains())
         return saved
 
     def _save_dataset(

@@ -434,6 +434,14 @@ class Engine:
         """Waits until every save has its outcome and every drain has ended, within their own time limits."""
         self._workers.wait()
 
+    def await_drains(self) -> list[EmergencyCheckpointError]:
+        """Waits until every drain has ended; the errors of drains since the last call, oldest first.
+
+        A drain ends alike on all processes, so that the call stays in step with them whatever comes of it.
+        """
+        self._workers.wait_for_drains()
+        return self._workers.drain.take_errors() if self._workers.drain is not None else []
+
     def take_errors(self) -> list[EmergencyCheckpointError]:
         """Errors in the background since the last call, oldest first."""
         self._collect_errors()
