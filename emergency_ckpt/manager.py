@@ -30,6 +30,7 @@ from emergency_ckpt.jaxio.preemption import PreemptionQuery
 from emergency_ckpt.jaxio.state import without_arrays
 from emergency_ckpt.runtime.datasets import DatasetDirectory
 from emergency_ckpt.runtime.engine import Engine
+from emergency_ckpt.runtime.existing import StepAlreadyExistsError
 from emergency_ckpt.runtime.extras import WantedExtras, capture, fits
 from emergency_ckpt.runtime.items import DATASET, STATE, ItemHandlers, split_items
 from emergency_ckpt.runtime.loading import load_parameters, load_state
@@ -255,7 +256,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
           args: the state, or Orbax's `Composite(state=PyTreeSave(state), …)`. Further items are saved by their
             handlers, in the same commit as the arrays; together with the extras at most 1 MiB per process. All
             processes give the same items.
-          force: save on every tier, due or not.
+          force: save on every tier, due or not. A step that is on all of them is an error, as with Orbax.
           custom_metadata: JSON that is kept with the step.
           extras: small state of this process, at most 1 MiB: plain data, or objects with `get_state()` such as
             a grain iterator. Give extras on all processes or on none.
@@ -264,7 +265,8 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         Returns whether this process saves; False where nothing is due, and where the save had to be skipped
         because no slot became free in time (it is then abandoned on all processes, logged and counted); a
         synchronous save returns False on all processes where one of them could not save.
-        Raises StateMismatchError, UnsupportedStateError or ExtrasError for what cannot be saved. Errors in the
+        Raises StateMismatchError, UnsupportedStateError or ExtrasError for what cannot be saved, and
+        StepAlreadyExistsError, on all processes, for a forced save of a step that is there. Errors in the
         background are raised by `check_for_errors`; a synchronous save raises those of its commit itself, on
         all processes, and may be repeated: the step is on the ramdisks.
         """
@@ -277,6 +279,11 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
             return self._content(args, extras, custom_metadata, metrics)
 
         is_new = not self._engine.is_old(step)
+        if force and not is_new and self._engine.is_saved(step):
+            raise StepAlreadyExistsError(
+                f"step {step} is saved already, on every tier that it would go to; delete({step}) comes first "
+                "where it is to be saved anew. Without force=True such a call returns False"
+            )
         saved = self._engine.save(step, due, prepare, self._settings.slot_wait)
         if due.persistent:
             self._save_dataset(step, args, custom_metadata, is_new)

@@ -160,6 +160,18 @@ class Engine:
 
         return self._workers.pipeline.save(step, due, prepare_and_note, slot_wait)
 
+    def is_saved(self, step: int) -> bool:
+        """Whether `step` is committed; without a persistent tier, whether it is restorable. Collective.
+
+        Waits for what is on its way: that may be this very step.
+        """
+        self._check_open()
+        key = self._call("saved")
+        self._wait_together(key)
+        if self._settings.schedule.persistent is not None:
+            return self._is_persistent(step, key)
+        return self._tell(f"{key}/local", lambda: step in self.step_numbers())
+
     def finish(self, step: int, due: Due, prepare: Prepare) -> None:
         """Saves the last step to the persistent tier, with all the patience that a drain may need. Collective.
 

@@ -10,10 +10,16 @@ from typing import Any
 
 import pytest
 from jax.sharding import Mesh
+from orbax.checkpoint import checkpoint_manager as orbax_manager
 
-from emergency_ckpt import CheckpointManager, LocalCheckpointOptions, PersistentCheckpointOptions
+from emergency_ckpt import (
+    CheckpointManager,
+    LocalCheckpointOptions,
+    PersistentCheckpointOptions,
+    StepAlreadyExistsError,
+)
 from emergency_ckpt.agent import drain
-from emergency_ckpt.errors import PersistentStoreError
+from emergency_ckpt.errors import EmergencyCheckpointError, PersistentStoreError
 from emergency_ckpt.persistent.store import PersistentStore
 from tests.manager.states import OPTIONS, Opener, Unreliable, assert_same, make_state, save_all
 
@@ -79,3 +85,37 @@ def test_a_persistent_step_that_somebody_removed_is_the_newest_only_while_a_slot
         assert seen(manager) == ((3, [1, 2, 3]) if local else (2, [1, 2]))
         restored = manager.restore(None)
         assert_same(restored.state, make_state(mesh, 3 if local else 2))
+
+
+def test_a_forced_save_of_a_step_that_is_there_is_orbaxs_error_and_of_any_other_old_step_none(
+    opened: Opener, mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = opened()
+    Unreliable(monkeypatch, drain, "write_part", PersistentStoreError("disk full"))
+    assert manager.save(3, make_state(mesh, 3), force=True)
+    assert manager.save(3, make_state(mesh, 3), force=True), "its drain has failed"
+    with pytest.raises(PersistentStoreError, match="disk full"):
+        manager.wait_until_finished()
+    assert (tmp_path / "bucket/3/default").is_dir()
+    assert manager.save(4, make_state(mesh, 4))
+    assert manager.save(4, make_state(mesh, 4), force=True), "it is on the ramdisks only"
+    for kind in (StepAlreadyExistsError, orbax_manager.StepAlreadyExistsError, EmergencyCheckpointError):
+        for step in (3, 4):
+            with pytest.raises(kind, match=f"step {step} is saved already"):
+                manager.save(step, make_state(mesh, step), force=True)
+    assert not manager.save(4, make_state(mesh, 4))
+    assert not manager.save(2, make_state(mesh, 2), force=True), "no step is saved before a newer one"
+    manager.finish(4, make_state(mesh, 4))
+    assert manager.save(5, make_state(mesh, 5), force=True)
+    manager.wait_until_finished()
+    assert seen(manager) == (5, [3, 4, 5])
+    manager.delete(5)
+    assert manager.save(5, make_state(mesh, 5), force=True)
+
+
+def test_without_a_persistent_tier_a_step_on_the_ramdisk_is_there(opened: Opener, mesh: Mesh) -> None:
+    options = dataclasses.replace(OPTIONS, persistent=PersistentCheckpointOptions(save_interval_steps=0))
+    manager = opened(options=options)
+    assert manager.save(3, make_state(mesh, 3), force=True)
+    with pytest.raises(StepAlreadyExistsError):
+        manager.save(3, make_state(mesh, 3), force=True)
