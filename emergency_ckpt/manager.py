@@ -510,10 +510,13 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
 
         Raises the errors that nobody has asked for, when everything is released.
         """
-        closes = [self._engine.close, self._handlers.close]
-        if self._datasets is not None:
-            closes.insert(0, self._datasets.close)
-        _raise_together([*_failures_of(*closes), *self._engine.take_errors()])
+        failures: list[Exception] = []
+        try:
+            if self._datasets is not None:
+                failures += _failures_of(self._datasets.close)
+        finally:  # Also when somebody interrupts the waiting.
+            failures += _failures_of(self._engine.close, self._handlers.close)
+        _raise_together([*failures, *self._engine.take_errors()])
 
     def __contextmanager__(self) -> Any:
         try:

@@ -48,7 +48,7 @@ class Settings:
       ranking: how steps are compared where no metric is named.
       replica_axis: position or name of the mesh's replica axis.
       names: how step directories are called.
-      asynchronous: return from save() before the step is sealed.
+      asynchronous: return from save() before the step is sealed, and committed where that is due.
       save_on_preemption: save at the step of a preemption notice.
       single_replica_restore: one slice reads the persistent tier and broadcasts.
       coordination_timeout, drain_timeout, slot_wait: time limits.
