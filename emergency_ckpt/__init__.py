@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         TopologyError,
         UnsupportedStateError,
     )
-    from emergency_ckpt.manager import CheckpointManager, RestoredState, RestoreReport
+    from emergency_ckpt.manager import CheckpointManager, RestoredState, RestoreReport, StepAlreadyExistsError
     from emergency_ckpt.options import (
         CheckpointManagerOptions,
         LocalCheckpointOptions,
@@ -58,6 +58,7 @@ __all__ = [
     "RestoredState",
     "StaleGenerationError",
     "StateMismatchError",
+    "StepAlreadyExistsError",
     "TopologyError",
     "UnsupportedStateError",
     "load_config",
@@ -71,6 +72,7 @@ _HOME = {
     "PersistentCheckpointOptions": "options",
     "RestoreReport": "manager",
     "RestoredState": "manager",
+    "StepAlreadyExistsError": "manager",
     "Config": "config",
     "load_config": "config",
 }
