@@ -31,7 +31,7 @@ if TYPE_CHECKING:
         TopologyError,
         UnsupportedStateError,
     )
-    from emergency_ckpt.manager import CheckpointManager, RestoredState, RestoreReport
+    from emergency_ckpt.manager import CheckpointManager, RestoredState, RestoreReport, StepAlreadyExistsError
     from emergency_ckpt.options import (
         CheckpointManagerOptions,
         LocalCheckpointOptions,
@@ -64,6 +64,7 @@ __all__ = [
     "RestoredState",
     "StaleGenerationError",
     "StateMismatchError",
+    "StepAlreadyExistsError",
     "TopologyError",
     "UnsupportedStateError",
     "load_config",
@@ -77,6 +78,7 @@ _HOME = {
     "PersistentCheckpointOptions": "options",
     "RestoreReport": "manager",
     "RestoredState": "manager",
+    "StepAlreadyExistsError": "manager",
     "Config": "config",
     "load_config": "config",
 }

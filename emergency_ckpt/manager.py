@@ -21,13 +21,16 @@ from orbax.checkpoint.experimental.emergency import checkpoint_manager as orbax_
 from emergency_ckpt.core.schedule import Due
 from emergency_ckpt.errors import (
     ConfigError,
+    CorruptDataError,
     NoRestorableStepError,
+    PersistentStoreError,
     UnsupportedStateError,
 )
 from emergency_ckpt.jaxio.preemption import PreemptionQuery
 from emergency_ckpt.jaxio.state import without_arrays
 from emergency_ckpt.runtime.datasets import DatasetDirectory
 from emergency_ckpt.runtime.engine import Engine
+from emergency_ckpt.runtime.existing import StepAlreadyExistsError
 from emergency_ckpt.runtime.extras import WantedExtras, capture, fits
 from emergency_ckpt.runtime.items import DATASET, STATE, ItemHandlers, split_items
 from emergency_ckpt.runtime.loading import load_parameters, load_state
@@ -192,7 +195,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         return self._engine.step_numbers()
 
     def latest_step(self) -> int | None:
-        """The newest step that can be restored, on any tier. Local."""
+        """The newest step that can be restored, on any tier. Local; may read the persistent directory."""
         newest = self._engine.newest
         return newest.step if newest else None
 
@@ -245,23 +248,28 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         """Saves `step` on the tiers for which it is due. All processes call it at every step.
 
         Returns when the state may be changed or donated: after the copy from the device, or, on CPU, at once.
-        Where nothing is due it costs microseconds.
+        Where nothing is due it costs microseconds. With `enable_async_checkpointing=False` (the flag
+        `async_checkpointing`) it returns when the step is complete on all ramdisks, and committed where it is
+        due for the persistent tier.
 
         Args:
           step: the step number, larger than that of every save before.
           args: the state, or Orbax's `Composite(state=PyTreeSave(state), …)`. Further items are saved by their
             handlers, in the same commit as the arrays; together with the extras at most 1 MiB per process. All
             processes give the same items.
-          force: save on every tier, due or not.
+          force: save on every tier, due or not. A step that is on all of them is an error, as with Orbax.
           custom_metadata: JSON that is kept with the step.
           extras: small state of this process, at most 1 MiB: plain data, or objects with `get_state()` such as
             a grain iterator. Give extras on all processes or on none.
           metrics: JSON numbers of the step.
 
         Returns whether this process saves; False where nothing is due, and where the save had to be skipped
-        because no slot became free in time (it is then abandoned on all processes, logged and counted).
-        Raises StateMismatchError, UnsupportedStateError or ExtrasError for what cannot be saved. Errors in the
-        background are raised by `check_for_errors`.
+        because no slot became free in time (it is then abandoned on all processes, logged and counted); a
+        synchronous save returns False on all processes where one of them could not save.
+        Raises StateMismatchError, UnsupportedStateError or ExtrasError for what cannot be saved, and
+        StepAlreadyExistsError, on all processes, for a forced save of a step that is there. Errors in the
+        background are raised by `check_for_errors`; a synchronous save raises those of its commit itself, on
+        all processes, and may be repeated: the step is on the ramdisks.
         """
         step = _number(step)
         due = self._due(step, force)
@@ -272,10 +280,17 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
             return self._content(args, extras, custom_metadata, metrics)
 
         is_new = not self._engine.is_old(step)
+        if force and not is_new and self._engine.is_saved(step):
+            raise StepAlreadyExistsError(
+                f"step {step} is saved already, on every tier that it would go to; delete({step}) comes first "
+                "where it is to be saved anew. Without force=True such a call returns False"
+            )
         saved = self._engine.save(step, due, prepare, self._settings.slot_wait)
         self._delete_void_datasets()
         if due.persistent:
             self._save_dataset(step, args, custom_metadata, is_new)
+        if saved and due.persistent and not self._settings.asynchronous:
+            _raise_together(self._engine.await_drains())
         return saved
 
     def _save_dataset(
@@ -312,10 +327,13 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
 
         `state` is what `save` takes as `args`.
 
-        Raises PersistentStoreError on all processes when the step did not reach the persistent tier.
+        Raises PersistentStoreError on all processes when the step did not reach the persistent tier. What else
+        failed in the background, before or meanwhile, `check_for_errors` and `close` raise.
         """
         if not (self._save_on_completion and self._settings.schedule.persistent):
-            self.wait_until_finished()
+            self._engine.wait()
+            if self._datasets is not None:
+                self._datasets.wait()
             return
 
         def prepare() -> SaveContent:
@@ -446,14 +464,21 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
     def metadata(self, step: int | None = None) -> Any:
         """Orbax's `StepMetadata` of `step`, or `RootMetadata` for None. Local.
 
-        The commit time is that of the persistent tier; a step on ramdisks alone has none.
+        The commit time is that of the persistent tier; a step on ramdisks alone has none. The state of a step
+        whose tree cannot be read is None among its items.
         """
         if step is None:
             return RootMetadata(custom_metadata=self._engine.job.persistent.root_metadata() or {})
         step = _number(step)
         saved = self._engine.catalog.facts(step)
+        try:
+            items = self.item_metadata(step)
+        except (CorruptDataError, PersistentStoreError) as error:
+            self._engine.job.log.warning("metadata", step, f"what the state is made of is not known: {error}")
+            items = ocp.args.Composite(**dict.fromkeys([STATE, *saved.handlers]))
         return StepMetadata(
-            item_metadata=self.item_metadata(step),
+            item_handlers=dict(saved.handlers),
+            item_metadata=items,
             metrics=dict(saved.metrics),
             custom_metadata=dict(saved.custom_metadata),
             commit_timestamp_nsecs=saved.committed_nanoseconds,
@@ -461,45 +486,78 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         )
 
     def item_metadata(self, step: int) -> Any:
-        """`Composite(state=…)` of the abstract state: shapes, dtypes and shardings of `step`. Local."""
-        self._engine.catalog.saved_with(_number(step))
-        return ocp.args.Composite(state=self._abstract_state)
+        """`Composite(state=…)` of what `step` holds, and None for each item beside the state. Local.
+
+        Arrays are `jax.ShapeDtypeStruct`s, other leaves as they were saved. A leaf that agrees with that of the
+        manager's abstract state has its sharding; any other has none, and typed keys are then the integers that
+        are stored. Raises NoRestorableStepError, CorruptDataError or PersistentStoreError.
+        """
+        step = _number(step)
+        contents = self._engine.catalog.contents(step)
+        beside = [*contents.items, *([DATASET] if self._datasets and step in self._datasets.steps else [])]
+        return ocp.args.Composite(state=contents.state(self._abstract_state), **dict.fromkeys(beside))
 
     # Ending.
 
     def wait_until_finished(self) -> None:
-        """Waits until every save has its outcome and every drain has ended. Errors: see `check_for_errors`.
+        """Waits until every save has its outcome and every drain has ended, then does as `check_for_errors`.
 
-        Raises CoordinationTimeoutError when they take longer than their own time limits.
+        Local. Everything is waited for, whatever fails. CoordinationTimeoutError when something takes
+        longer than its own time limits.
         """
+        waits = [self._engine.wait]
         if self._datasets is not None:
-            self._datasets.wait()
-        self._engine.wait()
+            waits.insert(0, self._datasets.wait)
+        _raise_together([*_failures_of(*waits), *self._engine.take_errors()])
 
     def check_for_errors(self) -> None:
-        """Raises the first error that saves or drains in the background met since the last call. Local."""
-        if self._datasets is not None:
-            self._datasets.check_for_errors()
-        errors = self._engine.take_errors()
-        if errors:
-            for other in errors[1:]:
-                errors[0].add_note(f"and: {other}")
-            raise errors[0]
+        """Raises the first error that saves or drains in the background met since the last call. Local.
+
+        The others are its notes. An error is raised once, here or by `wait_until_finished`, `finish`, `close`.
+        """
+        checks = [] if self._datasets is None else [self._datasets.check_for_errors]
+        _raise_together([*_failures_of(*checks), *self._engine.take_errors()])
 
     def close(self) -> None:
-        """Finishes saves and drains and gives back the ramdisk directory. The data stays. Idempotent."""
+        """Finishes saves and drains and gives back the ramdisk directory. The data stays. Idempotent.
+
+        Raises the errors that nobody has asked for, when everything is released.
+        """
+        failures: list[Exception] = []
         try:
             if self._datasets is not None:
-                self._datasets.close()
-        finally:
-            self._engine.close()
-            self._handlers.close()
+                failures += _failures_of(self._datasets.close)
+        finally:  # Also when somebody interrupts the waiting.
+            failures += _failures_of(self._engine.close, self._handlers.close)
+        _raise_together([*failures, *self._engine.take_errors()])
 
     def __contextmanager__(self) -> Any:
         try:
             yield self
-        finally:
-            self.close()
+        except BaseException as error:
+            for late in _failures_of(self.close):
+                error.add_note(f"and, when the checkpoint manager was closed: {late}")
+            raise
+        self.close()
+
+
+def _failures_of(*calls: Callable[[], None]) -> list[Exception]:
+    """Makes all calls; what they raise."""
+    failures: list[Exception] = []
+    for call in calls:
+        try:
+            call()
+        except Exception as error:
+            failures.append(error)
+    return failures
+
+
+def _raise_together(errors: Sequence[Exception]) -> None:
+    """Raises the first error, with the others as its notes."""
+    if errors:
+        for other in errors[1:]:
+            errors[0].add_note(f"and: {other}")
+        raise errors[0]
 
 
 def _number(step: Any) -> int:

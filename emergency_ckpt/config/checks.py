@@ -82,9 +82,7 @@ def _local_tier(config: Config) -> Iterator[str]:
         yield from _shared_storage(config)
     certificate, key = "checkpoint_agent_tls_certificate", "checkpoint_agent_tls_key"
     if bool(getattr(config, certificate)) != bool(getattr(config, key)):
-        yield (
-            f"{_said(config, certificate)}, but {_said(config, key)}. TLS needs both: set both or neither."
-        )
+        yield (f"{_said(config, certificate)}, but {_said(config, key)}. TLS needs both: set both or neither.")
 
 
 def _shared_storage(config: Config) -> Iterator[str]:

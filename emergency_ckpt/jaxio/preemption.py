@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import jax
 from jax.experimental import multihost_utils
 
 
 class PreemptionQuery:
     """Asks JAX's preemption service once per step; a second question for the same step gets the same answer.
 
-    The service matches step numbers exactly, so it has to be asked at every step.
+    The service matches step numbers exactly, so it has to be asked at every step. It runs in every job that
+    called `jax.distributed.initialize`, also of one process; elsewhere nothing is ever reached.
     """
 
     def __init__(self) -> None:
-        self._available = jax.process_count() > 1 and _service_runs()
+        self._available = _service_runs()
         self._step: int | None = None
         self._reached = False
 

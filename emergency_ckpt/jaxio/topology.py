@@ -50,7 +50,7 @@ class Topology:
         )
         return cls.from_process_grid(
             grid,
-            _axis_position(mesh, replica_axis),
+            axis_position(mesh, replica_axis),
             jax.process_index() if process_index is None else process_index,
             jax.process_count() if process_count is None else process_count,
         )
@@ -163,7 +163,8 @@ def _check_processes(replicas: np.ndarray, process_count: int) -> None:
         )
 
 
-def _axis_position(mesh: jax.sharding.Mesh, replica_axis: int | str) -> int:
+def axis_position(mesh: jax.sharding.Mesh, replica_axis: int | str) -> int:
+    """The position of an axis from its name or number, as numpy counts. TopologyError where it is none."""
     names = list(map(str, mesh.axis_names))
     if isinstance(replica_axis, str):
         if replica_axis not in names:
@@ -172,9 +173,9 @@ def _axis_position(mesh: jax.sharding.Mesh, replica_axis: int | str) -> int:
                 "slices hold equal state"
             )
         return names.index(replica_axis)
-    if not 0 <= replica_axis < len(names):
+    if not -len(names) <= replica_axis < len(names):
         raise TopologyError(
             f"replica axis {replica_axis} is out of range for a mesh of {len(names)} axes {names}; "
-            "give a position from 0, or a name"
+            "give a position, from 0 or from the end as -1, or a name"
         )
-    return replica_axis
+    return replica_axis % len(names)

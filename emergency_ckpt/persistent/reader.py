@@ -53,9 +53,11 @@ from emergency_ckpt.persistent.step_files import (
 )
 from emergency_ckpt.persistent.tree_metadata import (
     TreeMetadata,
+    TreeNode,
     read_key_implementations,
     read_strings,
     read_tree_metadata,
+    tree_nodes,
 )
 
 _OPENED_AT_ONCE = 256
@@ -190,6 +192,13 @@ class StepReader:
         if self.layout is not None:
             return self.layout.key_implementations
         return read_key_implementations(self._files, self.item)
+
+    @functools.cached_property
+    def nodes(self) -> tuple[TreeNode, ...]:
+        """Leaves and empty nodes of the saved tree, in its order."""
+        path = f"{self.item}/{ORBAX_TREE_FILE}".lstrip("/")
+        known = dict(self.layout.metadata_files).get(ORBAX_TREE_FILE) if self.layout is not None else None
+        return tree_nodes(self._files.read(path) if known is None else known, self._files.locate(path))
 
     def check_leaves(
         self,

@@ -27,12 +27,14 @@ class StepFacts:
     Attributes:
       started_nanoseconds, committed_nanoseconds: Unix times; None where the step does not say.
       metrics, custom_metadata: of the user; empty where there are none.
+      handlers: by item, the name of the handler that Orbax restores it with; "" for a step that is one item.
     """
 
     started_nanoseconds: int | None
     committed_nanoseconds: int | None
     metrics: Mapping[str, Any]
     custom_metadata: Mapping[str, Any]
+    handlers: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
 
 
 def read_step_facts(files: Files, directory_step: int | None = None) -> StepFacts:
@@ -55,7 +57,16 @@ def read_step_facts(files: Files, directory_step: int | None = None) -> StepFact
         _nanoseconds(said.get("commit_timestamp_nsecs")),
         metrics,
         custom,
+        read_handlers(said),
     )
+
+
+def read_handlers(step_file: Mapping[str, Any]) -> dict[str, str]:
+    """Handlers by item as Orbax's step metadata names them; one name alone is that of the whole step."""
+    said = step_file.get("item_handlers") or {}
+    if isinstance(said, str):
+        return {"": said}
+    return {str(name): str(handler) for name, handler in said.items()} if isinstance(said, dict) else {}
 
 
 def _json_object(files: Files, path: str) -> Mapping[str, Any]:

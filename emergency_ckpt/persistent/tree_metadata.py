@@ -5,6 +5,7 @@ Read for checkpoints that another program wrote; ours carry a layout, which says
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from typing import Any
@@ -14,6 +15,8 @@ from emergency_ckpt.errors import CorruptDataError, PersistentStoreError
 from emergency_ckpt.persistent.files import Files
 from emergency_ckpt.persistent.step_files import ORBAX_STRINGS_FILE, ORBAX_TREE_FILE
 
+_SEQUENCE_KEY = 1
+_EMPTY = {"Dict": {}, "List": [], "Tuple": ()}
 _ARRAYS = ("jax.Array", "np.ndarray")
 
 
@@ -65,6 +68,41 @@ def read_tree_metadata(files: Files, item: str) -> TreeMetadata:
         ocdbt=bool(use_ocdbt),
         zarr3=bool(raw.get("use_zarr3", False)),
         fills_missing=not raw.get("store_array_data_equal_to_fill_value", False),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TreeNode:
+    """A leaf, or a node without leaves, of a saved tree.
+
+    Attributes:
+      name: of the leaf: its keys joined by '.'.
+      keys: the way to it: names, and positions in sequences.
+      is_empty, empty: whether it is no leaf, and what stands there: an empty container, or None.
+    """
+
+    name: str
+    keys: tuple[str | int, ...]
+    is_empty: bool
+    empty: Any
+
+
+def tree_nodes(tree_file: bytes, where: str) -> tuple[TreeNode, ...]:
+    """The nodes that a `_METADATA` file lists, in its order. Raises CorruptDataError naming `where`."""
+    try:
+        return tuple(_tree_node(entry) for entry in json.loads(tree_file)["tree_metadata"].values())
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CorruptDataError(f"{where} is damaged: {error}") from error
+
+
+def _tree_node(entry: Any) -> TreeNode:
+    keys = entry["key_metadata"]
+    value = entry["value_metadata"]
+    return TreeNode(
+        ".".join(str(key["key"]) for key in keys),
+        tuple(int(key["key"]) if key["key_type"] == _SEQUENCE_KEY else str(key["key"]) for key in keys),
+        bool(value["skip_deserialize"]),
+        copy.copy(_EMPTY.get(str(value["value_type"]))),
     )
 
 

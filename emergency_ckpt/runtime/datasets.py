@@ -51,6 +51,7 @@ class DatasetDirectory:
             options=ocp.CheckpointManagerOptions(
                 save_interval_steps=1,  # Asked only where a persistent step is due.
                 step_name_format=options.step_name_format,
+                cleanup_tmp_directories=options.cleanup_tmp_directories,
                 enable_async_checkpointing=options.enable_async_checkpointing,
                 async_options=self._async_options(options),
                 save_root_metadata=False,

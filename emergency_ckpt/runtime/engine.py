@@ -89,9 +89,15 @@ class Engine:
 
     @property
     def newest(self) -> StepId | None:
-        """The newest step that can be restored."""
-        found = [step for step in (self.base, self.newest_complete) if step is not None]
-        return max(found, default=None)
+        """The newest step that can be restored.
+
+        Without a local tier a step of this generation can be once it is committed, and the store is asked.
+        """
+        found = [self.base, self.newest_complete]
+        if self._settings.local_directory is None:
+            committed = (held.step_id for held in self.catalog.persistent())
+            found = [self.base, *(s for s in committed if s.generation == self.job.generation.number)]
+        return max((step for step in found if step is not None), default=None)
 
     def is_old(self, step: int) -> bool:
         """Whether `step` is not newer than every step that is there or was asked for."""
@@ -102,8 +108,15 @@ class Engine:
         return self.is_old(step) and not self.is_old(step + 1)
 
     def step_numbers(self) -> list[int]:
-        """Restorable step numbers, ascending."""
-        return self.catalog.numbers(() if self._began else self.survey.restorable)
+        """Restorable step numbers, ascending.
+
+        The newest is among them wherever it lies: also in slots that are no saves of the local tier, and wait
+        for a drain, or for another one after it failed.
+        """
+        newest = self.newest
+        return self.catalog.numbers(
+            [*(() if self._began else self.survey.restorable), *([newest] if newest else [])]
+        )
 
     # Saving.
 
@@ -154,6 +167,18 @@ class Engine:
 
         return self._workers.pipeline.save(step, due, prepare_and_note, slot_wait)
 
+    def is_saved(self, step: int) -> bool:
+        """Whether `step` is committed; without a persistent tier, whether it is restorable. Collective.
+
+        Waits for what is on its way: that may be this very step.
+        """
+        self._check_open()
+        key = self._call("saved")
+        self._wait_together(key)
+        if self._settings.schedule.persistent is not None:
+            return self._is_persistent(step, key)
+        return self._tell(f"{key}/local", lambda: step in self.step_numbers())
+
     def finish(self, step: int, due: Due, prepare: Prepare) -> None:
         """Saves the last step to the persistent tier, with all the patience that a drain may need. Collective.
 
@@ -166,8 +191,7 @@ class Engine:
             self._wait_together(key)
             if self._is_persistent(step, key):
                 return
-        self._collect_errors()
-        causes = "; ".join(map(str, self._errors))
+        causes = "; ".join(map(str, self.take_errors()))
         why = causes or "its save was abandoned, or its drain failed on another process"
         raise PersistentStoreError(f"the last step {step} did not reach the persistent tier: {why}")
 
@@ -450,6 +474,14 @@ class Engine:
     def wait(self) -> None:
         """Waits until every save has its outcome and every drain has ended, within their own time limits."""
         self._workers.wait()
+
+    def await_drains(self) -> list[EmergencyCheckpointError]:
+        """Waits until every drain has ended; the errors of drains since the last call, oldest first.
+
+        A drain ends alike on all processes, so that the call stays in step with them whatever comes of it.
+        """
+        self._workers.wait_for_drains()
+        return self._workers.drain.take_errors() if self._workers.drain is not None else []
 
     def take_errors(self) -> list[EmergencyCheckpointError]:
         """Errors in the background since the last call, oldest first."""

@@ -206,6 +206,7 @@ class Filling:
         if slot is None:
             return False
         self._room = Repair(self._job, slot)
+        self._count(OWN, self._needed - set(self._room.missing))
         return True
 
     def _the_room(self) -> Hydration | Repair:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -72,9 +73,10 @@ def _pure_rule(name: str, policy: Any) -> SaveRule | None:
     if not callable(getattr(policy, "should_save", None)):
         raise ConfigError(f"{name}: {policy!r} has no method should_save; give a policy of Orbax's")
     if _decides_like(policy, orbax_policies.FixedIntervalPolicy):
-        if not (isinstance(policy.interval, int) and policy.interval > 0):
+        interval = _count(policy.interval)
+        if interval is None:
             raise ConfigError(f"{name}: {policy!r} needs an interval of at least one step")
-        return SaveRule(periods=(policy.interval,))
+        return SaveRule(periods=(interval,))
     if _decides_like(policy, orbax_policies.SpecificStepsPolicy):
         return SaveRule(steps=(policy.steps,)) if type(policy.steps) in _PLAIN_CONTAINERS else None
     if _decides_like(policy, orbax_policies.InitialSavePolicy):
@@ -90,6 +92,15 @@ def _pure_rule(name: str, policy: Any) -> SaveRule | None:
             return None
         rule = rule | part
     return rule
+
+
+def _count(number: Any) -> int | None:
+    """A number of steps as a plain int, numpy's integers included; None for anything but 1 or more."""
+    try:
+        count = int(operator.index(number))
+    except TypeError:
+        return None
+    return count if count > 0 else None
 
 
 def _decides_like(policy: Any, kind: type) -> bool:
@@ -135,17 +146,19 @@ def local_max_to_keep(options: Any) -> int:
     """How many steps the ramdisk keeps. Raises ConfigError for what a fixed number of slots cannot do."""
     if options.preservation_policy is not None:
         return _slots_of(options.preservation_policy)
-    kept = 1 if options.max_to_keep is None else options.max_to_keep
-    if kept < 1:
-        raise ConfigError(f"local.max_to_keep is {kept}; expected 1 at least: the newest step is always kept")
+    kept = 1 if options.max_to_keep is None else _count(options.max_to_keep)
+    if kept is None:
+        raise ConfigError(
+            f"local.max_to_keep is {options.max_to_keep!r}; expected 1 at least: the newest step is always kept"
+        )
     return kept
 
 
 def _slots_of(policy: Any) -> int:
     if _preserves_like(policy, orbax_policies.AnyPreservationPolicy) and policy.policies:
         return max(_slots_of(part) for part in policy.policies)
-    if _preserves_like(policy, orbax_policies.LatestN) and isinstance(policy.n, int) and policy.n > 0:
-        return policy.n
+    if _preserves_like(policy, orbax_policies.LatestN) and (kept := _count(policy.n)):
+        return kept
     raise ConfigError(
         f"local.preservation_policy={policy!r} is not supported: a ramdisk has a fixed number of slots, so "
         "that only LatestN(n) with n of at least 1 can be kept there. Use local.max_to_keep, and give other "

@@ -67,6 +67,7 @@ class _Task:
     checksums: tuple[tuple[int, ...], ...] | None = None
     abandon_reason: str = ""
     blocked_seconds: float = 0.0
+    outcome: Outcome | None = None
     done: threading.Event = dataclasses.field(default_factory=threading.Event)
 
 
@@ -108,6 +109,7 @@ class SavePipeline(Worker[_Task]):
     ) -> bool:
         """Takes the snapshot and returns; the rest follows in the background. False when the save was skipped.
 
+        Where saves are synchronous it returns when the outcome is known: whether the step is complete.
         Raises what `prepare` raises, and StateMismatchError or UnsupportedStateError for a state that does not
         fit; the save is then abandoned on all processes, and this one stays in step with the others.
         """
@@ -141,6 +143,7 @@ class SavePipeline(Worker[_Task]):
         self.submit(task)
         if task.slot is not None and not job.settings.asynchronous:
             self._await_end(task)
+            return task.outcome is Outcome.COMPLETE
         return task.slot is not None
 
     def _await_end(self, task: _Task) -> None:
@@ -282,6 +285,7 @@ class SavePipeline(Worker[_Task]):
 
     def _settle(self, task: _Task, outcome: Outcome) -> None:
         job = self._job
+        task.outcome = outcome
         drains = task.due.persistent and task.slot is not None
         if outcome is Outcome.COMPLETE:
             self._newest_complete = task.step

@@ -50,7 +50,7 @@ class Settings:
       ranking: how steps are compared where no metric is named.
       replica_axis: position or name of the mesh's replica axis.
       names: how step directories are called.
-      asynchronous: return from save() before the step is sealed.
+      asynchronous: return from save() before the step is sealed, and committed where that is due.
       save_on_preemption: save at the step of a preemption notice.
       single_replica_restore: one slice reads the persistent tier and broadcasts.
       coordination_timeout, drain_timeout, slot_wait: time limits.
@@ -184,7 +184,7 @@ def settings_from_orbax(
     persistent_rule, asked_persistently = tier_rule("persistent", persistent)
     drain_timeout, after_commit = timedelta(seconds=1800), None
     if options.async_options is not None:
-        drain_timeout = timedelta(seconds=options.async_options.timeout_secs)
+        drain_timeout = _positive("async_options.timeout_secs", options.async_options.timeout_secs)
         after_commit = options.async_options.post_finalization_callback
     return Settings(
         persistent_directory=Path(persistent_directory),
@@ -201,7 +201,9 @@ def settings_from_orbax(
         names=_step_names(options.step_name_format),
         asynchronous=options.enable_async_checkpointing,
         single_replica_restore=options.single_host_load_and_broadcast,
-        coordination_timeout=timedelta(seconds=multiprocessing.coordination_timeout_secs),
+        coordination_timeout=_positive(
+            "multiprocessing_options.coordination_timeout_secs", multiprocessing.coordination_timeout_secs
+        ),
         drain_timeout=drain_timeout,
         write_options=WriteOptions(timeout_seconds=drain_timeout.total_seconds()),
         remove_foreign_leftovers=options.cleanup_tmp_directories,
@@ -246,6 +248,10 @@ _SUPPORTED = {
 }
 
 
+# How one process or all of them list the directory is this manager's affair.
+_NAME_FIELDS = ("step_prefix", "step_format_fixed_length", "single_host_load_and_broadcast")
+
+
 def _refuse_unsupported(options: CheckpointManagerOptions) -> None:
     refused = [
         f"{name}.{field.name}" if name else field.name
@@ -259,6 +265,12 @@ def _refuse_unsupported(options: CheckpointManagerOptions) -> None:
             f"these fields of CheckpointManagerOptions are not supported: {', '.join(refused)}. Leave them at "
             "their defaults."
         )
+
+
+def _positive(name: str, seconds: float) -> timedelta:
+    if not seconds > 0:
+        raise ConfigError(f"{name} is {seconds!r}; expected a number of seconds above 0")
+    return timedelta(seconds=seconds)
 
 
 def _is_default(field: dataclasses.Field[Any], value: Any) -> bool:
@@ -277,14 +289,24 @@ def _plain_json(metadata: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _step_names(name_format: Any) -> StepNames:
-    prefix = getattr(name_format, "step_prefix", None)
-    digits = getattr(name_format, "step_format_fixed_length", None)
-    names = StepNames(prefix, digits)
-    for step in (0, 7, 123):
-        if name_format.build_name(step) != names.name(step):
-            raise ConfigError(
-                f"step_name_format {name_format!r} is not supported: it calls step {step} "
-                f"{name_format.build_name(step)!r}. Use orbax.checkpoint.path.step.standard_name_format("
-                "step_prefix=…, step_format_fixed_length=…)."
-            )
-    return names
+    """The names of Orbax's standard format, and of no other: one of a few names proves nothing of the rest."""
+    import orbax.checkpoint as ocp
+
+    standard: Any = ocp.path.step.standard_name_format()
+    changed: list[str] = []
+    if type(name_format) is type(standard):
+        changed = [
+            field.name
+            for field in dataclasses.fields(standard)
+            if field.name not in _NAME_FIELDS and not _is_default(field, getattr(name_format, field.name))
+        ]
+        names = StepNames(name_format.step_prefix, name_format.step_format_fixed_length)
+        if not changed and all(name_format.build_name(step) == names.name(step) for step in (0, 7, 123)):
+            return names
+    what = f" with {', '.join(changed)}" if changed else ""
+    raise ConfigError(
+        f"step_name_format {name_format!r} ({type(name_format).__name__}){what} is not supported: composite "
+        "formats, subclasses and formats of your own may name or find steps that this manager would miss. Use "
+        "orbax.checkpoint.path.step.standard_name_format(step_prefix=…, step_format_fixed_length=…); rename "
+        "the directories of steps that have other names."
+    )

@@ -17,7 +17,7 @@ from emergency_ckpt.errors import NoRestorableStepError, PersistentStoreError, S
 from emergency_ckpt.jaxio.coordination import Coordinator, open_coordinator, service_address
 from emergency_ckpt.jaxio.layouts import build_layout
 from emergency_ckpt.jaxio.orbax_metadata import layout_metadata_files
-from emergency_ckpt.jaxio.topology import Topology
+from emergency_ckpt.jaxio.topology import Topology, axis_position
 from emergency_ckpt.local.claim import directory_identity
 from emergency_ckpt.local.store import LocalStore, StoreOptions, held_positions
 from emergency_ckpt.persistent.store import Generation, PersistentStore
@@ -266,6 +266,5 @@ def _item_name(persistent: PersistentStore, mesh: jax.sharding.Mesh, replica_axi
     So whoever began the directory finds the state under the name that it knows, MaxText under `items`.
     """
     steps = persistent.steps()
-    axis = list(mesh.axis_names).index(replica_axis) if isinstance(replica_axis, str) else replica_axis
-    usual = _ITEM_OF_MANY if mesh.devices.shape[axis] > 1 else _ITEM_OF_ONE
+    usual = _ITEM_OF_MANY if mesh.devices.shape[axis_position(mesh, replica_axis)] > 1 else _ITEM_OF_ONE
     return (steps[-1].item if steps else "") or usual

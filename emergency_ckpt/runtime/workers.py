@@ -44,6 +44,9 @@ class Workers:
     def wait(self) -> None:
         """Waits until every save has its outcome and every drain has ended, within their own time limits."""
         self.wait_for_saves()
+        self.wait_for_drains()
+
+    def wait_for_drains(self) -> None:
         limit = _drain_patience(self._settings)
         if self.drain is not None and not self.drain.wait(limit):
             raise CoordinationTimeoutError(f"drains were still running after {limit.total_seconds():.0f} s")

@@ -72,11 +72,11 @@ def train_until_told(manager: CheckpointManager, mesh: jax.sharding.Mesh) -> dic
         step += 1
         manager.save(step, make_state(mesh, step))
         print(f"step {step} complete {manager.latest_complete_step()}", flush=True)
-    manager.wait_until_finished()
+    errors = error_of(manager.wait_until_finished)
     result = {
         "left_at": step,
         "complete": manager.latest_complete_step(),
-        "errors": error_of(manager.check_for_errors),
+        "errors": errors,
         "counters": manager.metrics_snapshot(),
     }
     manager.close()

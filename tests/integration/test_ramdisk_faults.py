@@ -36,12 +36,11 @@ def fail_on_process_one(root: str) -> dict[str, Any]:
                 damage[step]()
             if manager.save(step, make_state(mesh, step)):
                 told["saved"].append(step)
-            manager.wait_until_finished()
-            told["complete"].append(manager.latest_complete_step())
             try:
-                manager.check_for_errors()
+                manager.wait_until_finished()
             except LocalDirectoryError as error:
                 told["errors"][str(step)] = str(error)
+            told["complete"].append(manager.latest_complete_step())
     with CheckpointManager.from_config(config, mesh, make_state(mesh, 0)) as manager:
         restored = manager.restore_or_init(lambda: make_state(mesh, 0))
         check_state(restored.state, mesh, 8)

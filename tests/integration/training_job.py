@@ -243,7 +243,9 @@ def live(root: str, slices: int, life: dict[str, Any]) -> dict[str, Any]:
     if process in life.get("wipe", ()):
         shutil.rmtree(Path(root) / f"ramdisk_{process}")
     if process in life.get("flip", ()):
-        flip_newest(Path(root), process)
+        flip_newest(Path(root), process, 1)
+    if process in life.get("flip_all", ()):
+        flip_newest(Path(root), process, None)
     if process in life.get("block_lock", ()):
         lock = Path(root) / f"ramdisk_{process}/emergency_ckpt/0/lock"
         lock.unlink()
@@ -317,13 +319,16 @@ def flip_byte(path: Path) -> None:
     path.write_bytes(content)
 
 
-def flip_newest(root: Path, process: int) -> None:
-    """Flips one bit in the newest step of a process."""
+def flip_newest(root: Path, process: int, pages: int | None) -> None:
+    """Flips one bit in each of the first pages (None: all) of the newest step of a process.
+
+    Every shard begins a page of its own.
+    """
     path = newest_slot(root, process)
-    with path.open("r+b") as file:
-        first = file.read(1)[0]
-        file.seek(0)
-        file.write(bytes([first ^ 1]))
+    content = bytearray(path.read_bytes())
+    for at in range(0, len(content), 4096)[:pages]:
+        content[at] ^= 1
+    path.write_bytes(content)
 
 
 def newest_slot(root: Path, process: int) -> Path:

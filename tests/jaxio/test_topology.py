@@ -127,7 +127,7 @@ def test_devices_of_processes_that_the_job_does_not_have_are_refused():
         slices_of(np.array([0, 7]), 0, 1)
 
 
-@pytest.mark.parametrize("axis", [0, 1, 2, "data", "fsdp", "tensor"])
+@pytest.mark.parametrize("axis", [0, 1, 2, -1, -3, "data", "fsdp", "tensor"])
 def test_one_process_with_all_devices_is_one_slice_whatever_the_axis(axis):
     mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 2, 2), ("data", "fsdp", "tensor"))
     topology = Topology.from_mesh(mesh, axis)
@@ -135,7 +135,7 @@ def test_one_process_with_all_devices_is_one_slice_whatever_the_axis(axis):
     assert (topology.process_count, topology.slice_count) == (1, 1)
 
 
-@pytest.mark.parametrize("axis", ["replica", 2, -1])
+@pytest.mark.parametrize("axis", ["replica", 2, -3])
 def test_an_axis_that_the_mesh_does_not_have_is_refused_with_the_ones_it_has(axis):
     mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "fsdp"))
     with pytest.raises(TopologyError, match=r"data.*fsdp"):

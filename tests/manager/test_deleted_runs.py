@@ -115,6 +115,7 @@ def test_a_step_that_was_restored_by_its_number_is_missed_as_well(
     save_all(opened(), mesh, range(1, 13))
     manager = opened()
     manager.restore(5)
+    manager.save(6, make_state(mesh, 6))  # The run goes on from step 5.
     manager.close()
     lose_everything(ramdisk, tmp_path / "bucket")
     with pytest.raises(NoRestorableStepError, match=r"step 5 .* was complete once"):

@@ -24,6 +24,7 @@ from emergency_ckpt.agent import drain
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.errors import (
     EmergencyCheckpointError,
+    LocalDirectoryError,
     NoRestorableStepError,
     PeerFailedError,
     PersistentStoreError,
@@ -91,6 +92,8 @@ def test_finish_drains_again_what_failed_to_drain(
     manager.save(5, make_state(mesh, 5))
     manager.finish(5, make_state(mesh, 5))
     assert (tmp_path / "bucket/5/default").is_dir()
+    with pytest.raises(PersistentStoreError, match="disk full"):
+        manager.check_for_errors()
 
 
 def test_what_a_failed_drain_has_written_does_not_stay(
@@ -104,9 +107,8 @@ def test_what_a_failed_drain_has_written_does_not_stay(
 
     monkeypatch.setattr(drain, "write_part", written_in_vain)
     manager.save(5, make_state(mesh, 5))
-    manager.wait_until_finished()
     with pytest.raises(PersistentStoreError, match="disk full"):
-        manager.check_for_errors()
+        manager.wait_until_finished()
     assert [path.name for path in (tmp_path / "bucket").iterdir()] == ["emergency_ckpt"]
 
 
@@ -164,9 +166,8 @@ def test_an_error_of_the_coordination_stops_one_save_and_not_those_after_it(
     agreement = manager._engine._workers.pipeline._agreement
     Unreliable(monkeypatch, agreement, "report_sealed", PeerFailedError("service away"))
     manager.save(4, make_state(mesh, 4))
-    manager.wait_until_finished()
     with pytest.raises(PeerFailedError, match="service away"):
-        manager.check_for_errors()
+        manager.wait_until_finished()
     save_all(manager, mesh, range(6, 9))
     assert manager.latest_complete_step() == 8
 
@@ -242,7 +243,8 @@ def test_latest_step_names_only_what_can_be_restored(
     manager.restore(None)
     Unreliable(monkeypatch, manager._engine.job.local, "seal", OSError("no space left"))
     manager.save(6, make_state(mesh, 6))
-    manager.wait_until_finished()
+    with pytest.raises(LocalDirectoryError, match="no space left"):
+        manager.wait_until_finished()
     assert manager.latest_step() == 4
 
 
@@ -252,9 +254,8 @@ def test_failing_retention_does_not_undo_a_commit(
     manager = opened()
     Unreliable(monkeypatch, manager._engine.job.persistent, "steps", PersistentStoreError("listing failed"))
     manager.save(5, make_state(mesh, 5))
-    manager.wait_until_finished()
     with pytest.raises(PersistentStoreError, match="after the commit of step 5"):
-        manager.check_for_errors()
+        manager.wait_until_finished()
     assert manager.metrics_snapshot()["drains_committed"] == 1
 
 
@@ -363,10 +364,9 @@ def test_a_deleted_step_may_be_saved_and_drained_again(
     manager = opened()
     Unreliable(monkeypatch, drain, "write_part", PersistentStoreError("disk full"))
     manager.save(10, make_state(mesh, 10))
-    manager.wait_until_finished()
     manager.delete(10)
     with pytest.raises(PersistentStoreError, match="disk full"):
-        manager.check_for_errors()
+        manager.wait_until_finished()
     assert manager.save(10, make_state(mesh, 10))
     manager.wait_until_finished()
     manager.check_for_errors()
@@ -383,9 +383,8 @@ def test_a_failing_persistent_store_makes_noise_and_the_local_tier_goes_on(
     blocked.write_text("not a directory")
     for step in range(5, 9):
         manager.save(step, make_state(mesh, step))
-    manager.wait_until_finished()
     with pytest.raises(Exception, match="step 5"):
-        manager.check_for_errors()
+        manager.wait_until_finished()
     assert manager.latest_complete_step() == 8
     assert manager.metrics_snapshot()["drains_failed"] == 1
     blocked.unlink()

@@ -15,7 +15,12 @@ from grain.checkpoint import CheckpointRestore, CheckpointSave
 from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import BestN
 
-from emergency_ckpt import CheckpointManagerOptions, LocalCheckpointOptions, PersistentCheckpointOptions
+from emergency_ckpt import (
+    CheckpointManagerOptions,
+    LocalCheckpointOptions,
+    PersistentCheckpointOptions,
+    StepAlreadyExistsError,
+)
 from emergency_ckpt.agent import drain
 from emergency_ckpt.errors import (
     ConfigError,
@@ -274,9 +279,8 @@ def test_a_dataset_goes_only_when_its_step_is_gone(
         save_large_dataset(manager, mesh, step)
     with monkeypatch.context() as patch:
         Unreliable(patch, drain, "write_part", PersistentStoreError("disk full"))
-        save_large_dataset(manager, mesh, 15)
         with pytest.raises(PersistentStoreError, match="disk full"):
-            manager.check_for_errors()
+            save_large_dataset(manager, mesh, 15)
     assert dataset_steps(directory) == [10, 15]
     assert committed_steps(tmp_path / "bucket") == [10]
     save_large_dataset(manager, mesh, 20)
@@ -311,7 +315,8 @@ def test_a_step_that_reaches_the_persistent_tier_later_has_its_dataset_there(
         save_large_dataset(manager, mesh, step)
     assert dataset_steps(directory) == [1]
     save_large_dataset(manager, mesh, 2, force=True)
-    save_large_dataset(manager, mesh, 1, force=True)  # Older than what is there: nothing is saved or deleted.
+    with pytest.raises(StepAlreadyExistsError):
+        save_large_dataset(manager, mesh, 1, force=True)
     assert dataset_steps(directory) == committed_steps(tmp_path / "bucket") == [1, 2]
 
 

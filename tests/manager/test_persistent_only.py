@@ -96,11 +96,25 @@ def test_it_saves_on_demand_with_extras_and_metadata_and_deletes(mesh: Mesh, tmp
     assert not (root(tmp_path) / "6").exists()
 
 
-def test_a_synchronous_save_is_sealed_and_finish_commits_the_last_step(mesh: Mesh, tmp_path: Path) -> None:
+def test_a_synchronous_save_raises_what_its_commit_met_and_may_be_repeated(
+    mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = config(tmp_path, async_checkpointing=False)
+    with CheckpointManager.from_config(flags, mesh, make_state(mesh, 0)) as manager:
+        Unreliable(monkeypatch, drain, "write_part", PersistentStoreError("disk full"))
+        with pytest.raises(PersistentStoreError, match=r"step 2 .* disk full"):
+            manager.save(2, make_state(mesh, 2))
+        manager.check_for_errors()
+        assert manager.save(2, make_state(mesh, 2))
+        assert (root(tmp_path) / "2/default").is_dir()
+
+
+def test_a_synchronous_save_is_committed_and_finish_commits_the_last_step(mesh: Mesh, tmp_path: Path) -> None:
     flags = config(tmp_path, async_checkpointing=False)
     with CheckpointManager.from_config(flags, mesh, make_state(mesh, 0)) as manager:
         assert manager.save(2, make_state(mesh, 2))
-        assert manager.latest_complete_step() == 2
+        assert (root(tmp_path) / "2/default").is_dir(), "when the call returns"
+        assert (manager.latest_complete_step(), manager.latest_step()) == (2, 2)
         manager.finish(3, make_state(mesh, 3))
         assert (root(tmp_path) / "3/default").is_dir()
     with CheckpointManager.from_config(flags, mesh, make_state(mesh, 0)) as manager:
@@ -127,10 +141,10 @@ def test_a_commit_that_failed_is_said_and_the_next_one_is_made(
     with CheckpointManager.from_config(config(tmp_path), mesh, make_state(mesh, 0)) as manager:
         Unreliable(monkeypatch, drain, "write_part", PersistentStoreError("disk full"))
         manager.save(2, make_state(mesh, 2))
-        manager.wait_until_finished()
         with pytest.raises(PersistentStoreError, match="disk full"):
-            manager.check_for_errors()
+            manager.wait_until_finished()
         assert list(manager.all_steps()) == []
+        assert manager.latest_step() is None, "its slot is no place to restore from"
         save_all(manager, mesh, range(3, 5))
         assert list(manager.all_steps()) == [4]
 

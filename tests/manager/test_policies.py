@@ -210,17 +210,15 @@ def test_a_preservation_policy_that_fails_is_heard_and_deletes_nothing(
     manager = opened(small(mesh), options(save_interval_steps=1, preservation_policy=Failing()))
     for step in range(1, 4):
         assert manager.save(step, small(mesh))
-        manager.wait_until_finished()
         with pytest.raises(PersistentStoreError, match=r"policy .* failed on the steps .*KeyError.*metric"):
-            manager.check_for_errors()
+            manager.wait_until_finished()
     assert committed(tmp_path) == [1, 2, 3]
     short = orbax_policies.CustomSteps([])
     short.should_preserve = lambda checkpoints, *, context: []  # type: ignore[method-assign]
     manager = opened(small(mesh), options(save_interval_steps=1, preservation_policy=short))
     manager.save(4, small(mesh))
-    manager.wait_until_finished()
     with pytest.raises(PersistentStoreError, match="0 answers to 4 steps"):
-        manager.check_for_errors()
+        manager.wait_until_finished()
     assert committed(tmp_path) == [1, 2, 3, 4]
 
 
@@ -287,12 +285,11 @@ def test_the_callback_comes_after_each_persistent_commit_and_its_errors_undo_not
     manager = opened(small(mesh), policies)
     for step in range(1, 5):
         manager.save(step, small(mesh))
-    manager.wait_until_finished()
-    assert found == [[1], [1, 2], [1, 2, 4]]
     with pytest.raises(
         EmergencyCheckpointError, match=r"was committed, but the callback .* the callback's own"
     ):
-        manager.check_for_errors()
+        manager.wait_until_finished()
+    assert found == [[1], [1, 2], [1, 2, 4]]
 
 
 def test_temporary_directories_of_orbax_are_removed_on_request_only(
@@ -307,6 +304,20 @@ def test_temporary_directories_of_orbax_are_removed_on_request_only(
     opened(small(mesh), dataclasses.replace(OPTIONS, cleanup_tmp_directories=True))
     assert not foreign.exists()
     assert newer.exists()
+
+
+def test_temporary_directories_of_datasets_are_removed_on_request_as_well(
+    opened: Opener, mesh: Mesh, tmp_path: Path
+) -> None:
+    temporary = tmp_path / "datasets/7.orbax-checkpoint-tmp-123"
+    (temporary / "default").mkdir(parents=True)
+    where = {"persistent_non_replicated_directory": tmp_path / "datasets"}
+    opened(small(mesh), **where)
+    assert temporary.exists()
+    manager = opened(small(mesh), dataclasses.replace(OPTIONS, cleanup_tmp_directories=True), **where)
+    state = ocp.args.PyTreeSave(small(mesh))
+    manager.save(1, ocp.args.Composite(state=state, dataset=ocp.args.JsonSave({})))
+    assert not temporary.exists(), "Orbax removes it in the background, and waits for that before it saves"
 
 
 def test_a_read_only_ramdisk_is_restored_from_and_saved_to_no_more(opened: Opener, mesh: Mesh) -> None:
@@ -388,8 +399,7 @@ def test_a_save_on_its_way_counts_as_an_earlier_one_and_a_failed_one_does_not(
     manager.save(3, small(mesh))
     manager.save(4, small(mesh))
     may_end.set()
-    manager.wait_until_finished()
+    with pytest.raises(PersistentStoreError, match="disk full"):
+        manager.wait_until_finished()
     manager.save(6, small(mesh))
     assert heard == [None, 1, 1, 3, 1]
-    with pytest.raises(PersistentStoreError, match="disk full"):
-        manager.check_for_errors()

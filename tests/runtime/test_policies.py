@@ -6,6 +6,7 @@ import datetime
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -246,3 +247,13 @@ def test_the_ranking_is_that_of_the_best_n_among_the_policies() -> None:
         assert ranking.value({"loss": 2.5}) == 2.5
     assert ranking_of(orbax_policies.LatestN(1)) is None
     assert ranking_of(None) is None
+
+
+@pytest.mark.parametrize("integer", [int, np.int64, np.uint8])
+def test_numbers_of_steps_may_be_any_integers(integer: Any) -> None:
+    rule, _ = rule_of(orbax_policies.FixedIntervalPolicy(integer(2)))
+    assert rule == SaveRule(periods=(2,))
+    latest = LocalCheckpointOptions(preservation_policy=orbax_policies.LatestN(integer(2)))
+    for options in (latest, LocalCheckpointOptions(max_to_keep=integer(2))):
+        assert type(local_max_to_keep(options)) is int
+        assert local_max_to_keep(options) == 2

@@ -7,6 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import orbax.checkpoint as ocp
 import pytest
 from orbax.checkpoint import options as orbax_options
 
@@ -111,6 +112,52 @@ def test_a_field_of_a_later_version_of_orbax_is_refused_unless_it_is_at_its_defa
     assert settings().persistent_directory == Path("/bucket")
     with pytest.raises(ConfigError, match=r"not supported: (\w+\.)?novelty\."):
         settings(novelty=["new"])
+
+
+step_names: Any = ocp.path.step
+
+
+class Commas(type(step_names.standard_name_format())):
+    def build_name(self, step: int) -> str:
+        return f"{step:,}"
+
+
+@pytest.mark.parametrize(
+    ("name_format", "said"),
+    [
+        (
+            step_names.composite_name_format(
+                step_names.standard_name_format(),
+                [step_names.standard_name_format(), step_names.standard_name_format(step_prefix="old")],
+            ),
+            r"\(_CompositeNameFormat\) is not supported",
+        ),
+        (Commas(), r"\(Commas\) is not supported"),
+        (
+            dataclasses.replace(step_names.standard_name_format(), temporary_path_cls=object),
+            "with temporary_path_cls is not supported",
+        ),
+    ],
+)
+def test_only_orbaxs_standard_names_of_steps_are_taken(name_format: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=f"step_name_format .*{said}.*standard_name_format"):
+        settings_from_orbax("/local", "/bucket", CheckpointManagerOptions(step_name_format=name_format))
+
+
+@pytest.mark.parametrize("fields", [{}, {"step_prefix": "x", "step_format_fixed_length": 3}])
+def test_steps_are_called_as_orbax_calls_them(fields: dict[str, Any]) -> None:
+    given = step_names.standard_name_format(single_host_load_and_broadcast=True, **fields)
+    names = settings_from_orbax(None, "/b", CheckpointManagerOptions(step_name_format=given)).names
+    assert [names.name(step) for step in (0, 23, 12345)] == [given.build_name(s) for s in (0, 23, 12345)]
+
+
+@pytest.mark.parametrize(
+    ("part", "field"),
+    [("async_options", "timeout_secs"), ("multiprocessing_options", "coordination_timeout_secs")],
+)
+def test_a_time_limit_of_nothing_is_refused_by_the_name_of_the_option(part: str, field: str) -> None:
+    with pytest.raises(ConfigError, match=f"{part}.{field} is 0; expected a number of seconds above 0"):
+        settings_with(part, **{field: 0})
 
 
 def test_an_object_store_is_refused_rather_than_taken_for_a_directory_of_that_name() -> None:
