@@ -136,12 +136,12 @@ class Config(BaseModel):
     checkpoint_agent: Literal["auto", "off"] = Field(
         "auto",
         description="auto starts an agent on each host of a job of several processes, or uses the one that "
-        "runs there; off starts none: shards then travel between slices by broadcast, and otherwise not at all.",
+        "runs there; off starts none: shards then travel between slices by broadcast, or else not at all.",
     )
     checkpoint_agent_bind_address: str = Field(
         "",
-        description="Address that the agent of each host listens on. Empty: that of the interface which reaches "
-        "process 0.",
+        description="Address that the agent of each host listens on. Empty: that of the interface which "
+        "reaches process 0.",
     )
     checkpoint_agent_advertise_address: str = Field(
         "", description="Address that others are told. Empty: the one that the agent listens on."
@@ -158,8 +158,8 @@ class Config(BaseModel):
     checkpoint_agent_tls_key: HostPath = Field("", description="Private key (PEM) of that certificate.")
     checkpoint_agent_tls_ca: HostPath = Field(
         "",
-        description="Certificates (PEM) by which the agents of others are verified, at this path on every host. "
-        "Empty: those of the system.",
+        description="Certificates (PEM) by which the agents of others are verified, at this path on every "
+        "host. Empty: those of the system.",
     )
     checkpoint_agent_idle_seconds: Seconds = Field(
         900.0, gt=0, description="How long an agent stays when no trainer is left and nobody asks it."
