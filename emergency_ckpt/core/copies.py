@@ -7,9 +7,10 @@ serves, plans or drains works from it, and knows nothing of copies.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from emergency_ckpt.core.layout import Layout
+from emergency_ckpt.core.placement import failure_domains
 from emergency_ckpt.errors import ConfigError
 
 
@@ -97,14 +98,6 @@ def copies_from(layout: Layout, storage: Layout, process: int) -> Mapping[int, t
         if shard not in own:
             found.setdefault(layout.shard_holders[shard][0], []).append(shard)
     return {source: tuple(shards) for source, shards in found.items()}
-
-
-def failure_domains(process_slice: Sequence[int]) -> tuple[int, ...]:
-    """Per process its failure domain: its slice, or, in a job of one slice, the process itself."""
-    if len(set(process_slice)) > 1:
-        number = {s: i for i, s in enumerate(sorted(set(process_slice)))}
-        return tuple(number[s] for s in process_slice)
-    return tuple(range(len(process_slice)))
 
 
 def _partners(count: int, size: int) -> list[list[int]]:

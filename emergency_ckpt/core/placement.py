@@ -5,27 +5,35 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 
-def extras_keepers(process_slice: Sequence[int]) -> tuple[int | None, ...]:
-    """Per process, the one other process that keeps a copy of its extras; None for a lone process.
+_EXTRAS_KEEPERS = 2
+"""How many others keep a copy of a process's extras, where there are so many."""
 
-    The keeper stands in the next slice (slices in a circle) at the same rank within it, so that a lost slice
-    never takes both copies along. With one slice the failure domain is the host: the next process keeps them.
+
+def extras_keepers(process_slice: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Per process, the other processes that keep a copy of its extras; none for a lone process.
+
+    They stand in the next slices (slices in a circle) at the same rank within them, so that two lost slices
+    never take all copies along. With one slice the failure domain is the host: the next processes keep them.
     """
-    members: dict[int, list[int]] = {}
-    for process, slice_index in enumerate(process_slice):
-        members.setdefault(slice_index, []).append(process)
-    slices = sorted(members)
-    keepers: list[int | None] = []
-    for process, slice_index in enumerate(process_slice):
-        rank = members[slice_index].index(process)
-        if len(slices) > 1:
-            following = members[slices[(slices.index(slice_index) + 1) % len(slices)]]
-            keepers.append(following[rank % len(following)])
-        elif len(process_slice) > 1:
-            keepers.append((process + 1) % len(process_slice))
-        else:
-            keepers.append(None)
+    domains = failure_domains(process_slice)
+    members: list[list[int]] = [[] for _ in range(max(domains, default=-1) + 1)]
+    for process, domain in enumerate(domains):
+        members[domain].append(process)
+    rank = {process: at for among in members for at, process in enumerate(among)}
+    keepers: list[tuple[int, ...]] = []
+    for process, domain in enumerate(domains):
+        following = [members[(domain + ahead) % len(members)] for ahead in range(1, len(members))]
+        keepers.append(tuple(among[rank[process] % len(among)] for among in following[:_EXTRAS_KEEPERS]))
     return tuple(keepers)
+
+
+def failure_domains(process_slice: Sequence[int]) -> tuple[int, ...]:
+    """Per process what fails together with it: its slice, or, in a job of one slice, itself alone."""
+    slices = sorted(set(process_slice))
+    if len(slices) == 1:
+        return tuple(range(len(process_slice)))
+    number = {s: i for i, s in enumerate(slices)}
+    return tuple(number[s] for s in process_slice)
 
 
 def assign_directories(held: Mapping[int, int | None], processes: Sequence[int]) -> dict[int, int]:

@@ -1,7 +1,7 @@
 """Extras: small state of each process (data iterator, host RNG, counters), saved with the arrays in one commit.
 
-They travel as JSON in the manifest, and the files of items with them. Each process's extras are kept by a
-second process in another slice, so that losing a slice does not lose the position in the data.
+They travel as JSON in the manifest, and the files of items with them. Each process's extras are kept by up to
+two more processes in other slices, so that losing slices does not lose the position in the data.
 """
 
 from __future__ import annotations

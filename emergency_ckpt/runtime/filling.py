@@ -48,7 +48,7 @@ class Filling:
         self._described: _Described | None = None
         self._kept_extras: dict[int, str] = {}
         keepers = extras_keepers(job.topology.process_slice)
-        self._wards = {process for process, keeper in enumerate(keepers) if keeper == job.process}
+        self._wards = {process for process, by in enumerate(keepers) if job.process in by}
         self._read: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
 
     @property
@@ -79,6 +79,8 @@ class Filling:
                 return NONE
             if not self._repairs():
                 takes.append(self._own_take(slot, missing))
+        elif isinstance(self._room, Repair):
+            self.close()  # Its own slot is no source any more.
         self._kept = None
         setbacks = self._gather(takes)
         persistent = [s for s in plan.persistent if s in self._needed and s not in self._done]

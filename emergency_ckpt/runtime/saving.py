@@ -260,10 +260,10 @@ class SavePipeline(Worker[_Task]):
         job = self._job
         prefix = f"{self._agreement.keys_of(task.ordinal)}/extras"
         kept = {job.process: own}
-        if self._keepers[job.process] is not None:
+        if self._keepers[job.process]:
             job.coordinator.put(f"{prefix}/{job.process}", own.encode())
-        for ward, keeper in enumerate(self._keepers):
-            if keeper == job.process:
+        for ward, keepers in enumerate(self._keepers):
+            if job.process in keepers:
                 try:
                     found = job.coordinator.get(f"{prefix}/{ward}", job.settings.coordination_timeout)
                 except CoordinationTimeoutError as error:
@@ -277,8 +277,8 @@ class SavePipeline(Worker[_Task]):
         return kept
 
     def _withhold_extras(self, task: _Task) -> None:
-        """Tells the process that keeps our extras not to wait for them."""
-        if self._keepers[self._job.process] is not None:
+        """Tells the processes that keep our extras not to wait for them."""
+        if self._keepers[self._job.process]:
             prefix = f"{self._agreement.keys_of(task.ordinal)}/extras"
             # Extras that were given before the save failed may stand: they are as good as these.
             self._job.coordinator.put_once(f"{prefix}/{self._job.process}", _WITHHELD)

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emergency_ckpt.core.copies import copies_from, failure_domains, survivable, with_copies
+from emergency_ckpt.core.copies import copies_from, survivable, with_copies
 from emergency_ckpt.core.layout import Layout, LeafSpec
+from emergency_ckpt.core.placement import failure_domains
 from emergency_ckpt.core.shards import Box, Shard
 from emergency_ckpt.errors import ConfigError
 

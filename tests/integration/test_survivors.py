@@ -1,0 +1,77 @@
+"""Any hosts may be lost as long as every shard is left somewhere: the job comes back, bit for bit.
+
+Real processes, agents and sockets. What is restored is compared with the trained state in each process.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.processes import run_job
+from tests.integration.training_job import live_through, train
+
+
+def survivable_losses(slices: int, hosts: int) -> Iterator[list[int]]:
+    """Every set of processes that may be lost: of each host, one counterpart in some slice is left."""
+    processes = range(slices * hosts)
+    for count in range(1, len(processes)):
+        for lost in itertools.combinations(processes, count):
+            if all(any(s * hosts + host not in lost for s in range(slices)) for host in range(hosts)):
+                yield list(lost)
+
+
+def lives_after(tmp_path: Path, slices: int, hosts: int, losses: list[list[int]]) -> dict[str, Any]:
+    """What each process says after each loss, of a job that was trained to step 14 and saved it on ramdisks."""
+    count = slices * hosts
+    trained = tmp_path / "trained"
+    run_job(train, count, str(trained), slices, 14, {})
+    stories = {str(lost): [{"wipe": lost, "until": 14}] for lost in losses}
+    limit = timedelta(seconds=60 + 15 * len(losses))
+    answers = run_job(live_through, count, str(trained), str(tmp_path), slices, stories, limit=limit)
+    return {name: [answer[name][0] for answer in answers] for name in stories}
+
+
+@pytest.mark.parametrize(("slices", "hosts", "most"), [(2, 2, None), (3, 2, 6)])
+def test_every_loss_that_leaves_each_shard_somewhere_is_made_good_by_the_survivors(
+    ramdisk: Path, slices: int, hosts: int, most: int | None
+) -> None:
+    losses = list(survivable_losses(slices, hosts))
+    if most is not None:
+        losses = random.Random(5).sample(losses, most)
+    for name, life in lives_after(ramdisk, slices, hosts, losses).items():
+        lost = [p for p in range(slices * hosts) if f"{p}" in name]
+        assert [r.get("start") for r in life] == [14] * slices * hosts, (name, life)
+        for process, said in enumerate(life):
+            counters = said["counters"]
+            assert said["extras"] == {"data": {"position": 1400 + process}}
+            # Whoever lost nothing touches no network; the others fetch what they lost, and no more.
+            fetched = counters["restored_bytes"] if process in lost else 0
+            assert counters["fetched_bytes"] == fetched, (name, process)
+
+
+def test_a_loss_of_all_copies_of_a_shard_falls_back_to_the_persistent_step(ramdisk: Path) -> None:
+    (life,) = lives_after(ramdisk, 2, 2, [[1, 3]]).values()
+    assert [r["start"] for r in life] == [10] * 4
+    assert "step 14: the shards of processes 1, 3 have no survivor" in life[0]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [((2, 2), (1, 2)), ((1, 2), (2, 2)), ((2, 2), (1, 4)), ((1, 4), (2, 2))]
+)
+def test_ramdisks_restore_a_job_of_another_shape(
+    ramdisk: Path, before: tuple[int, int], after: tuple[int, int]
+) -> None:
+    """Fewer and more slices, processes and pieces; nothing but step 1 is in the persistent tier."""
+    flags = {"checkpoint_period": 1000, "save_checkpoint_on_completion": False}
+    run_job(train, before[0] * before[1], str(ramdisk), before[0], 14, flags)
+    for _ in range(2):
+        lives = run_job(train, after[0] * after[1], str(ramdisk), after[0], 14, flags)
+        assert [r["start"] for r in lives] == [14] * len(lives)
+    assert [r["source"] for r in lives] == ["own slot"] * len(lives), "redundant before the first save"
