@@ -18,6 +18,7 @@ from etils import epath, epy
 from orbax.checkpoint.checkpoint_manager import RootMetadata, StepMetadata
 from orbax.checkpoint.experimental.emergency import checkpoint_manager as orbax_emergency
 
+from emergency_ckpt.core.copies import Survivable, survivable
 from emergency_ckpt.core.schedule import Due
 from emergency_ckpt.errors import (
     ConfigError,
@@ -184,6 +185,10 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
     def generation(self) -> int:
         """The number of this life of the run."""
         return self._engine.job.generation.number
+
+    def survivable_losses(self) -> Survivable:
+        """How many hosts and slices may be lost, whichever, without losing a complete step on the ramdisks."""
+        return survivable(self._engine.job.layout)
 
     def metrics_snapshot(self) -> dict[str, float]:
         """Counters of this process by name (see `telemetry.metrics`)."""

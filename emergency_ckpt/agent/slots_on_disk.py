@@ -28,6 +28,8 @@ MAX_LAYOUT_BYTES = 1024 * 1024 * 1024
 _MANIFEST_NAME = re.compile(r"slot_(0|[1-9]\d{0,3})\.manifest")
 _KEPT_TABLES = 8
 
+# A listing of a directory may leave out a file that is being replaced at that moment.
+_LOOKS = 3
 _Stamp = tuple[int, int, int, int]
 
 
@@ -48,8 +50,15 @@ class SlotOnDisk:
     stamp: _Stamp
 
     def is_current(self) -> bool:
-        """Whether the manifest is still in place, so that the slot has not been taken for another step."""
-        return _stamp_of(self.manifest) == self.stamp
+        """Whether the slot has not been taken for another step.
+
+        Its manifest may have been replaced meanwhile by one that says that fewer, or more, shards are missing.
+        """
+        stamp = _stamp_of(self.manifest)
+        if stamp is None or stamp == self.stamp:
+            return stamp is not None
+        now = _read_slot(self.manifest, self.data, stamp)
+        return now is not None and (now.id, now.nonce) == (self.id, self.nonce)
 
 
 class SlotsOnDisk:
@@ -70,7 +79,11 @@ class SlotsOnDisk:
 
     def find(self, wanted: SlotId) -> SlotOnDisk | None:
         """The slot of this id, None where it is not here (any more)."""
-        return next((slot for slot in self.all() if slot.id == wanted), None)
+        for _ in range(_LOOKS):
+            slot = next((slot for slot in self.all() if slot.id == wanted), None)
+            if slot is not None:
+                return slot
+        return None
 
     def manifest_bytes(self, slot: SlotOnDisk) -> bytes | None:
         """The manifest of a slot as it lies there; None where it went meanwhile."""

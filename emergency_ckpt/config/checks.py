@@ -16,6 +16,7 @@ _NEED_LOCAL_TIER = (
     "local_checkpoint_directory",
     "local_checkpoint_period",
     "local_checkpoint_max_to_keep",
+    "local_checkpoint_copies",
     "local_checkpoint_slot_wait_seconds",
     "local_checkpoint_foreign_run",
     "local_save_during_drain",

@@ -115,6 +115,13 @@ class Config(BaseModel):
         ge=1,
         description="Complete steps kept on the ramdisk. One more slot serves the step being written.",
     )
+    local_checkpoint_copies: Whole = Field(
+        1,
+        ge=1,
+        description="In how many slices each shard of a local step lies at least (with one slice: on how many "
+        "hosts). States that are replicated over so many slices need nothing; of others each host keeps copies "
+        "of its partners' shards, and its ramdisk is that much larger.",
+    )
     local_checkpoint_slot_wait_seconds: Seconds = Field(
         1.0,
         ge=0,

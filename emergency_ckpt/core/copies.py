@@ -7,7 +7,9 @@ serves, plans or drains works from it, and knows nothing of copies.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.placement import failure_domains
@@ -37,15 +39,26 @@ class Survivable:
 
 def survivable(storage: Layout) -> Survivable:
     """What a step survives that lies on the ramdisks as `storage` says."""
-    hosts, slices, weakest = storage.process_count, storage.slice_count, "nothing"
-    domains: dict[tuple[int, ...], int] = {}
-    for shard, holders in enumerate(storage.shard_holders):
-        if holders not in domains:
-            domains[holders] = len({storage.process_slice[p] for p in holders})
-        if len(holders) < hosts:
-            hosts, weakest = len(holders), str(storage.shards[shard])
-        slices = min(slices, domains[holders])
-    return Survivable(hosts - 1, slices - 1, weakest)
+    if not storage.shards:
+        return Survivable(storage.process_count - 1, storage.slice_count - 1, "nothing")
+    hosts = _times_held(storage, range(storage.process_count))
+    slices = _times_held(storage, storage.process_slice)
+    weakest = int(hosts.argmin())
+    return Survivable(int(hosts[weakest]) - 1, int(slices.min()) - 1, str(storage.shards[weakest]))
+
+
+def _times_held(layout: Layout, domains: Sequence[int]) -> np.ndarray:
+    """Per shard, in how many domains it lies; `domains`: per process, its own."""
+    members: dict[int, list[int]] = {}
+    for process, domain in enumerate(domains):
+        members.setdefault(domain, []).append(process)
+    times = np.zeros(len(layout.shards), np.int64)
+    for processes in members.values():
+        there = np.zeros(len(times), np.bool_)
+        for process in processes:
+            there[list(layout.process_shards[process])] = True
+        times += there
+    return times
 
 
 def with_copies(layout: Layout, copies: int) -> Layout:
@@ -64,6 +77,8 @@ def with_copies(layout: Layout, copies: int) -> Layout:
     if copies <= 1:
         return layout
     domains = failure_domains(layout.process_slice)
+    if layout.shards and _times_held(layout, domains).min() >= copies:
+        return layout
     count = max(domains) + 1
     if copies > count:
         what = "slices" if layout.slice_count > 1 else "processes"
@@ -98,6 +113,15 @@ def copies_from(layout: Layout, storage: Layout, process: int) -> Mapping[int, t
         if shard not in own:
             found.setdefault(layout.shard_holders[shard][0], []).append(shard)
     return {source: tuple(shards) for source, shards in found.items()}
+
+
+def gives_copies(layout: Layout, storage: Layout, process: int) -> bool:
+    """Whether others get copies from this process."""
+    return any(
+        layout.shard_holders[shard][0] == process
+        and len(storage.shard_holders[shard]) > len(layout.shard_holders[shard])
+        for shard in layout.process_shards[process]
+    )
 
 
 def _partners(count: int, size: int) -> list[list[int]]:

@@ -123,6 +123,9 @@ class SlotTable:
         held = self.find(step)
         if held is not None and not self._given_up(step) and self.max_to_keep:
             return None, f"{step} is already sealed in slot {held}"
+        return self._choose_free(step, unusable)
+
+    def _choose_free(self, step: StepId, unusable: Mapping[int, str]) -> tuple[int | None, str]:
         reasons = [unusable.get(i) or self.protection(i) for i in range(len(self.slots))]
         free = [i for i, reason in enumerate(reasons) if reason is None]
         if not free:
@@ -162,10 +165,43 @@ class SlotTable:
         table = dataclasses.replace(self, abandoned=self.abandoned - {step})
         return table._with_slot(index, Slot(step, sealed=False, pins=pins)), index, reason
 
+    def begin_anew(
+        self, step: StepId, unusable: Mapping[int, str] = _NONE
+    ) -> tuple[SlotTable, int | None, str]:
+        """Like `begin`, for a step that may be sealed here in another cut: takes another slot than that one.
+
+        The old slot stays until the new one is sealed, which empties it. Where somebody works on it, none is
+        taken.
+        """
+        held = self.find(step)
+        if held is None or self._given_up(step):
+            return self.begin(step, unusable=unusable)
+        if self.slots[held].in_use:
+            return self, None, f"slot {held} holds {step}, and somebody works on it"
+        if any(slot.step == step and not slot.sealed for slot in self.slots):
+            return self, None, f"{step} is being written already"
+        index, reason = self._choose_free(
+            step, {**unusable, held: f"slot {held} holds {step} until it is sealed"}
+        )
+        if index is None:
+            return self, None, reason
+        return self._with_slot(index, Slot(step, sealed=False)), index, reason
+
+    def replaced_by(self, index: int) -> tuple[int, ...]:
+        """The slots that hold the same step as this one, and that nobody works on: its seal empties them."""
+        step = self.slots[index].step
+        return tuple(
+            i
+            for i, slot in enumerate(self.slots)
+            if i != index and slot.step == step and slot.sealed and not slot.in_use
+        )
+
     def seal(self, index: int) -> SlotTable:
         """The slot's manifest is in place; it may say that shards are missing."""
-        slot = self._writing(index)
-        return self._with_slot(index, dataclasses.replace(slot, sealed=True))
+        slot, replaced = self._writing(index), self.replaced_by(index)
+        slots = [Slot() if i in replaced else each for i, each in enumerate(self.slots)]
+        slots[index] = dataclasses.replace(slot, sealed=True)
+        return dataclasses.replace(self, slots=tuple(slots))._pruned()
 
     def fail(self, index: int) -> SlotTable:
         """Writing the slot failed; it is empty."""

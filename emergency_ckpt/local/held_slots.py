@@ -162,8 +162,11 @@ class HeldSlots:
             self.changed.notify_all()
 
     def seal(self, index: int, step: StepId, manifest: Manifest) -> None:
-        """Puts the manifest of a slot that was written in place. Raises LocalDirectoryError."""
-        table = self.table.seal(index)
+        """Puts the manifest of a slot that was written in place, and then gives up the slot that it replaces.
+
+        Raises LocalDirectoryError.
+        """
+        table, replaced = self.table.seal(index), self.table.replaced_by(index)
         path = self.manifest_path(index)
         if path:
             if not self.is_in_place(index):
@@ -173,6 +176,8 @@ class HeldSlots:
                 )
             write_manifest(path, manifest)
         self.manifests[index] = manifest
+        for other in replaced:
+            self.remove_manifest(other)
         self.update(table)
 
     def doubt(self, step: StepId) -> None:

@@ -24,6 +24,11 @@ class LayoutFiles:
         self._own = own
         self._known = {own.hash: own}
 
+    @property
+    def own(self) -> str:
+        """Hash of the layout by which slots are sealed now."""
+        return self._own.hash
+
     def get(self, layout_hash: str) -> Layout:
         """Raises CorruptDataError for a layout that is missing or damaged."""
         layout = self._known.get(layout_hash)

@@ -84,6 +84,11 @@ class Manifest:
         if self.missing and len(self.missing) == len(self.checksums):
             raise ValueError("every entry is said to be missing: such a slot does not exist")
 
+    def with_checksums(self, checksums: Mapping[int, tuple[int, ...]]) -> Manifest:
+        """The same manifest with these checksums, by entry, of copies that had none."""
+        known = tuple(each or checksums.get(place, ()) for place, each in enumerate(self.checksums))
+        return dataclasses.replace(self, checksums=known)
+
     def with_missing(self, entries: Iterable[int]) -> Manifest:
         """The same manifest with these entries missing. Raises ValueError where nothing else is left."""
         return dataclasses.replace(self, missing=tuple(sorted(set(entries))))
@@ -173,7 +178,13 @@ class Manifest:
                 f"{layout.data_bytes(self.position)}"
             )
         blocks = [len(block_ranges(entry.nbytes)) for entry in entries]
-        if [len(c) for c in self.checksums] != blocks:
+        # A copy that has not come yet has no checksums.
+        to_come = {place for place in self.missing if place < len(self.checksums) and not self.checksums[place]}
+        listed = [
+            blocks[place] if place in to_come and place < len(blocks) else len(each)
+            for place, each in enumerate(self.checksums)
+        ]
+        if listed != blocks:
             raise CorruptDataError(
                 f"the manifest of {self.step} does not fit its layout: {len(self.checksums)} shards listed, "
                 f"{len(entries)} expected"

@@ -6,7 +6,7 @@ with at least the good shards that it had. Nothing but missing shards can be wri
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -102,19 +102,23 @@ def begin_repair(held: HeldSlots, step: StepId) -> RepairSlot | None:
     return RepairSlot(slot, pin)
 
 
-def repaired(held: HeldSlots, slot: RepairSlot, shards: Iterable[int]) -> tuple[int, ...]:
+def repaired(
+    held: HeldSlots, slot: RepairSlot, shards: Iterable[int], checksums: Mapping[int, tuple[int, ...]]
+) -> tuple[int, ...]:
     """Counts written shards as there; see `LocalStore.repaired`. Takes `changed` where it needs it."""
     good: list[int] = []
     bad: list[int] = []
-    for shard in dict.fromkeys(shards):
-        wrong = first_bad_block(slot.shard(shard), slot.checksums(shard), slot.seed(shard))
+    expected = {shard: slot.checksums(shard) or checksums.get(shard, ()) for shard in dict.fromkeys(shards)}
+    for shard in expected:
+        wrong = first_bad_block(slot.shard(shard), expected[shard], slot.seed(shard))
         (good if wrong is None else bad).append(shard)
     with held.changed:
         held.check_open()
         done = {slot._place(shard) for shard in good}
         current = held.manifests[slot.index]
         assert current is not None  # Nobody gives up a slot under repair.
-        manifest = current.with_missing(set(current.missing) - done)
+        known = current.with_checksums({slot._place(shard): expected[shard] for shard in good})
+        manifest = known.with_missing(set(current.missing) - done)
         path = held.manifest_path(slot.index)
         if done and path is not None and manifest.step not in held.gone:
             if not held.is_in_place(slot.index):

@@ -7,7 +7,7 @@ overwritten, and appears by rename after the last one. Nothing here talks to oth
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
 
@@ -29,6 +29,7 @@ __all__ = ["LocalStore", "StoreOptions", "held_positions"]
 
 # How often a save that waits for a slot looks whether another process has ended its drain: nothing tells it.
 _PIN_POLL_SECONDS = 0.05
+_Choice = tuple[SlotTable, int | None, str]
 
 
 class LocalStore:
@@ -151,6 +152,18 @@ class LocalStore:
         the directory cannot be used, LocalCapacityError when slots have lost their memory; when this store is
         closed or was taken over by a newer manager of the process (`usable` tells), LocalDirectoryError too.
         """
+        return self._begin(step, timeout, lambda unusable: self._held.table.begin(step, pins, unusable))
+
+    def begin_anew(self, step: StepId, timeout: timedelta) -> tuple[OpenSlot | None, str]:
+        """Like `begin`, for a step that may be sealed here in another cut or in part.
+
+        Takes another slot than that one, which stays until the new one is sealed: no instant is without either.
+        """
+        return self._begin(step, timeout, lambda unusable: self._held.table.begin_anew(step, unusable))
+
+    def _begin(
+        self, step: StepId, timeout: timedelta, choose: Callable[[Mapping[int, str]], _Choice]
+    ) -> tuple[OpenSlot | None, str]:
         held = self._held
         deadline = time.monotonic() + timeout.total_seconds()
         with self._changed:
@@ -161,7 +174,7 @@ class LocalStore:
                 failures = held.files.failures()
                 drained: dict[int, str] = {}
                 while True:
-                    table, index, reason = held.table.begin(step, pins, failures | drained)
+                    table, index, reason = choose(failures | drained)
                     if index is None:
                         break
                     with held.files.locked(index) as locked:
@@ -231,18 +244,25 @@ class LocalStore:
         with self._changed:
             return begin_repair(self._held, step)
 
-    def repaired(self, slot: RepairSlot, shards: Iterable[int]) -> tuple[int, ...]:
+    def repaired(
+        self,
+        slot: RepairSlot,
+        shards: Iterable[int],
+        checksums: Mapping[int, tuple[int, ...]] | None = None,
+    ) -> tuple[int, ...]:
         """Verifies missing shards that were written, and counts those that match as there, on disk first.
 
         Args:
           shards: indices into the layout's shards, all of them missing until now.
+          checksums: block checksums of copies of other processes' shards that came here for the first time, as
+            their owners saved them; of all others the slot's own manifest knows them.
 
         Returns those that do not match their checksums: they are still missing, and may be written again. Every
         call writes a manifest, so many small shards are better told at once. Threads may call it for different
         shards. Raises ValueError for shards that are not missing, LocalDirectoryError once closed and where the
         slot is not in the directory any more.
         """
-        return repaired(self._held, slot, shards)
+        return repaired(self._held, slot, shards, checksums or {})
 
     def end_repair(self, slot: RepairSlot) -> None:
         """Nobody writes into the slot any more; what is still missing stays so. Repeating it is fine."""

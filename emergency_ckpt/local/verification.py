@@ -28,11 +28,13 @@ def verify_slots(held: HeldSlots) -> tuple[Holding, ...]:
             continue
         twins = [i for i, other in found.items() if other.step == holding.step and i >= index]
         whole = [dataclasses.replace(found[i], missing=()) for i in twins]
-        differ = any(twin != whole[0] for twin in whole)
-        fullest = min(twins, key=lambda i: len(found[i].missing))
+        # One that was sealed in place of another, and a crash before that was emptied: both are what they say.
+        other_cut = any((t.layout, t.position) != (whole[0].layout, whole[0].position) for t in whole)
+        differ = any(twin != whole[0] for twin in whole) and not other_cut
+        fullest = min(twins, key=lambda i: (found[i].layout != held.layouts.own, len(found[i].missing)))
         for twin in twins:
             if differ or twin != fullest:
-                why = "another slot says that it holds the same step"
+                why = "another slot holds the same step" + (" as this job cuts it" if other_cut else "")
                 _give_up(held, twin, holding.step, why)
                 del found[twin]
     return tuple(found.values())

@@ -12,8 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from emergency_ckpt.agent.gather import Target, gather
-from emergency_ckpt.agent.slot_id import SlotId
-from emergency_ckpt.agent.slot_source import OwnSlot, PeerSlot, SlotSource
+from emergency_ckpt.agent.slot_source import OwnSlot, SlotSource
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.core.part import Part
 from emergency_ckpt.core.placement import extras_keepers
@@ -24,7 +23,7 @@ from emergency_ckpt.local.manifest import Manifest
 from emergency_ckpt.local.slot_views import SealedSlot
 from emergency_ckpt.persistent.reader import StepReader
 from emergency_ckpt.runtime.hydrate import Hydrated, Hydration, Repair, fitted, make_manifest
-from emergency_ckpt.runtime.job import Job
+from emergency_ckpt.runtime.job import Job, open_peer_slot
 from emergency_ckpt.runtime.setbacks import NONE, Setbacks
 from emergency_ckpt.telemetry.events import SourceBytes
 from emergency_ckpt.telemetry.metrics import Metric
@@ -167,9 +166,7 @@ class Filling:
             if slot is None or (slot.manifest.layout, slot.manifest.position) != (take.layout, take.position):
                 raise CorruptDataError(f"{self.step} is not on this ramdisk any more")
             return OwnSlot(job.process, slot)
-        endpoint = job.peers.endpoint(take.process)
-        layout = job.layout if take.layout == job.layout.hash else None
-        return PeerSlot(take.process, endpoint, SlotId(job.run, self.step, take.layout, take.position), layout)
+        return open_peer_slot(job, self.step, take)
 
     def _read_persistent(self, shards: Collection[int], open_reader: Callable[[], StepReader]) -> Setbacks:
         """Only what is proven to be damaged may cost a step; a store that fails is an error of the restore."""
@@ -189,7 +186,8 @@ class Filling:
         """Bytes that other replicas agree on, and that are not what this slot had, leave the slot useless."""
         if not isinstance(self._room, Repair):
             return NONE
-        refused = self._room.count(set(self._done) & set(self._room.missing))
+        lacking = set(self._room.missing)
+        refused = self._room.count({shard: self._done[shard] for shard in lacking & set(self._done)})
         if not refused and not set(self._room.missing) & self._needed:
             return NONE
         named = ", ".join(str(self._job.layout.shards[shard]) for shard in (refused or self._room.missing)[:5])

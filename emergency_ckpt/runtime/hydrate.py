@@ -128,10 +128,14 @@ class Repair:
         places = {shard: self.place(shard) for shard in shards}
         return read_shards(self._job, self._slot.manifest.step, reader, places)
 
-    def count(self, shards: Iterable[int]) -> tuple[int, ...]:
-        """Counts written shards as there; returns those whose bytes are not what was saved in this slot."""
+    def count(self, shards: Mapping[int, tuple[int, ...]]) -> tuple[int, ...]:
+        """Counts written shards (with the checksums of their source) as there.
+
+        Returns those whose bytes are not what was saved in this slot.
+        """
         ours = {self._theirs(shard): shard for shard in shards}
-        return tuple(ours[shard] for shard in self._job.local.repaired(self._slot, ours))
+        checksums = {self._theirs(shard): checksums for shard, checksums in shards.items()}
+        return tuple(ours[shard] for shard in self._job.local.repaired(self._slot, ours, checksums))
 
     def end(self) -> None:
         self._job.local.end_repair(self._slot)
@@ -172,8 +176,7 @@ class Hydrated:
         """
         if not self.waits or not self.local.directory:
             return
-        self.local.give_up(self.slot.manifest.step)
-        slot, _ = self.local.begin(self.slot.manifest.step, timedelta(0))
+        slot, _ = self.local.begin_anew(self.slot.manifest.step, timedelta(0))
         if slot is None:
             return
         try:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
+from emergency_ckpt.agent.slot_id import SlotId
+from emergency_ckpt.agent.slot_source import PeerSlot
 from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.lineage import StepId
+from emergency_ckpt.core.restore_plan import Take
 from emergency_ckpt.errors import PersistentStoreError
 from emergency_ckpt.jaxio.coordination import Coordinator
 from emergency_ckpt.jaxio.topology import Topology
@@ -21,13 +24,18 @@ LEADER = 0
 
 @dataclasses.dataclass
 class Job:
-    """One process's view of the job. `generation` changes when a restore begins a new life of the run."""
+    """One process's view of the job. `generation` changes when a restore begins a new life of the run.
+
+    `layout` says what slots hold, and `device_layout` what devices do: shards that a process stores for others
+    are in the first one only. Both have the same shards.
+    """
 
     settings: Settings
     run: str
     item: str
     topology: Topology
     layout: Layout
+    device_layout: Layout
     coordinator: Coordinator
     local: LocalStore
     peers: Peers
@@ -56,3 +64,10 @@ class Job:
     def begin_generation(self, generation: Generation) -> None:
         self.generation = generation
         self.log = self.log.bind(run=self.run, generation=generation.number)
+
+
+def open_peer_slot(job: Job, step: StepId, take: Take) -> PeerSlot:
+    """The slot of another process that a take names. Raises PeerUnavailableError or CorruptDataError."""
+    endpoint = job.peers.endpoint(take.process)
+    layout = job.layout if take.layout == job.layout.hash else None
+    return PeerSlot(take.process, endpoint, SlotId(job.run, step, take.layout, take.position), layout)

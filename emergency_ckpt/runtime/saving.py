@@ -33,6 +33,7 @@ from emergency_ckpt.jaxio.outcome_agreement import OutcomeAgreement
 from emergency_ckpt.jaxio.snapshot import Snapshot, take_snapshot
 from emergency_ckpt.local.manifest import Manifest
 from emergency_ckpt.local.slot_views import OpenSlot
+from emergency_ckpt.runtime.copying import Copying
 from emergency_ckpt.runtime.job import Job
 from emergency_ckpt.telemetry.events import SaveEvent, SkippedSaveEvent
 from emergency_ckpt.telemetry.metrics import Metric
@@ -66,6 +67,8 @@ class _Task:
     snapshot: Snapshot | None = None
     checksums: tuple[tuple[int, ...], ...] | None = None
     abandon_reason: str = ""
+    sealed: bool = False
+    succeeded: bool = False  # sealed, and its copies are in place
     blocked_seconds: float = 0.0
     outcome: Outcome | None = None
     done: threading.Event = dataclasses.field(default_factory=threading.Event)
@@ -85,9 +88,14 @@ class SavePipeline(Worker[_Task]):
         self._keepers = extras_keepers(job.topology.process_slice)
         self._seeds = {
             shard: shard_seed(job.generation.number, job.layout, shard)
-            for shard in job.layout.process_shards[job.process]
+            for shard in job.device_layout.process_shards[job.process]
         }
-        self._targets = {entry.shard: entry for entry in job.layout.slot_entries(job.process)}
+        own = set(job.device_layout.process_shards[job.process])
+        entries = job.layout.slot_entries(job.process)
+        self._targets = {entry.shard: entry for entry in entries if entry.shard in own}
+        # Places among the entries, of the shards that this process stores for others.
+        self._copies = tuple(place for place, entry in enumerate(entries) if entry.shard not in own)
+        self._copying = Copying(job)
         self._next_ordinal = 0
         self._newest_complete: StepId | None = None
         self._promised = promised
@@ -196,9 +204,14 @@ class SavePipeline(Worker[_Task]):
                 self._seal(task, task.slot)
                 sealed_seconds = time.monotonic() - task.called_at
                 job.log.metrics.add(Metric.SAVES_SEALED)
+                prefix = self._agreement.keys_of(task.ordinal)
+                self._copying.tell(prefix)
+                self._copying.fetch(prefix, task.step)
+                task.succeeded = True
             except Exception as error:  # Whatever it is, the others must not wait for this process.
                 task.abandon_reason = str(error)
-                self._give_up_slot(task)
+                if not task.sealed:
+                    self._give_up_slot(task)
                 if not isinstance(error, PeerFailedError):  # The peer notes its own error.
                     self._report_error(_as_ours(error, task.step), task)
         self._unresolved.append(task)
@@ -209,10 +222,11 @@ class SavePipeline(Worker[_Task]):
 
     def _resolve(self, task: _Task, *, report: bool, sealed_seconds: float | None) -> None:
         """Reports on a save and learns its outcome. Where that fails, the save stays unresolved."""
-        if report and task.slot is not None:
+        if report and task.succeeded:
             self._agreement.report_sealed(task.ordinal)
         elif report:
             self._withhold_extras(task)
+            self._copying.withhold(self._agreement.keys_of(task.ordinal))
             self._agreement.abandon(task.ordinal, f"process {self._job.process}: {task.abandon_reason}")
         record = self._agreement.await_outcome(task.ordinal, self._job.settings.coordination_timeout)
         self._unresolved.remove(task)
@@ -240,8 +254,10 @@ class SavePipeline(Worker[_Task]):
             activations=job.local.activations,
             promised=self._newest_complete or self._promised,
             metadata=task.content.metadata if task.content else {},
+            missing=self._copies,
         )
         job.local.seal(slot, manifest)
+        task.sealed = True
 
     def _fill(self, slot: OpenSlot, snapshot: Snapshot) -> tuple[tuple[int, ...], ...]:
         slot.wait_ready()
@@ -250,7 +266,8 @@ class SavePipeline(Worker[_Task]):
             for shard, entry in self._targets.items()
         }
         snapshot.write(lambda shard, data: writers[shard].write(data))
-        return tuple(writer.finish() for writer in writers.values())
+        found = {shard: writer.finish() for shard, writer in writers.items()}
+        return tuple(found.get(shard, ()) for shard in self._job.layout.process_shards[self._job.process])
 
     def _exchange_extras(self, task: _Task) -> dict[int, str]:
         """This process's extras and those it keeps for others. The keys go with the save's own."""

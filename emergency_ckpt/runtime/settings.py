@@ -62,6 +62,7 @@ class Settings:
       event_listener: gets the fields of every event.
       host_platforms: platforms whose arrays are in this host's memory already.
       agent: how the agent of each host is started; None: none is.
+      local_copies: in how many failure domains each shard of a local step lies at least.
     """
 
     persistent_directory: Path
@@ -94,6 +95,7 @@ class Settings:
     agent: AgentOptions | None = dataclasses.field(
         default_factory=lambda: AgentOptions(idle_seconds=IDLE_SECONDS)
     )
+    local_copies: int = 1
 
     @property
     def wanted_slots(self) -> int:
@@ -135,6 +137,7 @@ def settings_from_config(config: Config) -> Settings:
         read_bytes=concurrent_bytes,
         foreign_run=config.local_checkpoint_foreign_run,
         agent=_agent_options(config),
+        local_copies=config.local_checkpoint_copies,
         log_format=config.checkpoint_log_format,
     )
 

@@ -10,10 +10,11 @@ from typing import Any
 import jax
 
 from emergency_ckpt.agent.drain import DrainJob, DrainWorker
+from emergency_ckpt.core.copies import survivable, with_copies
 from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.core.placement import assign_directories
-from emergency_ckpt.errors import NoRestorableStepError, PersistentStoreError, StateMismatchError
+from emergency_ckpt.errors import ConfigError, NoRestorableStepError, PersistentStoreError, StateMismatchError
 from emergency_ckpt.jaxio.coordination import Coordinator, open_coordinator, service_address
 from emergency_ckpt.jaxio.layouts import build_layout
 from emergency_ckpt.jaxio.orbax_metadata import layout_metadata_files
@@ -31,7 +32,7 @@ from emergency_ckpt.runtime.settings import Settings
 from emergency_ckpt.runtime.survey import Survey
 from emergency_ckpt.telemetry.events import StartEvent
 from emergency_ckpt.telemetry.log import CheckpointLogger, LogContext
-from emergency_ckpt.telemetry.metrics import Metrics
+from emergency_ckpt.telemetry.metrics import Metric, Metrics
 
 # Orbax's names for the item that holds the state: with several replicas, and with one.
 _ITEM_OF_MANY, _ITEM_OF_ONE = "default", "state"
@@ -59,12 +60,26 @@ def start_job(settings: Settings, mesh: jax.sharding.Mesh, abstract_state: Any) 
         return persistent.run_id(), _item_name(persistent, mesh, settings.replica_axis)
 
     run, item = tell(coordinator, "start/run", make_root, timeout)
-    layout = build_layout(abstract_state, topology, layout_metadata_files(abstract_state, item))
+    device_layout = build_layout(abstract_state, topology, layout_metadata_files(abstract_state, item))
+    layout = _storage_layout(device_layout, settings)
     log = log.bind(run=run)
     local = _open_local(coordinator, settings, run, layout, topology, log)
     peers = _meet_peers(coordinator, settings, topology, log)
     generation = Generation(0, "")
-    job = Job(settings, run, item, topology, layout, coordinator, local, peers, persistent, generation, log)
+    job = Job(
+        settings,
+        run,
+        item,
+        topology,
+        layout,
+        device_layout,
+        coordinator,
+        local,
+        peers,
+        persistent,
+        generation,
+        log,
+    )
     try:
         restorer = Restorer(job, abstract_state, mesh)
         survey = restorer.survey("start")
@@ -74,6 +89,7 @@ def start_job(settings: Settings, mesh: jax.sharding.Mesh, abstract_state: Any) 
         peers.close()
         local.close()
         raise
+    _tell_what_survives(job)
     if job.leads:
         _remove_leftovers(job)
         _warn_of_foreign_steps(job, survey)
@@ -182,6 +198,34 @@ def start_drains(job: Job, retention: Retention) -> DrainWorker | None:
             after_commit=job.settings.after_commit,
         )
     )
+
+
+def _storage_layout(device_layout: Layout, settings: Settings) -> Layout:
+    """What slots hold: what a process's devices hold, and copies of others' shards where they are needed."""
+    if settings.local_directory is None:
+        return device_layout
+    layout = with_copies(device_layout, settings.local_copies)
+    if layout is not device_layout and settings.agent is None:
+        raise ConfigError(
+            f"local_checkpoint_copies={settings.local_copies} needs the agents of the hosts, which fetch the "
+            "copies from each other: set checkpoint_agent=auto, or local_checkpoint_copies=1"
+        )
+    return layout
+
+
+def _tell_what_survives(job: Job) -> None:
+    if job.local.directory is None:
+        return
+    told = survivable(job.layout)
+    job.log.metrics.set(Metric.SURVIVES_HOST_LOSSES, told.hosts)
+    job.log.metrics.set(Metric.SURVIVES_SLICE_LOSSES, told.slices)
+    if not job.leads or job.topology.process_count == 1:
+        return
+    said = f"a complete step on the ramdisks {told.describe()}"
+    if told.hosts:
+        job.log.info("start", None, said)
+    else:
+        job.log.warning("start", None, f"{said}; local_checkpoint_copies=2 keeps a second one on another host")
 
 
 def _meet_peers(

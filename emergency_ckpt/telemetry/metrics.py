@@ -52,6 +52,17 @@ class Metric(enum.Enum):
     LAST_COMMITTED_STEP = MetricSpec("last_committed_step", "gauge", "newest step drained and committed")
     RESTORES = MetricSpec("restores", "counter", "restores that put a state on the devices")
     RESTORED_BYTES = MetricSpec("restored_bytes", "counter", "bytes restored by this process")
+    COPIED_BYTES = MetricSpec(
+        "copied_bytes", "counter", "bytes of copies fetched from other processes at saves"
+    )
+    SURVIVES_HOST_LOSSES = MetricSpec(
+        "survives_host_losses", "gauge", "hosts of which any may be lost without losing a complete ramdisk step"
+    )
+    SURVIVES_SLICE_LOSSES = MetricSpec(
+        "survives_slice_losses",
+        "gauge",
+        "slices of which any may be lost without losing a complete ramdisk step",
+    )
     FETCHED_BYTES = MetricSpec("fetched_bytes", "counter", "bytes fetched from the slots of other processes")
     LAST_RESTORE_SECONDS = MetricSpec("last_restore_seconds", "gauge", "duration of the last restore")
     LAST_RESTORED_STEP = MetricSpec("last_restored_step", "gauge", "step of the last restore")

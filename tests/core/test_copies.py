@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emergency_ckpt.core.copies import copies_from, survivable, with_copies
+from emergency_ckpt.core.copies import copies_from, gives_copies, survivable, with_copies
 from emergency_ckpt.core.layout import Layout, LeafSpec
 from emergency_ckpt.core.placement import failure_domains
 from emergency_ckpt.core.shards import Box, Shard
@@ -64,7 +64,9 @@ def test_each_copy_comes_from_one_process_that_has_the_shard_itself(layout: Layo
     if copies > len(set(failure_domains(layout.process_slice))):
         return
     storage = with_copies(layout, copies)
+    givers = {p for q in range(layout.process_count) for p in copies_from(layout, storage, q)}
     for process in range(layout.process_count):
+        assert gives_copies(layout, storage, process) == (process in givers)
         coming = copies_from(layout, storage, process)
         received = sorted(s for shards in coming.values() for s in shards)
         assert sorted([*layout.process_shards[process], *received]) == list(storage.process_shards[process])

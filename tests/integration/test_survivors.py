@@ -27,15 +27,28 @@ def survivable_losses(slices: int, hosts: int) -> Iterator[list[int]]:
                 yield list(lost)
 
 
-def lives_after(tmp_path: Path, slices: int, hosts: int, losses: list[list[int]]) -> dict[str, Any]:
+def lives_after(
+    tmp_path: Path, slices: int, hosts: int, losses: list[list[int]], **flags: Any
+) -> dict[str, list[dict[str, Any]]]:
     """What each process says after each loss, of a job that was trained to step 14 and saved it on ramdisks."""
+    told = stories_of(tmp_path, slices, hosts, {str(lost): [lost] for lost in losses}, flags)
+    return {name: lives[0] for name, lives in told.items()}
+
+
+def stories_of(
+    tmp_path: Path, slices: int, hosts: int, losses: dict[str, list[list[int]]], flags: dict[str, Any]
+) -> dict[str, list[list[dict[str, Any]]]]:
+    """The same for one loss after the other, with no save in between."""
     count = slices * hosts
     trained = tmp_path / "trained"
-    run_job(train, count, str(trained), slices, 14, {})
-    stories = {str(lost): [{"wipe": lost, "until": 14}] for lost in losses}
-    limit = timedelta(seconds=60 + 15 * len(losses))
+    run_job(train, count, str(trained), slices, 14, flags)
+    stories = {
+        name: [{"wipe": lost, "until": 14, "flags": flags} for lost in one_by_one]
+        for name, one_by_one in losses.items()
+    }
+    limit = timedelta(seconds=60 + 15 * sum(map(len, losses.values())))
     answers = run_job(live_through, count, str(trained), str(tmp_path), slices, stories, limit=limit)
-    return {name: [answer[name][0] for answer in answers] for name in stories}
+    return {name: [list(life) for life in zip(*(a[name] for a in answers), strict=True)] for name in stories}
 
 
 @pytest.mark.parametrize(("slices", "hosts", "most"), [(2, 2, None), (3, 2, 6)])
@@ -75,3 +88,37 @@ def test_ramdisks_restore_a_job_of_another_shape(
         lives = run_job(train, after[0] * after[1], str(ramdisk), after[0], 14, flags)
         assert [r["start"] for r in lives] == [14] * len(lives)
     assert [r["source"] for r in lives] == ["own slot"] * len(lives), "redundant before the first save"
+
+
+def test_copies_make_good_what_no_other_host_holds_by_nature(ramdisk: Path) -> None:
+    """One slice, each host with other shards: partners keep them for each other, 0 with 1 and 2 with 3."""
+    losses = {
+        **{f"host {host}": [[host]] for host in range(4)},
+        "one of each pair": [[0, 3]],
+        "both of a pair": [[2, 3]],
+        "one after the other": [[0], [1], [2], [3]],
+    }
+    told = stories_of(ramdisk, 1, 4, losses, {"local_checkpoint_copies": 2})
+    for life in told.pop("both of a pair"):
+        assert [r["start"] for r in life] == [10] * 4, "only the persistent step is left"
+    for name, lives in told.items():
+        for life in lives:
+            assert [r.get("start") for r in life] == [14] * 4, (name, life)
+    (life,) = told["host 1"]
+    assert [r["counters"]["fetched_bytes"] > 0 for r in life] == [False, True, False, False]
+    assert {r["counters"]["survives_host_losses"] for r in life} == {1}
+
+
+def test_slices_keep_copies_for_each_other_where_the_state_is_sharded_over_them_too(ramdisk: Path) -> None:
+    """Two slices that hold different halves: each keeps the other's."""
+    flags = {"local_checkpoint_copies": 2, "fully_sharded": True}
+    told = lives_after(ramdisk, 2, 2, [[0, 1], [2, 3], [0, 3]], **flags)
+    for name, life in told.items():
+        assert [r.get("start") for r in life] == [14] * 4, (name, life)
+        assert {r["counters"]["survives_slice_losses"] for r in life} == {1}
+
+
+def test_without_copies_the_loss_of_a_host_of_such_a_state_costs_its_newest_step(ramdisk: Path) -> None:
+    (life,) = lives_after(ramdisk, 2, 2, [[3]], fully_sharded=True).values()
+    assert [r["start"] for r in life] == [10] * 4
+    assert {r["counters"]["survives_host_losses"] for r in life} == {0}

@@ -30,8 +30,9 @@ ROWS = 16
 COLUMNS = 300  # enough for shards that are not kept within the index of the persistent array database
 
 
-def make_mesh(slices: int) -> Mesh:
-    return Mesh(np.array(jax.devices()).reshape(slices, -1), ("replica", "fsdp"))
+def make_mesh(slices: int, fully_sharded: bool = False) -> Mesh:
+    """States on it are replicated over its first axis, or sharded over that one too."""
+    return Mesh(np.array(jax.devices()).reshape(slices, -1), ("replica", "all" if fully_sharded else "fsdp"))
 
 
 def make_weights(step: int, rows: int = ROWS) -> np.ndarray:
@@ -40,7 +41,8 @@ def make_weights(step: int, rows: int = ROWS) -> np.ndarray:
 
 def make_state(mesh: Mesh, step: int, rows: int = ROWS) -> dict[str, Any]:
     """The state after `step` steps."""
-    sharded, replicated = NamedSharding(mesh, P("fsdp")), NamedSharding(mesh, P())
+    over = P("fsdp") if "fsdp" in mesh.axis_names else P(mesh.axis_names)
+    sharded, replicated = NamedSharding(mesh, over), NamedSharding(mesh, P())
     weights = make_weights(step, rows)
     half = (np.arange(rows * 5) % 11 + step % 64).astype(jnp.bfloat16)
     values = {
@@ -107,7 +109,8 @@ def train(
     `hold_commits_until` keeps process 0 from committing any drain before it has trained to that step; a run
     that starts from scratch has the state of step `loaded`.
     """
-    mesh = make_mesh(slices)
+    flags = dict(flags)
+    mesh = make_mesh(slices, flags.pop("fully_sharded", False))
     process = jax.process_index()
     state = make_state(mesh, 0, rows)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)

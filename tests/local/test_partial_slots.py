@@ -143,6 +143,45 @@ def test_twins_of_the_same_bytes_leave_the_fuller_one_and_others_neither(directo
     assert directory.open(layout()).verify() == ()
 
 
+def test_a_step_that_is_sealed_in_another_cut_is_there_at_every_instant(directory: Directory) -> None:
+    """The new slot is sealed first; of the two that a crash in between leaves, that of the job's cut counts."""
+    here = layout()
+    cut = Layout.build(here.leaves, {0: [here.shards[i] for i in SOLID[:2]], 1: here.shards}, (0, 0))
+    store = directory.open(here)
+    assert save(store, STEP)
+    store = directory.open(cut)
+    (old,) = store.verify()
+    assert old.layout == here.hash
+    assert store.begin(STEP, NO_WAIT)[0] is None
+    slot, reason = store.begin_anew(STEP, NO_WAIT)
+    assert slot is not None, reason
+    assert store.begin_anew(STEP, NO_WAIT)[0] is None, "it is being written already"
+    assert manifest_on_disk(directory).layout == here.hash, "what is there stays until the new one is sealed"
+    before = {path: path.read_bytes() for path in manifest_paths(directory).values()}
+    store.seal(slot, fill(store, slot))
+    assert manifest_on_disk(directory).layout == cut.hash
+    directory.close()
+    for path, content in before.items():
+        assert not path.exists()
+        path.write_bytes(content)  # As a crash between the two would leave it.
+    (holding,) = directory.open(cut).verify()
+    assert holding.layout == cut.hash
+
+
+def test_no_other_slot_is_taken_for_a_step_while_somebody_works_on_the_one_that_holds_it(
+    directory: Directory,
+) -> None:
+    store = directory.open(layout())
+    assert save(store, STEP)
+    pinned = store.pin(STEP)
+    assert pinned is not None
+    slot, reason = store.begin_anew(STEP, NO_WAIT)
+    assert slot is None
+    assert "somebody works on it" in reason
+    store.unpin(pinned.index)
+    assert store.begin_anew(STEP, NO_WAIT)[0] is not None
+
+
 def test_what_lacks_shards_is_protected_as_the_only_copy(directory: Directory) -> None:
     store = directory.open(layout(), wanted_slots=2)
     assert save(store, STEP)
