@@ -8,22 +8,25 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from benchmarks.facts import REPOSITORY
 from benchmarks.plan import PROCESSES, Plan
-from benchmarks.samples import Samples, slowest
+from benchmarks.samples import Samples, joined, slowest
 from benchmarks.sections import PROGRESS
 from benchmarks.worker import result_path
 from emergency_ckpt.cli.launcher.job import run_job
 from emergency_ckpt.cli.launcher.spec import JobSpec
 
 _TAIL_LINES = 40
-# The steady state is that of memory which was touched before, for every contender alike: what one step frees is
-# there for the next one, instead of going back to the kernel and coming again page by page (glibc's mallopt).
-KEEPS_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+# The steady state is that of memory which was touched before. In a train loop, where each step frees what the
+# next one takes, that needs glibc's help, for every contender alike: otherwise all of it goes back to the
+# kernel and comes again page by page, at every step. It costs memory, so the loop is a job of its own.
+_LOOP = "loop"
+_KEEPS_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 
 
 class BenchmarkFailedError(Exception):
@@ -42,6 +45,23 @@ class Result:
 
 def measure(plan: Plan, say: Callable[[str], None]) -> Result:
     """Runs the plan below `plan.directory`; `say` gets lines on how far it is. Raises BenchmarkFailedError."""
+    others = tuple(section for section in plan.sections if section != _LOOP)
+    results: list[Result] = []
+    for sections, environment in ((others, {}), ((_LOOP,), _KEEPS_FREED_MEMORY)):
+        if not set(sections) & set(plan.sections):
+            continue
+        directory = Path(plan.directory) / "-".join(sections)
+        part = dataclasses.replace(plan, sections=sections, directory=str(directory))
+        directory.mkdir()
+        results.append(_run(part, environment, say))
+        shutil.rmtree(directory)  # The next job needs the memory.
+    processes = tuple(joined(each) for each in zip(*(result.processes for result in results), strict=True))
+    seconds = sum(result.seconds for result in results)
+    return Result(results[0].state_bytes, slowest(processes), processes, seconds)
+
+
+def _run(plan: Plan, environment: Mapping[str, str], say: Callable[[str], None]) -> Result:
+    """One job."""
     directory = Path(plan.directory)
     spec = JobSpec(
         command=(sys.executable, "-m", "benchmarks.worker", plan.to_json()),
@@ -51,7 +71,7 @@ def measure(plan: Plan, say: Callable[[str], None]) -> Result:
         log_dir=directory / "logs",
         time_limit_seconds=600 + 2 * plan.size_mib * plan.repeats / 10 + plan.memory_saves / 20,
         environment={
-            **KEEPS_FREED_MEMORY,
+            **environment,
             "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
         },
     )

@@ -37,7 +37,7 @@ _OF_MEMCPY = ("save_sealed_seconds", "save_complete_seconds", "restore_seconds",
 def add_derived(job: Samples, plan: Plan) -> None:
     """Adds how much longer a train step became, round by round."""
     bare = job.of(NO_SAVES, "loop_seconds")
-    for name in (OURS, ORBAX):
+    for name in (OURS, ORBAX, MEMCPY):
         for with_saves, without in zip(job.of(name, "loop_seconds"), bare, strict=False):
             job.add(name, LENGTHENING, (with_saves - without) / plan.loop_steps)
 
@@ -137,12 +137,23 @@ def _remarks(result: Result, plan: Plan) -> list[str]:
         )
     if sealed := job.of(OURS, "save_sealed_seconds"):
         rate = result.state_bytes / 1e9 / sorted(sealed)[len(sealed) // 2]
+        if bound := Spread.of_ratios(job.of(ORBAX, "save_sealed_seconds"), job.of(MEMCPY, "copy_seconds")):
+            remarks.append(
+                f"the bare memcpy is {_ratio(bound)} times as fast as Orbax's save: no save that copies can be "
+                "faster on this machine"
+            )
         remarks.append(f"emergency_ckpt seals at {rate:.1f} GB/s in each process")
     if bare := job.of(NO_SAVES, "loop_seconds"):
         remarks.append(
             f"train loop: {plan.loop_steps} steps of {_seconds([t / plan.loop_steps for t in bare])} without "
             "saves; the wait for the last save counts"
         )
+        if copies := job.of(MEMCPY, LENGTHENING):
+            bound = Spread.of_ratios(job.of(ORBAX, LENGTHENING), copies)
+            remarks.append(
+                f"a bare copy after each step makes it longer by {_seconds(copies)}, Orbax by {_ratio(bound)} "
+                "times as much: no save that copies can do better on this machine"
+            )
         for name in (OURS, ORBAX):
             missing = sum(job.of(name, "loop_incomplete_saves"))
             total = plan.loop_steps * len(job.of(name, "loop_incomplete_saves"))

@@ -24,6 +24,15 @@ class Samples:
         return self.values.get(contender, {}).get(measurement, [])
 
 
+def joined(jobs: Sequence[Samples]) -> Samples:
+    """The samples of one process in several jobs; what was measured in more than one counts as of the first."""
+    found = Samples()
+    for job in reversed(jobs):
+        for contender, measurements in job.values.items():
+            found.values.setdefault(contender, {}).update(measurements)
+    return found
+
+
 def slowest(processes: Sequence[Samples]) -> Samples:
     """The job's samples: in each round, the largest value of all processes."""
     job = Samples()

@@ -11,6 +11,7 @@ import gc
 import mmap
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -95,10 +96,7 @@ class Measurements:
         sources = shard_views(self._state)
         self._meet()
         with self._timed("memcpy", measurement):
-            at = 0
-            for source in sources:
-                np.copyto(target[at : at + source.nbytes], source)
-                at += source.nbytes
+            _copy_views(sources, target)
 
     def _time_save(self, contender: Contender, name: str, *, first: bool = False) -> None:
         step = self._next_step()
@@ -129,9 +127,13 @@ class Measurements:
                 contender.wait()
 
     def _measure_loop(self) -> None:
-        """Train steps without saves, and with one after each; the wait for the last save counts."""
+        """Train steps without saves, and with one after each; the wait for the last save counts.
+
+        Beside them, what a bare copy of the state after each step costs: the least that any save can.
+        """
         steps = self._plan.loop_steps
         for turn in self._rounds("loop"):
+            self._measure_loop_of_copies(steps)
             for contender in (None, *self._in_turn(turn)):
                 name = contender.name if contender else "no_saves"
                 done_before = contender.complete_saves() if contender else 0
@@ -147,6 +149,24 @@ class Measurements:
                 if contender is not None:
                     done = contender.complete_saves() - done_before
                     self.samples.add(name, "loop_incomplete_saves", float(steps - done))
+
+    def _measure_loop_of_copies(self, steps: int) -> None:
+        path = self._ramdisk / "memcpy"
+        with _mapped_file(path, self._state) as target, ThreadPoolExecutor(1) as pool:
+            self._copy(target, "loop_first_copy_seconds")  # Touches the memory.
+            self._meet()
+            with self._timed("memcpy", "loop_seconds"):
+                copied: Future[None] | None = None
+                for _ in range(steps):
+                    self._state = self._workload.step(self._state)
+                    views = shard_views(self._state)  # Waits for the step, as a save does.
+                    if copied is not None:
+                        copied.result()
+                    copied = pool.submit(_copy_views, views, target)
+                    del views
+                jax.block_until_ready(self._state)
+                if copied is not None:
+                    copied.result()
 
     # Coming back.
 
@@ -206,6 +226,13 @@ class Measurements:
     def _say(self, text: str) -> None:
         if jax.process_index() == 0:
             print(f"{PROGRESS}{text}", flush=True)
+
+
+def _copy_views(sources: Sequence[np.ndarray], target: np.ndarray) -> None:
+    at = 0
+    for source in sources:
+        np.copyto(target[at : at + source.nbytes], source)
+        at += source.nbytes
 
 
 @contextlib.contextmanager
