@@ -82,7 +82,7 @@ def print_report(result: Result, plan: Plan, facts: dict[str, Any], command: str
         f"{facts['cpu']}, {facts['cores']} cores, {facts['memory_bytes'] / 1024**3:.0f} GiB, load "
         f"{facts['load_average']:.1f} before, took {result.seconds:.0f} s"
     )
-    console.print(f"again: {command}")
+    console.print(f"again: {command}", soft_wrap=True)
 
 
 def _memory_table(result: Result) -> Table:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).parent))
-from test_store import Directory, content, save
 
 from emergency_ckpt.core.layout import Layout, LeafSpec
 from emergency_ckpt.core.lineage import StepId
@@ -17,6 +13,7 @@ from emergency_ckpt.core.shards import Box, Shard
 from emergency_ckpt.local.manifest import Manifest
 from emergency_ckpt.local.repair import RepairSlot
 from emergency_ckpt.local.store import LocalStore
+from tests.local.test_store import Directory, content, save
 
 STEP = StepId(1, 1)
 SHARDS = 5

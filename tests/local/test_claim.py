@@ -15,13 +15,11 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from test_store import NO_WAIT, assert_restorable, fill, make_layout, manifests_on_disk, save
-
 from emergency_ckpt.core.lineage import Activation, StepId
 from emergency_ckpt.core.slots import Outcome
 from emergency_ckpt.errors import LocalDirectoryError
 from emergency_ckpt.local.store import LocalStore, StoreOptions
+from tests.local.test_store import NO_WAIT, assert_restorable, fill, make_layout, manifests_on_disk, save
 
 
 class Stores:
@@ -172,7 +170,7 @@ def test_a_writer_that_outlives_its_store_does_not_reach_the_memory_of_the_next_
 HOLDER = """
     import os, sys
     sys.path.insert(0, sys.argv[2])
-    from test_store import *
+    from tests.local.test_store import *
     store = LocalStore(StoreOptions(Path(sys.argv[1]), 1, 3, 2), "run-a", make_layout(), 0, print)
     assert save(store, StepId(1, 1))
     if sys.argv[3] == "forks" and os.fork() == 0:
@@ -187,7 +185,7 @@ HOLDER = """
 @contextlib.contextmanager
 def holder(root: Path, does: str) -> Iterator[subprocess.Popen[str]]:
     """Another process that saved a step in the directory and keeps it locked until its standard input ends."""
-    arguments = [textwrap.dedent(HOLDER), str(root), str(Path(__file__).parent), does]
+    arguments = [textwrap.dedent(HOLDER), str(root), str(Path(__file__).parents[2]), does]
     with subprocess.Popen(
         [sys.executable, "-c", *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -212,7 +210,7 @@ def test_a_forked_child_does_not_keep_the_directory_of_a_killed_trainer(stores: 
 FORKING = """
     import os, sys
     sys.path.insert(0, sys.argv[2])
-    from test_store import *
+    from tests.local.test_store import *
     store = LocalStore(StoreOptions(Path(sys.argv[1]), 1, 3, 2), "run-a", make_layout(), 0, print)
     if (child := os.fork()) == 0:
         try:
@@ -226,7 +224,7 @@ FORKING = """
 
 
 def test_a_forked_child_takes_no_slot_of_its_parent(stores: Stores) -> None:
-    arguments = [textwrap.dedent(FORKING), str(stores.path), str(Path(__file__).parent)]
+    arguments = [textwrap.dedent(FORKING), str(stores.path), str(Path(__file__).parents[2])]
     subprocess.run([sys.executable, "-c", *arguments], check=True, timeout=60)
     assert [h.step for h in stores.open().verify()] == [StepId(1, 1)]
 

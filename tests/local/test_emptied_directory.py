@@ -13,8 +13,11 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from test_store import (
+from emergency_ckpt.core.lineage import StepId
+from emergency_ckpt.core.slots import Outcome
+from emergency_ckpt.errors import LocalDirectoryError
+from emergency_ckpt.local.manifest import Manifest
+from tests.local.test_store import (
     NO_WAIT,
     Directory,
     assert_restorable,
@@ -26,11 +29,6 @@ from test_store import (
     save,
     store_files,
 )
-
-from emergency_ckpt.core.lineage import StepId
-from emergency_ckpt.core.slots import Outcome
-from emergency_ckpt.errors import LocalDirectoryError
-from emergency_ckpt.local.manifest import Manifest
 
 __all__ = ["directory"]
 
@@ -199,7 +197,7 @@ def test_without_the_ramdisk_the_save_is_refused_and_a_later_one_tries_again(dir
 OTHER_JOB = """
     import sys
     sys.path.insert(0, sys.argv[2])
-    from test_store import *
+    from tests.local.test_store import *
     store = LocalStore(StoreOptions(Path(sys.argv[1]), 1, 3, 2), "run-b", make_layout(), 0, lambda m: None)
     assert save(store, StepId(1, 1), run="run-b")
     print(store.directory.name, flush=True)
@@ -211,7 +209,7 @@ OTHER_JOB = """
 
 @contextlib.contextmanager
 def other_job(root: Path) -> Iterator[subprocess.Popen[str]]:
-    arguments = [textwrap.dedent(OTHER_JOB), str(root), str(Path(__file__).parent)]
+    arguments = [textwrap.dedent(OTHER_JOB), str(root), str(Path(__file__).parents[2])]
     with subprocess.Popen(
         [sys.executable, "-c", *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:

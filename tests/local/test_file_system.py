@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from namespaces import run_in_namespace
-from test_store import Directory, save
-
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.local.file_system import file_system_type, slow_warning
+from tests.local.namespaces import run_in_namespace
+from tests.local.test_store import Directory, save
 
 
 def mounts(tmp_path: Path, *lines: tuple[str, str, str]) -> Path:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,14 +19,12 @@ import xxhash
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).parent))
-from test_store import Directory, content, make_layout, save
-
 from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.core.slots import Outcome
 from emergency_ckpt.errors import EmergencyCheckpointError, LocalDirectoryError
 from emergency_ckpt.local.manifest import FORMAT, Manifest
+from tests.local.test_store import Directory, content, make_layout, save
 
 SIZE = 9_000
 STEPS: tuple[int, ...] = (1, 2, 3)

@@ -5,21 +5,18 @@ A file system of the test's own is mounted where the kernel shows the limits of 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from namespaces import mount_tmpfs, run_in_namespace
-from test_store import Directory, assert_restorable, save
-
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.errors import LocalCapacityError
 from emergency_ckpt.local.capacity import MIB, Room, measure_room, slots_that_fit
 from emergency_ckpt.local.slot_file import SlotFile
+from tests.local.namespaces import mount_tmpfs, run_in_namespace
+from tests.local.test_store import Directory, assert_restorable, save
 
 CGROUP = Path("/sys/fs/cgroup")
 LIMIT = timedelta(seconds=30)

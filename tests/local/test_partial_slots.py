@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).parent))
-from partial import (
+from emergency_ckpt.core.layout import Layout, LeafSpec
+from emergency_ckpt.core.lineage import Activation, StepId
+from emergency_ckpt.core.shards import BLOCK_BYTES, Box, Shard
+from emergency_ckpt.core.slots import Outcome
+from emergency_ckpt.errors import CorruptDataError
+from emergency_ckpt.local.manifest import Manifest
+from emergency_ckpt.local.slot_views import SealedSlot
+from tests.local.partial import (
     OWN,
     SHARDS,
     SOLID,
@@ -26,16 +30,8 @@ from partial import (
     spoil,
     write,
 )
-from test_hostile_files import with_checksum
-from test_store import NO_WAIT, Directory, directory, fill, save
-
-from emergency_ckpt.core.layout import Layout, LeafSpec
-from emergency_ckpt.core.lineage import Activation, StepId
-from emergency_ckpt.core.shards import BLOCK_BYTES, Box, Shard
-from emergency_ckpt.core.slots import Outcome
-from emergency_ckpt.errors import CorruptDataError
-from emergency_ckpt.local.manifest import Manifest
-from emergency_ckpt.local.slot_views import SealedSlot
+from tests.local.test_hostile_files import with_checksum
+from tests.local.test_store import NO_WAIT, Directory, directory, fill, save
 
 __all__ = ["directory"]
 

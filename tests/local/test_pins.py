@@ -14,8 +14,12 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from test_store import (
+from emergency_ckpt.core.lineage import Activation, StepId
+from emergency_ckpt.core.slots import Outcome
+from emergency_ckpt.errors import CorruptDataError, LocalDirectoryError
+from emergency_ckpt.local.pins import SlotPin, pin_slot
+from emergency_ckpt.local.store import LocalStore
+from tests.local.test_store import (
     NO_WAIT,
     SIZE,
     Directory,
@@ -26,12 +30,6 @@ from test_store import (
     manifests_on_disk,
     save,
 )
-
-from emergency_ckpt.core.lineage import Activation, StepId
-from emergency_ckpt.core.slots import Outcome
-from emergency_ckpt.errors import CorruptDataError, LocalDirectoryError
-from emergency_ckpt.local.pins import SlotPin, pin_slot
-from emergency_ckpt.local.store import LocalStore
 
 __all__ = ["directory"]
 A_MINUTE = timedelta(minutes=1)
@@ -59,7 +57,7 @@ def two_slots(directory: Directory) -> LocalStore:
 DRAINING = """
     import sys
     sys.path.insert(0, sys.argv[2])
-    from test_store import *
+    from tests.local.test_store import *
     from emergency_ckpt.local.pins import pin_slot
     pin = pin_slot(Path(sys.argv[1]), 0, "run-a", StepId(1, 1))
     assert pin is not None
@@ -74,7 +72,7 @@ DRAINING = """
 @contextlib.contextmanager
 def draining(store: LocalStore) -> Iterator[subprocess.Popen[str]]:
     """Another process, which has pinned step 1 in slot 0 until its input ends."""
-    arguments = [textwrap.dedent(DRAINING), str(store.directory), str(Path(__file__).parent)]
+    arguments = [textwrap.dedent(DRAINING), str(store.directory), str(Path(__file__).parents[2])]
     with subprocess.Popen(
         [sys.executable, "-c", *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -224,8 +222,10 @@ def test_several_processes_pin_one_slot_and_the_last_one_lets_it_go(directory: D
     assert save(store, step(3))
 
 
-def test_a_forked_child_keeps_no_pin(directory: Directory) -> None:
-    store = two_slots(directory)
+def fork_with_a_pin(path: str) -> None:
+    """Runs in a process of its own: one that has threads, as pytest's may, must not fork."""
+    held = Directory(Path(path))
+    store = two_slots(held)
     pinned = pin(store, 1)
     end, ends = os.pipe()
     child = os.fork()
@@ -239,13 +239,20 @@ def test_a_forked_child_keeps_no_pin(directory: Directory) -> None:
     finally:
         os.close(ends)
         os.waitpid(child, 0)
-        os.close(end)
+    held.close()
+
+
+def test_a_forked_child_keeps_no_pin(directory: Directory) -> None:
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r})\n"
+    code += f"from tests.local.test_pins import fork_with_a_pin; fork_with_a_pin({str(directory.path)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 RACING = """
     import sys
     sys.path.insert(0, sys.argv[2])
-    from test_store import *
+    from tests.local.test_store import *
     from emergency_ckpt.local.manifest import read_manifest
     from emergency_ckpt.local.pins import pin_slot
     where, count = Path(sys.argv[1]), 0
@@ -266,7 +273,7 @@ def test_pins_and_saves_that_race_never_meet(directory: Directory) -> None:
     """Whatever was pinned is whole while it is pinned, and the saves go on."""
     store = directory.open()
     assert save(store, step(0))
-    arguments = [textwrap.dedent(RACING), str(store.directory), str(Path(__file__).parent)]
+    arguments = [textwrap.dedent(RACING), str(store.directory), str(Path(__file__).parents[2])]
     with subprocess.Popen([sys.executable, "-c", *arguments], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"

@@ -17,8 +17,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).parent))
-from partial import (
+from emergency_ckpt.core.lineage import Activation, StepId
+from emergency_ckpt.core.slots import Outcome
+from emergency_ckpt.errors import LocalDirectoryError
+from emergency_ckpt.local.pins import pin_slot
+from emergency_ckpt.local.repair import RepairSlot
+from emergency_ckpt.local.store import LocalStore
+from tests.local.partial import (
     OWN,
     SOLID,
     STEP,
@@ -30,14 +35,7 @@ from partial import (
     spoil,
     write,
 )
-from test_store import NO_WAIT, Directory, content, directory, save
-
-from emergency_ckpt.core.lineage import Activation, StepId
-from emergency_ckpt.core.slots import Outcome
-from emergency_ckpt.errors import LocalDirectoryError
-from emergency_ckpt.local.pins import pin_slot
-from emergency_ckpt.local.repair import RepairSlot
-from emergency_ckpt.local.store import LocalStore
+from tests.local.test_store import NO_WAIT, Directory, content, directory, save
 
 __all__ = ["directory"]
 A_MINUTE = timedelta(minutes=1)
@@ -299,7 +297,7 @@ def test_a_crash_between_any_two_steps_leaves_a_valid_slot_that_only_grows(direc
         assert save(store, STEP)
         spoil(directory, SOLID[:2])
         directory.close()
-        arguments = [str(directory.path), str(Path(__file__).parent), str(steps)]
+        arguments = [str(directory.path), str(Path(__file__).parents[2]), str(steps)]
         ended = subprocess.run(
             [sys.executable, "-c", textwrap.dedent(KILLED_REPAIRER), *arguments],
             stdout=subprocess.PIPE,

@@ -5,20 +5,25 @@ from __future__ import annotations
 import contextlib
 import errno
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from namespaces import mount_tmpfs, run_in_namespace, unmount
-from test_store import NO_WAIT, Directory, assert_restorable, fill, make_layout, manifests_on_disk, save
-
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.errors import LocalCapacityError, LocalDirectoryError
 from emergency_ckpt.local.capacity import measure_room
 from emergency_ckpt.local.file_system import file_system_type
+from tests.local.namespaces import mount_tmpfs, run_in_namespace, unmount
+from tests.local.test_store import (
+    NO_WAIT,
+    Directory,
+    assert_restorable,
+    fill,
+    make_layout,
+    manifests_on_disk,
+    save,
+)
 
 MIB = 1024 * 1024
 

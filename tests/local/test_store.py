@@ -510,7 +510,7 @@ def test_an_interrupt_while_a_slot_is_taken_leaves_the_slot_free(ramdisk: Path) 
 KILLED_WRITER = """
     import sys
     sys.path.insert(0, sys.argv[2])
-    from test_store import *
+    from tests.local.test_store import *
     store = LocalStore(StoreOptions(Path(sys.argv[1]), 1, 3, 2), "run-a", make_layout(), 0, print)
     step = max((h.step.step for h in store.verify()), default=0)
     while True:

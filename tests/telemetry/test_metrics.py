@@ -57,6 +57,8 @@ def test_events_are_counted_by_what_became_of_them() -> None:
         "last_committed_step": 10,
         "restores": 0,
         "restored_bytes": 0,
+        "copied_bytes": 0,
+        "fetched_bytes": 0,
         "steps_rejected": 1,
     }
 
