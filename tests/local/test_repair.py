@@ -248,8 +248,8 @@ KILLED_REPAIRER = """
     import os, signal, sys
     sys.path.insert(0, sys.argv[2])
     from pathlib import Path
-    from partial import *
-    from test_store import content
+    from tests.local.partial import *
+    from tests.local.test_store import content
     from emergency_ckpt.local import small_files
     from emergency_ckpt.local.store import LocalStore, StoreOptions
 

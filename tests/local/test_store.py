@@ -526,7 +526,7 @@ def test_sigkill_at_any_moment_leaves_the_newest_sealed_step(directory: Director
     """The writer says a step after it is sealed; whatever it said before the kill must be there, whole."""
     for round_number in range(6):
         with subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(KILLED_WRITER), directory.path, Path(__file__).parent],
+            [sys.executable, "-c", textwrap.dedent(KILLED_WRITER), directory.path, Path(__file__).parents[2]],
             stdout=subprocess.PIPE,
             text=True,
         ) as writer:
