@@ -81,7 +81,7 @@ class _Life:
             request_seconds=min(_REQUEST_SECONDS, options.stall_seconds),
             stall_seconds=options.stall_seconds,
         )
-        server = ShardServer(self._root, token, limits)
+        server = ShardServer(self._root, token, limits, self._lock.is_current)
         self._catch_signals(server)
         try:
             port = await server.start(addresses.bind, options.port, context)

@@ -68,10 +68,14 @@ class ShardServer:
     `left` is set when somebody asked this agent to leave.
     """
 
-    def __init__(self, root: Path, token: str, limits: ServerLimits) -> None:
+    def __init__(
+        self, root: Path, token: str, limits: ServerLimits, owns: Callable[[], bool] = lambda: True
+    ) -> None:
+        """`owns`: whether what lies at `root` is still this agent's to serve."""
         self.trainers = Trainers()
         self.left = asyncio.Event()
         self._root = root
+        self._owns = owns
         self._limits = limits
         self._slots = SlotsOnDisk(root)
         self._counters = Counters()
@@ -154,7 +158,7 @@ class ShardServer:
                 "trainers": self.trainers.count,
                 "connections": self._connections.connections,
                 "bytes_served": self._counters.bytes_served_total,
-                "leaving": self.left.is_set(),
+                "leaving": self.left.is_set() or not self._owns(),
             }
         )
 
