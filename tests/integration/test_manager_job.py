@@ -36,6 +36,9 @@ STORIES: dict[str, list[dict[str, Any]]] = {
         {"wipe": [2, 3], "until": 15, "flags": {"enable_single_replica_ckpt_restoring": True}}
     ],
     "slice_wiped_twice_without_a_save": [{"wipe": [2, 3], "until": 14}, {"wipe": [0, 1], "until": 14}],
+    "half_of_each_single_replica": [
+        {"wipe": [1, 2], "until": 15, "flags": {"enable_single_replica_ckpt_restoring": True}}
+    ],
     "half_of_each_slice": [{"wipe": [1, 2], "until": 15}],
     "all_wiped": [{"wipe": ALL, "until": 12}],
     "all_wiped_single_replica": [
@@ -163,6 +166,13 @@ def test_half_of_each_slice_is_enough(told: Told) -> None:
         (14, "process 0"),
         (14, "own slot"),
     ]
+
+
+def test_with_single_replica_restoring_the_sending_slice_gets_what_it_lacks_from_agents(told: Told) -> None:
+    (life,) = told["half_of_each_single_replica"]
+    assert [start for start, _ in sources(life)] == [14] * 4
+    assert sorted(source for _, source in sources(life))[1:] == ["own slot", "own slot", "process 3"]
+    assert sorted(source for _, source in sources(life))[0] == "broadcast from slice 0"
 
 
 def test_with_all_ramdisks_lost_the_persistent_tier_is_read(told: Told) -> None:
