@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-
 _EXTRAS_KEEPERS = 2
 """How many others keep a copy of a process's extras, where there are so many."""
 

@@ -82,6 +82,10 @@ class Planner:
         known: dict[Hashable, bool] = {}
         return [s for s in reversed(self.candidates()) if self._is_restorable(s, strikes, known)]
 
+    def differing(self, step: StepId, strikes: Collection[Strike] = ()) -> tuple[int, ...]:
+        """The processes whose copies of `step` are not what most have; these get the bytes of the others."""
+        return self._survivors(step, strikes).losers
+
     def unusable(self) -> Unusable | None:
         """The newest step, if newer than all restorable ones, of which every shard is there but of no use.
 

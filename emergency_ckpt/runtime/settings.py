@@ -62,6 +62,7 @@ class Settings:
       event_listener: gets the fields of every event.
       host_platforms: platforms whose arrays are in this host's memory already.
       agent: how the agent of each host is started; None: none is.
+      on_replica_divergence: whether copies that differ are an error beside a line in the log.
     """
 
     persistent_directory: Path
@@ -94,6 +95,7 @@ class Settings:
     agent: AgentOptions | None = dataclasses.field(
         default_factory=lambda: AgentOptions(idle_seconds=IDLE_SECONDS)
     )
+    on_replica_divergence: Literal["warn", "raise"] = "warn"
 
     @property
     def wanted_slots(self) -> int:
@@ -136,6 +138,7 @@ def settings_from_config(config: Config) -> Settings:
         foreign_run=config.local_checkpoint_foreign_run,
         agent=_agent_options(config),
         log_format=config.checkpoint_log_format,
+        on_replica_divergence=config.on_replica_divergence,
     )
 
 
