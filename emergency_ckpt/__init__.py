@@ -32,7 +32,14 @@ if TYPE_CHECKING:
         TopologyError,
         UnsupportedStateError,
     )
-    from emergency_ckpt.manager import CheckpointManager, RestoredState, RestoreReport, StepAlreadyExistsError
+    from emergency_ckpt.manager import (
+        CheckpointManager,
+        GlobalExtras,
+        ReshardedExtras,
+        RestoredState,
+        RestoreReport,
+        StepAlreadyExistsError,
+    )
     from emergency_ckpt.options import (
         CheckpointManagerOptions,
         LocalCheckpointOptions,
@@ -52,6 +59,7 @@ __all__ = [
     "EmergencyCheckpointError",
     "ExtrasError",
     "ForeignRunError",
+    "GlobalExtras",
     "LocalCapacityError",
     "LocalCheckpointOptions",
     "LocalDirectoryError",
@@ -62,6 +70,7 @@ __all__ = [
     "PersistentCheckpointOptions",
     "PersistentStoreError",
     "ReplicaDivergenceError",
+    "ReshardedExtras",
     "RestoreReport",
     "RestoredState",
     "StaleGenerationError",
@@ -81,6 +90,8 @@ _HOME = {
     "RestoreReport": "manager",
     "RestoredState": "manager",
     "StepAlreadyExistsError": "manager",
+    "GlobalExtras": "manager",
+    "ReshardedExtras": "manager",
     "Config": "config",
     "load_config": "config",
 }
