@@ -54,7 +54,7 @@ format: $(STAMP) ## let ruff rewrite what it can
 explore: $(STAMP) ## the slot machine, far deeper than in `make test` (up to an hour; EXPLORE_WORLDS per case)
 	EXPLORE_WORLDS=$(EXPLORE_WORLDS) $(BIN)/python -m pytest -s -k deep tests/core/test_slots_exhaustive.py
 
-bench: $(STAMP) ## measurements
+bench: $(STAMP) ## measurements (of restore plans and peer fetches: python -m benchmarks.planning, benchmarks.fetching)
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 clean: ## remove the virtual environment and all caches

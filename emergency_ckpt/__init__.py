@@ -26,12 +26,20 @@ if TYPE_CHECKING:
         PeerFailedError,
         PeerUnavailableError,
         PersistentStoreError,
+        ReplicaDivergenceError,
         StaleGenerationError,
         StateMismatchError,
         TopologyError,
         UnsupportedStateError,
     )
-    from emergency_ckpt.manager import CheckpointManager, RestoredState, RestoreReport, StepAlreadyExistsError
+    from emergency_ckpt.manager import (
+        CheckpointManager,
+        GlobalExtras,
+        ReshardedExtras,
+        RestoredState,
+        RestoreReport,
+        StepAlreadyExistsError,
+    )
     from emergency_ckpt.options import (
         CheckpointManagerOptions,
         LocalCheckpointOptions,
@@ -51,6 +59,7 @@ __all__ = [
     "EmergencyCheckpointError",
     "ExtrasError",
     "ForeignRunError",
+    "GlobalExtras",
     "LocalCapacityError",
     "LocalCheckpointOptions",
     "LocalDirectoryError",
@@ -60,6 +69,8 @@ __all__ = [
     "PeerUnavailableError",
     "PersistentCheckpointOptions",
     "PersistentStoreError",
+    "ReplicaDivergenceError",
+    "ReshardedExtras",
     "RestoreReport",
     "RestoredState",
     "StaleGenerationError",
@@ -79,6 +90,8 @@ _HOME = {
     "RestoreReport": "manager",
     "RestoredState": "manager",
     "StepAlreadyExistsError": "manager",
+    "GlobalExtras": "manager",
+    "ReshardedExtras": "manager",
     "Config": "config",
     "load_config": "config",
 }

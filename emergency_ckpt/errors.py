@@ -53,6 +53,18 @@ class CorruptShardsError(CorruptDataError):
         self.shards = shards
 
 
+class ReplicaDivergenceError(CorruptDataError):
+    """Copies of the state that must be equal are not: some device or memory damages data silently.
+
+    `step`: the saved step in which it showed. `leaves`: the leaves that differ.
+    """
+
+    def __init__(self, message: str, step: int, leaves: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.step = step
+        self.leaves = leaves
+
+
 class NoRestorableStepError(EmergencyCheckpointError, FileNotFoundError):
     """No step, or not the step that was asked for, can be made whole from what survived."""
 

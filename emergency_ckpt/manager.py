@@ -30,6 +30,8 @@ from emergency_ckpt.errors import (
 from emergency_ckpt.jaxio.preemption import PreemptionQuery
 from emergency_ckpt.jaxio.state import without_arrays
 from emergency_ckpt.runtime.datasets import DatasetDirectory
+from emergency_ckpt.runtime.declared_extras import GlobalExtras as GlobalExtras
+from emergency_ckpt.runtime.declared_extras import ReshardedExtras as ReshardedExtras
 from emergency_ckpt.runtime.engine import Engine
 from emergency_ckpt.runtime.existing import StepAlreadyExistsError
 from emergency_ckpt.runtime.extras import WantedExtras, capture, fits
@@ -265,7 +267,8 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
           force: save on every tier, due or not. A step that is on all of them is an error, as with Orbax.
           custom_metadata: JSON that is kept with the step.
           extras: small state of this process, at most 1 MiB: plain data, or objects with `get_state()` such as
-            a grain iterator. Give extras on all processes or on none.
+            a grain iterator. Give extras on all processes or on none. What is the same on all of them goes into
+            `GlobalExtras`, and then comes back on any number of processes.
           metrics: JSON numbers of the step.
 
         Returns whether this process saves; False where nothing is due, and where the save had to be skipped
@@ -399,8 +402,11 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         Args:
           init: makes a fresh state, with the shapes and shardings of the abstract state.
           extras: objects with `set_state()` by name: those saved under the same name are put back into them.
+            Where another number of processes saved them, that takes `GlobalExtras` when they are saved or
+            `ReshardedExtras` here.
 
-        Raises NoRestorableStepError when there were complete steps and none of them is whole any more.
+        Raises NoRestorableStepError when there were complete steps and none of them is whole any more, and
+        ExtrasError, on all processes, where extras that are wanted cannot be had.
         """
         survey = self._engine.survey
         if self._engine.base is not None:

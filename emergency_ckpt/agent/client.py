@@ -6,10 +6,9 @@ these in several threads share the work.
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from types import TracebackType
 from typing import Any
@@ -18,11 +17,11 @@ import numpy as np
 import xxhash
 
 from emergency_ckpt.agent.block_ranges import BlockRange, encode_ranges
-from emergency_ckpt.agent.connection import Answer, PeerConnection
+from emergency_ckpt.agent.connection import MOST_BUFFERS, Answer, PeerConnection
 from emergency_ckpt.agent.endpoint import Endpoint
 from emergency_ckpt.agent.slot_id import SlotId
 from emergency_ckpt.agent.slots_on_disk import MAX_LAYOUT_BYTES, MAX_MANIFEST_BYTES
-from emergency_ckpt.core.checksums import shard_seed
+from emergency_ckpt.core.checksums import block_seed
 from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.core.shards import BLOCK_BYTES, block_ranges
@@ -150,7 +149,8 @@ class PeerClient:
         """Like `fetch`, for those who need only some blocks (of `BLOCK_BYTES`) of a shard."""
         if (manifest.layout, manifest.position) != (layout.hash, slot.position) or slot.layout != layout.hash:
             raise ValueError(f"layout {layout.hash} and the manifest of {manifest.step} are not of {slot}")
-        pieces = [piece for blocks in wanted for piece in _cut(blocks, layout, manifest)]
+        places = {shard: place for place, shard in enumerate(layout.process_shards[manifest.position])}
+        pieces = [piece for blocks in wanted for piece in _cut(blocks, layout, manifest, places)]
         bad: set[int] = set()
         with self._guard:
             for batch in _batches(pieces):
@@ -166,7 +166,7 @@ class PeerClient:
         def read(answer: Answer) -> set[int]:
             if answer.length != expected:
                 raise self._nonsense(f"{answer.length} bytes of shards where {expected} were asked for")
-            return {piece.asked_shard for piece in batch if not _receive(answer, piece)}
+            return _receive(answer, batch)
 
         body = encode_ranges(piece.asked for piece in batch)
         return self._connection.exchange(
@@ -210,12 +210,14 @@ class _Piece:
     checksums: Sequence[int]
 
 
-def _cut(blocks: Blocks, layout: Layout, manifest: Manifest) -> Iterator[_Piece]:
-    """The pieces of what is wanted of a shard, none larger than a batch. Raises ValueError."""
+def _cut(blocks: Blocks, layout: Layout, manifest: Manifest, places: Mapping[int, int]) -> Iterator[_Piece]:
+    """The pieces of what is wanted of a shard, none larger than a batch. Raises ValueError.
+
+    `places`: of each shard of the slot, its place among them.
+    """
     shard = blocks.shard
-    held = layout.process_shards[manifest.position]
-    entry = bisect.bisect_left(held, shard)
-    if entry == len(held) or held[entry] != shard:
+    entry = places.get(shard)
+    if entry is None:
         raise ValueError(f"position {manifest.position} of layout {layout.hash} does not hold shard {shard}")
     nbytes = layout.shard_nbytes[shard]
     total = -(-nbytes // BLOCK_BYTES)
@@ -230,13 +232,14 @@ def _cut(blocks: Blocks, layout: Layout, manifest: Manifest) -> Iterator[_Piece]
             f"contiguous, writable place of {place.nbytes} bytes"
         )
     checksums = manifest.checksums[entry]
-    seed = shard_seed(manifest.step.generation, layout, shard)
+    of = layout.shards[shard]
+    seed = block_seed(manifest.step.generation, of, layout.leaf[of.leaf].dtype)
     step = _BATCH_BYTES // BLOCK_BYTES
     for first in range(blocks.first, last, step):
         count = min(step, last - first)
         at = first * BLOCK_BYTES - begin
         target = place[at : min(at + count * BLOCK_BYTES, place.nbytes)]
-        asked = BlockRange(layout.shards[shard], first, count)
+        asked = BlockRange(of, first, count)
         yield _Piece(shard, asked, target, seed, checksums[first : first + count])
 
 
@@ -259,18 +262,65 @@ def _batches(pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:
         yield batch
 
 
-def _receive(answer: Answer, piece: _Piece) -> bool:
-    """Puts the bytes of a piece into place, hashing them while they are in cache; whether they are good."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Part:
+    """A part of a block that is hashed at once, while it is in cache; `expected` of the last one of a block."""
+
+    shard: int
+    target: memoryview
+    seed: int
+    begins: bool
+    expected: int | None
+
+
+def _receive(answer: Answer, batch: Iterable[_Piece]) -> set[int]:
+    """Puts all bytes into their places, hashing them while they are in cache; the shards that are not good."""
+    bad: set[int] = set()
+    block = xxhash.xxh3_64()
+    for group in _groups(part for piece in batch for part in _parts(piece)):
+        answer.fill([part.target for part in group])
+        for part in group:
+            if part.begins and part.expected is not None:
+                found = xxhash.xxh3_64_intdigest(part.target, part.seed)
+            else:
+                block = xxhash.xxh3_64(seed=part.seed) if part.begins else block
+                block.update(part.target)
+                found = None if part.expected is None else block.intdigest()
+            if found != part.expected:
+                bad.add(part.shard)
+    return bad
+
+
+def _parts(piece: _Piece) -> Iterator[_Part]:
     ranges = block_ranges(piece.target.nbytes)
-    good = len(ranges) == len(piece.checksums)
+    # No checksum is negative: what has too few or too many of them is bad.
+    fits = len(ranges) == len(piece.checksums)
     for number, (begin, length) in enumerate(ranges):
-        block = xxhash.xxh3_64(seed=piece.seed)
-        for at in range(begin, begin + length, _CACHED_BYTES):
-            part = piece.target[at : min(at + _CACHED_BYTES, begin + length)]
-            answer.read_into(part)
-            block.update(part)
-        good = good and block.intdigest() == piece.checksums[number]
-    return good
+        end, expected = begin + length, piece.checksums[number] if fits else -1
+        for at in range(begin, end, _CACHED_BYTES):
+            until = min(at + _CACHED_BYTES, end)
+            is_last = until == end
+            yield _Part(
+                piece.asked_shard,
+                piece.target[at:until],
+                piece.seed,
+                at == begin,
+                expected if is_last else None,
+            )
+
+
+def _groups(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
+    """As many as lie in cache together."""
+    group: list[_Part] = []
+    nbytes = 0
+    for part in parts:
+        if group and (nbytes + part.target.nbytes > _CACHED_BYTES or len(group) == MOST_BUFFERS):
+            yield group
+            group, nbytes = [], 0
+        group.append(part)
+        nbytes += part.target.nbytes
+    if group:
+        yield group
 
 
 def _holding(row: Any) -> SlotHolding:

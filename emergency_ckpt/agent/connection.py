@@ -12,7 +12,7 @@ import socket
 import ssl
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -35,6 +35,22 @@ _NEXT = {
     "malformed": "both sides must run the same version of this package",
 }
 _T = TypeVar("_T")
+
+MOST_BUFFERS = 256
+"""How many places one system call fills."""
+
+
+def _ended_early(nbytes: int) -> ConnectionResetError:
+    return ConnectionResetError(f"the answer ended {nbytes} bytes early")
+
+
+def _after(targets: Sequence[memoryview], count: int) -> list[memoryview]:
+    """What is left of the targets once so many bytes are in their places."""
+    for number, target in enumerate(targets):
+        if count < target.nbytes:
+            return [target[count:], *targets[number + 1 :]]
+        count -= target.nbytes
+    return []
 
 
 class _PlainSocket(socket.socket):
@@ -66,6 +82,20 @@ class _PlainSocket(socket.socket):
         except BlockingIOError as error:
             raise TimeoutError(f"nothing came for {self.stall_seconds:g} s") from error
 
+    def fill(self, targets: Sequence[memoryview]) -> None:
+        """Fills all targets, at most `MOST_BUFFERS`, in order: with one system call where it goes well."""
+        left = list(targets)
+        while left:
+            if time.monotonic() > self.deadline:
+                raise TimeoutError("the time limit of the exchange is over")
+            try:
+                count, _, _, _ = self.recvmsg_into(left, 0, socket.MSG_WAITALL)
+            except BlockingIOError as error:
+                raise TimeoutError(f"nothing came for {self.stall_seconds:g} s") from error
+            if not count:
+                raise _ended_early(sum(target.nbytes for target in left))
+            left = _after(left, count)
+
     def sendall(self, *args: Any, **kwargs: Any) -> None:
         try:
             super().sendall(*args, **kwargs)
@@ -93,8 +123,11 @@ class _EncryptedSocket(ssl.SSLSocket):
 class Answer:
     """An answer with status 2xx whose body is read from now on. Read it whole, or close the connection."""
 
-    def __init__(self, response: http.client.HTTPResponse) -> None:
+    def __init__(self, response: http.client.HTTPResponse, connection: _PlainSocket | None) -> None:
+        """`connection`: where the body may be read past the response; None where it may not."""
         self._response = response
+        self._connection = connection
+        self._is_past_buffer = False
 
     @property
     def length(self) -> int | None:
@@ -107,8 +140,39 @@ class Answer:
         while at < target.nbytes:
             count = self._response.readinto(target[at : at + _PIECE_BYTES])
             if not count:
-                raise ConnectionResetError(f"the answer ended {target.nbytes - at} bytes early")
+                raise _ended_early(target.nbytes - at)
             at += count
+
+    def fill(self, targets: Sequence[memoryview]) -> None:
+        """Fills several in order, as `read_into` does one; for many small ones much faster."""
+        connection = self._connection
+        if connection is None or self._response.length is None:
+            for target in targets:
+                self.read_into(target)
+            return
+        left = targets if self._is_past_buffer else self._take_buffered(targets)
+        nbytes = sum(target.nbytes for target in left)
+        if nbytes > self._response.length:
+            raise _ended_early(nbytes - self._response.length)
+        for at in range(0, len(left), MOST_BUFFERS):
+            connection.fill(left[at : at + MOST_BUFFERS])
+        self._response.length -= nbytes
+
+    def _take_buffered(self, targets: Sequence[memoryview]) -> list[memoryview]:
+        """Fills what came together with the headers; returns what is left."""
+        left = list(targets)
+        while left:
+            buffered = len(self._response.fp.peek()) if self._response.length else 0
+            if not buffered:
+                return left
+            part = left[0][:buffered]
+            self.read_into(part)
+            # More than this was never asked for: what follows is still in the connection.
+            self._is_past_buffer = part.nbytes == buffered
+            left = _after(left, part.nbytes)
+            if self._is_past_buffer:
+                return left
+        return left
 
     def read_byte(self) -> bytes:
         """The next byte; empty at the end."""
@@ -217,7 +281,8 @@ class PeerConnection:
             response = self._request(method, address, body, answer_bytes)
             if response.status // 100 != 2:
                 raise self._refusal(response, address)
-            result = read(Answer(response))
+            plain = self._socket if isinstance(self._socket, _PlainSocket) else None
+            result = read(Answer(response, plain))
             if response.length == 0:
                 response.read()  # Only now the connection takes the next request.
             if not response.isclosed() or response.will_close:

@@ -85,9 +85,9 @@ class _Read:
     def blocks(self) -> tuple[int, int]:
         """The blocks that are needed: first, and how many."""
         layout = self.source.layout
-        of = layout.shards[self.shard]
         if self.direct is not None:
             return 0, -(-layout.shard_nbytes[self.shard] // BLOCK_BYTES)
+        of = layout.shards[self.shard]
         itemsize = dtype_of(layout.leaf[of.leaf].dtype).itemsize
         first, last = _flat_range(of.box, (copy.box for copy in self.copies))
         begin = first * itemsize // BLOCK_BYTES

@@ -139,6 +139,14 @@ class Config(BaseModel):
         "from the newer step.",
     )
 
+    # Copies that must be equal.
+    on_replica_divergence: Literal["warn", "raise"] = Field(
+        "warn",
+        description="What happens when a save shows that copies of the state in several slices, which must be "
+        "bit-identical, are not: warn logs and counts it, raise also lets check_for_errors and the next wait "
+        "raise ReplicaDivergenceError on the processes that hold them.",
+    )
+
     # The agents, one per host: they serve the ramdisk's shards to other hosts.
     checkpoint_agent: Literal["auto", "off"] = Field(
         "auto",

@@ -32,17 +32,24 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class ProcessExtras:
-    """The extras of one process: plain values (JSON) by name, and items by name."""
+    """The extras of one process.
+
+    Attributes:
+      values: plain values (JSON) by name. items: by name.
+      same_everywhere: the names of values that are the same on all processes.
+    """
 
     values: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
     items: Mapping[str, Item] = dataclasses.field(default_factory=dict[str, Item])
+    same_everywhere: frozenset[str] = frozenset()
 
     def to_text(self) -> str:
         items = {
             name: {"handler": item.handler, "files": {p: _to_text(data) for p, data in item.files.items()}}
             for name, item in self.items.items()
         }
-        return json.dumps({"values": dict(self.values), "items": items}, separators=(",", ":"))
+        said = {"global": sorted(self.same_everywhere)} if self.same_everywhere else {}
+        return json.dumps({"values": dict(self.values), "items": items, **said}, separators=(",", ":"))
 
     @classmethod
     def from_text(cls, text: str) -> ProcessExtras:
@@ -55,7 +62,11 @@ class ProcessExtras:
                 )
                 for name, item in raw["items"].items()
             }
-            return cls(dict(raw["values"]), items)
+            values = dict(raw["values"])
+            same = frozenset(map(str, raw.get("global", ())))
+            if not same <= values.keys():
+                raise ValueError(f"{sorted(same - values.keys())[:3]} are said to be global and are not there")
+            return cls(values, items, same)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise CorruptDataError(f"saved extras are damaged or of another version: {error}") from error
 

@@ -82,6 +82,10 @@ class Planner:
         known: dict[Hashable, bool] = {}
         return [s for s in reversed(self.candidates()) if self._is_restorable(s, strikes, known)]
 
+    def differing(self, step: StepId, strikes: Collection[Strike] = ()) -> tuple[int, ...]:
+        """The processes whose copies of `step` are not what most have; these get the bytes of the others."""
+        return self._survivors(step, strikes).losers
+
     def unusable(self) -> Unusable | None:
         """The newest step, if newer than all restorable ones, of which every shard is there but of no use.
 
@@ -112,11 +116,11 @@ class Planner:
         if not survivors.kinds and not self._has_persistent(step, strikes):
             return None, f"step {step.step}: {'; '.join(notes) or 'no usable copy'}"
         needs = self._needs(step, survivors, strikes)
-        extras_from, lost_extras = self._extras(step, survivors, strikes)
+        extras_from, extras_kept, lost_extras = self._extras(step, survivors, strikes)
         if lost_extras and not needs.lost:
             # Data position and arrays belong together: half a step is no step.
             notes.append(f"extras of {processes_named(lost_extras)} have no survivor")
-            extras_from = (None,) * self.layout.process_count
+            extras_from, extras_kept = (None,) * self.layout.process_count, ()
             needs = self._needs(step, survivors.none(), strikes)
         if needs.lost:
             tier = [] if dropped else [self._tier_lacks(step)]
@@ -126,7 +130,7 @@ class Planner:
         reason = f"step {step.step}: {describe_sources(processes, self.layout)}"
         if notes:
             reason += f" ({'; '.join(notes)})"
-        return RestorePlan(step, processes, extras_from, reason), reason
+        return RestorePlan(step, processes, extras_from, reason, extras_kept), reason
 
     def _is_restorable(self, step: StepId, strikes: Collection[Strike], known: dict[Hashable, bool]) -> bool:
         """`known`: the answers so far; steps that are left in the same slots have the same one."""
@@ -135,7 +139,7 @@ class Planner:
         if step in self.persistent and not struck:
             return True
         survivors = self._survivors(step, strikes)
-        if self._extras(step, survivors, strikes)[1]:
+        if self._extras(step, survivors, strikes)[-1]:
             survivors = survivors.none()
         if struck or step in self.persistent:
             return not self._needs(step, survivors, strikes).lost
@@ -178,29 +182,42 @@ class Planner:
 
     def _extras(
         self, step: StepId, survivors: Survivors, strikes: Collection[Strike]
-    ) -> tuple[tuple[int | None, ...], list[int]]:
-        """Per process who has its extras, and the processes whose extras nobody has.
+    ) -> tuple[tuple[int | None, ...], tuple[int | None, ...], list[int]]:
+        """Per process who has its extras; the same for a job of another size; the processes whose nobody has.
 
-        Extras are kept apart from the shards: a ramdisk whose shards do not fit here still serves them.
+        Extras are kept apart from the shards: a ramdisk whose shards do not fit here still serves them. Those
+        of a job of another size are told where there are none of this one, or not all.
         """
+        count = self.layout.process_count
+        nobody: tuple[int | None, ...] = (None,) * count
+        keepers = self._keepers(step, strikes)
+        if not survivors.kinds or not keepers:
+            return nobody, (), []
+        others = [_first_of(by, size) for size, by in sorted(keepers.items()) if size != count]
+        # The one of which most is left; a job of any size will do.
+        kept = max(others, key=lambda each: (each.count(None) == 0, len(each) - each.count(None)), default=())
+        mine = keepers.get(count)
+        if mine is None:
+            return nobody, kept, []
+        found = tuple(p if p in mine[p] else min(mine[p], default=None) for p in range(count))
+        lost = [p for p, keeper in enumerate(found) if keeper is None]
+        if lost and kept and None not in kept:
+            return nobody, kept, []
+        return found, (), lost
+
+    def _keepers(self, step: StepId, strikes: Collection[Strike]) -> dict[int, dict[int, list[int]]]:
+        """Per size of the job that saved a step with extras, and process of it, who has its extras."""
         struck = {strike.process for strike in strikes if strike.step == step and strike.shards is None}
-        keepers: dict[int, list[int]] = collections.defaultdict(list)
-        expected = False
+        found: dict[int, dict[int, list[int]]] = {}
         for process, holding in self._holdings.get(step, ()):
-            if process in struck:
-                continue
             saved = self._layout(holding.layout)
-            if saved is None or saved.layout.process_count != self.layout.process_count:
-                continue  # Extras belong to a process of a job of one size.
-            expected = expected or bool(holding.extras_of)
+            if process in struck or saved is None or not holding.extras_of:
+                continue
+            size = saved.layout.process_count
+            by = found.setdefault(size, collections.defaultdict(list))
             for owner in holding.extras_of:
-                keepers[owner].append(process)
-        if not expected or not survivors.kinds:
-            return (None,) * self.layout.process_count, []
-        found = [
-            p if p in keepers[p] else min(keepers[p], default=None) for p in range(self.layout.process_count)
-        ]
-        return tuple(found), [p for p, keeper in enumerate(found) if keeper is None]
+                by[owner].append(process)
+        return found
 
     def _layout(self, layout_hash: str) -> OtherLayout | None:
         own = OtherLayout(self.layout) if layout_hash == self.layout.hash else None
@@ -227,6 +244,11 @@ class Planner:
         named = {holding.layout for found in self._holdings.values() for _, holding in found}
         same = {h: other.layout for h, other in self.others.items() if h in named and not other.differences}
         return Universe(self.layout, same)
+
+
+def _first_of(keepers: Mapping[int, list[int]], size: int) -> tuple[int | None, ...]:
+    """Per process of a job of this size, the first that has its extras."""
+    return tuple(min(keepers.get(owner, ()), default=None) for owner in range(size))
 
 
 def _other_states(changed: Iterable[tuple[str, ...]]) -> list[str]:

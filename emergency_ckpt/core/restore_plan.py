@@ -140,6 +140,8 @@ class CommonPlan:
       extras_from: per process, the process whose ramdisk has its extras; None where they come from the
         persistent tier or where the step has none.
       reason: why this step and these sources, in words.
+      extras_kept: where another number of processes saved the step, per process of that job the process whose
+        ramdisk has its extras (None: nobody's); empty otherwise, and where there are none on ramdisks.
     """
 
     step: StepId
@@ -147,6 +149,7 @@ class CommonPlan:
     readers: tuple[int, ...]
     extras_from: tuple[int | None, ...]
     reason: str
+    extras_kept: tuple[int | None, ...] = ()
 
     @property
     def has_broadcast(self) -> bool:
@@ -176,6 +179,8 @@ class CommonPlan:
             "readers": runs_to_json(self.readers),
             "extras_from": _offsets_to_json(self.extras_from),
             "reason": self.reason,
+            "saved_by": len(self.extras_kept),
+            "extras_kept": _offsets_to_json(self.extras_kept),
         }
 
     @classmethod
@@ -183,15 +188,16 @@ class CommonPlan:
         """Raises CorruptDataError for what `to_json` did not write."""
         try:
             generation, step = raw["step"]
-            count = whole_number(raw["processes"])
-            if count > MOST_INDICES:
-                raise ValueError(f"a plan of {count} processes")
+            count, saved_by = whole_number(raw["processes"]), whole_number(raw["saved_by"])
+            if max(count, saved_by) > MOST_INDICES:
+                raise ValueError(f"a plan of {count} processes for what {saved_by} saved")
             found = cls(
                 StepId(whole_number(generation), whole_number(step)),
-                _offsets_from_json(raw["senders"], count),
+                _offsets_from_json(raw["senders"], count, count),
                 runs_from_json(raw["readers"]),
-                _offsets_from_json(raw["extras_from"], count),
+                _offsets_from_json(raw["extras_from"], count, count),
                 _text(raw["reason"]),
+                _offsets_from_json(raw["extras_kept"], saved_by, count),
             )
             if found.readers and found.readers[-1] >= count:
                 raise ValueError(f"process {found.readers[-1]} of {count} reads the persistent tier")
@@ -239,12 +245,14 @@ class RestorePlan:
       extras_from: per process, the process whose ramdisk has its extras; None where they come from the
         persistent tier or where the step has none.
       reason: why this step and these sources, in words.
+      extras_kept: as in `CommonPlan`.
     """
 
     step: StepId
     processes: tuple[ProcessPlan, ...]
     extras_from: tuple[int | None, ...]
     reason: str
+    extras_kept: tuple[int | None, ...] = ()
 
     @functools.cached_property
     def common(self) -> CommonPlan:
@@ -255,6 +263,7 @@ class RestorePlan:
             tuple(p for p, plan in enumerate(self.processes) if plan.persistent),
             self.extras_from,
             self.reason,
+            self.extras_kept,
         )
 
     @property
@@ -295,7 +304,8 @@ def _offsets_to_json(numbers: Sequence[int | None]) -> list[list[int | None]]:
     return runs
 
 
-def _offsets_from_json(raw: Any, count: int) -> tuple[int | None, ...]:
+def _offsets_from_json(raw: Any, count: int, processes: int) -> tuple[int | None, ...]:
+    """`count` numbers of processes, of which there are `processes`."""
     numbers: list[int | None] = []
     for length, distance in raw:
         if not 0 < whole_number(length) <= count - len(numbers):
@@ -306,7 +316,7 @@ def _offsets_from_json(raw: Any, count: int) -> tuple[int | None, ...]:
         if type(distance) is not int:
             raise TypeError(f"{distance!r:.80} is no distance")
         first = len(numbers) + distance
-        if first < 0 or first + length > count:
+        if first < 0 or first + length > processes:
             raise ValueError(f"a list of {count} processes names process {first}")
         numbers.extend(range(first, first + length))
     if len(numbers) != count:

@@ -49,12 +49,14 @@ class Survivors:
       of_process: per process that has any, (index into kinds, position).
       slots: equal where the same shards are good in the same slots.
       notes: in words, what cannot be used and why.
+      losers: the processes whose bytes differ from what most have, ascending.
     """
 
     kinds: tuple[Kind, ...]
     of_process: Mapping[int, tuple[tuple[int, int], ...]]
     slots: Hashable
     notes: tuple[str, ...]
+    losers: tuple[int, ...] = ()
 
     def none(self) -> Survivors:
         """The same where no slot may be used."""
@@ -102,7 +104,8 @@ def find_survivors(
         notes.append(
             f"replicas differ: {named} {'takes' if is_one(named) else 'take'} the bytes of the majority"
         )
-    return _gathered(universe, [u for u in usable if u not in losers], tuple(notes))
+    gathered = _gathered(universe, [u for u in usable if u not in losers], tuple(notes))
+    return dataclasses.replace(gathered, losers=tuple(sorted({each.process for each in losers})))
 
 
 _UNKNOWN = "cannot be read: their layout is unknown"

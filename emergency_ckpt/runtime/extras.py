@@ -15,7 +15,9 @@ import numpy as np
 from etils import epath
 
 from emergency_ckpt.core.extras import Item, ProcessExtras
+from emergency_ckpt.core.plan_words import processes_named
 from emergency_ckpt.errors import ExtrasError
+from emergency_ckpt.runtime.declared_extras import GlobalExtras, ReshardedExtras, undeclared
 from emergency_ckpt.runtime.items import ItemHandlers
 
 MAX_BYTES = 1024 * 1024
@@ -30,11 +32,14 @@ class SavedExtras:
     Attributes:
       own: its extras; `why_none` says why there are none.
       items: the items that can be had, whoever wrote their files: these, or the directory where they lie.
+      is_converted: whether its extras were made from those of another number of processes, so that `why_none`
+        says why some are missing.
     """
 
     own: ProcessExtras | None
     why_none: str
     items: Mapping[str, Item | epath.Path] = dataclasses.field(default_factory=dict)
+    is_converted: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +55,7 @@ class WantedExtras:
     """What the caller of a restore wants back beside the arrays; the same on all processes.
 
     Attributes:
-      targets: objects with `set_state()` by name.
+      targets: objects with `set_state()`, or declarations of such, by name.
       items: Orbax's restore arguments by item.
       elsewhere: items that may be missing, with the steps for which the caller has them from elsewhere.
     """
@@ -60,9 +65,23 @@ class WantedExtras:
     elsewhere: Mapping[str, Collection[int]] = dataclasses.field(default_factory=dict)
     handlers: ItemHandlers = dataclasses.field(default_factory=ItemHandlers)
 
+    @property
+    def needed(self) -> frozenset[str]:
+        """The names of extras without which the restore fails."""
+        return frozenset(
+            name
+            for name, target in self.targets.items()
+            if isinstance(target, ReshardedExtras) or hasattr(undeclared(target), "set_state")
+        )
+
+    @property
+    def reshards(self) -> bool:
+        """Whether the extras of all processes are needed where their number was another one."""
+        return any(isinstance(target, ReshardedExtras) for target in self.targets.values())
+
     def receive(self, step: int, saved: SavedExtras) -> ReceivedExtras:
         """Puts everything of `step` in its place. Raises ExtrasError when something wanted is not there."""
-        values = deliver(saved, self.targets)
+        values = self.deliver(saved)
         items = {}
         for name, args in self.items.items():
             try:
@@ -74,6 +93,27 @@ class WantedExtras:
                     steps = sorted(self.elsewhere[name])
                     raise ExtrasError(f"{error} Elsewhere it is kept for the steps {steps}.") from error
         return ReceivedExtras(values, items)
+
+    def deliver(self, saved: SavedExtras) -> dict[str, Any]:
+        """The saved extras as data; those for which there is an object with `set_state()` are put back into it.
+
+        Raises ExtrasError when something wanted is not there.
+        """
+        values = {name: _decode(value) for name, value in saved.own.values.items()} if saved.own else {}
+        for name in self.targets:
+            if name not in self.needed:
+                continue
+            if name not in values:
+                holds = saved.own is not None and not saved.is_converted
+                found = f"the checkpoint holds {sorted(values)}" if holds else saved.why_none
+                raise ExtrasError(
+                    f"extras {name!r} are wanted, but {found}. Restore without these extras, and put what they "
+                    "were for (a data iterator, say) into its place yourself."
+                )
+            target = undeclared(self.targets[name])
+            if hasattr(target, "set_state"):
+                target.set_state(values[name])
+        return values
 
     def _receive_item(self, name: str, args: Any, saved: SavedExtras) -> Any:
         if name not in saved.items:
@@ -90,13 +130,15 @@ def capture(extras: Mapping[str, Any] | None, items: Mapping[str, Item], *, alwa
     Either all processes have a text at a save or none: those that have one wait for those of the others.
 
     A value is an object with `get_state()` (a grain iterator), or plain data: None, bools, numbers, strings,
-    bytes, numpy arrays, and lists, tuples (which come back as lists) and dicts of these.
+    bytes, numpy arrays, and lists, tuples (which come back as lists) and dicts of these; or a declaration.
     Raises ExtrasError for anything else, and for more than 1 MiB.
     """
     if not extras and not items and not always:
         return None
-    plain = {name: _encode(_state_of(value), name) for name, value in (extras or {}).items()}
-    text = ProcessExtras(plain, items).to_text()
+    given = extras or {}
+    plain = {name: _encode(_state_of(undeclared(value)), name) for name, value in given.items()}
+    same = frozenset(name for name, value in given.items() if isinstance(value, GlobalExtras))
+    text = ProcessExtras(plain, items, same).to_text()
     if len(text) > MAX_BYTES:
         sizes = {name: len(ProcessExtras({name: value}).to_text()) for name, value in plain.items()}
         sizes |= {name: len(ProcessExtras(items={name: item}).to_text()) for name, item in items.items()}
@@ -108,23 +150,50 @@ def capture(extras: Mapping[str, Any] | None, items: Mapping[str, Item], *, alwa
     return text
 
 
-def deliver(saved: SavedExtras, wanted: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The saved extras as data; those for which `wanted` has an object with `set_state()` are put back into it.
+def convert(
+    targets: Mapping[str, Any], saved: Mapping[int, ProcessExtras], saved_by: int, process: int, count: int
+) -> ProcessExtras | None:
+    """The extras of one of `count` processes from those that another number of processes, `saved_by`, saved.
 
-    Raises ExtrasError when something wanted is not there.
+    Args:
+      targets: what is wanted: all that `ReshardedExtras` say how to make is made.
+      saved: by process that saved them; of values that are the same everywhere one process's are enough.
+
+    None where nothing can be had so. Raises ExtrasError where states are missing or cannot be made.
     """
-    values = {name: _decode(value) for name, value in saved.own.values.items()} if saved.own else {}
-    for name, target in (wanted or {}).items():
-        if not hasattr(target, "set_state"):
+    first = saved[min(saved)] if saved else ProcessExtras()
+    values = {name: first.values[name] for name in sorted(first.same_everywhere)}
+    for name, target in targets.items():
+        if not isinstance(target, ReshardedExtras):
             continue
-        if name not in values:
-            found = f"the checkpoint holds {sorted(values)}" if saved.own else saved.why_none
+        having = {p for p, each in saved.items() if name in each.values}
+        missing = [p for p in range(saved_by) if p not in having]
+        if missing and (having or len(saved) < saved_by):
             raise ExtrasError(
-                f"extras {name!r} are wanted, but {found}. Restore without these extras, and put what they "
-                "were for (a data iterator, say) into its place yourself."
+                f"extras {name!r} were saved by {saved_by} processes, and those of {processes_named(missing)} "
+                "are on no ramdisk and not in the persistent tier. Restore an older step, or without them."
             )
-        target.set_state(values[name])
-    return values
+        if not missing:
+            states = [_decode(saved[p].values[name]) for p in range(saved_by)]
+            values[name] = _encode(_resharded(name, target, states, process, count), name)
+    resharded = {name for name, target in targets.items() if isinstance(target, ReshardedExtras)}
+    made = ProcessExtras(values, {}, first.same_everywhere - resharded)
+    if len(made.to_text()) > MAX_BYTES:
+        raise ExtrasError(
+            f"the extras that were made of those of {saved_by} processes take {len(made.to_text())} bytes, at "
+            f"most {MAX_BYTES} are allowed"
+        )
+    return made if values else None
+
+
+def _resharded(name: str, target: ReshardedExtras, states: list[Any], process: int, count: int) -> Any:
+    try:
+        return target.reshard(states, process, count)
+    except Exception as error:
+        raise ExtrasError(
+            f"the reshard function of extras {name!r} failed for process {process} of {count} with the states "
+            f"of {len(states)}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def fits(item: Item) -> bool:

@@ -1,39 +1,50 @@
 """How each process of a restore gets its extras: from its ramdisk, from whoever kept them, or with the arrays.
 
-Extras belong to one process of a job of one size. Items may be written by one process for all, by convention
-process 0, so that its items are sent to the others where items are wanted.
+Extras belong to one process of a job of one size; where another number of processes saved them, each makes its
+own of what was declared, and those that keep them get them at once, as at a save. Items may be written by one
+process for all, by convention process 0, so that its items are sent to the others where items are wanted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 from etils import epath
 
 from emergency_ckpt.core.extras import Item, ProcessExtras, joined_items
+from emergency_ckpt.core.placement import extras_keepers
 from emergency_ckpt.core.restore_plan import CommonPlan
 from emergency_ckpt.errors import CorruptDataError
 from emergency_ckpt.local.manifest import Manifest
 from emergency_ckpt.persistent.reader import StepReader
-from emergency_ckpt.runtime.extras import SavedExtras
+from emergency_ckpt.runtime.extras import SavedExtras, WantedExtras, convert
 from emergency_ckpt.runtime.job import Job
 
 
 class ExtrasExchange:
     """The extras of one process in one round of a restore."""
 
-    def __init__(self, job: Job, plan: CommonPlan, items: Collection[str]) -> None:
-        """`items`: the names of those that are wanted; the same on all processes."""
+    def __init__(self, job: Job, plan: CommonPlan, wanted: WantedExtras) -> None:
+        """`wanted`: the same on all processes."""
         self._job = job
         self._plan = plan
-        self._items = items
+        self._wanted = wanted
+        self._items = wanted.items
         self._text: str | None = None
+        self._is_converted = False
+        self._lacks_some = False
+        self._of_others: dict[int, str] = {}
         self._why_none = f"{plan.step} was saved without any"
 
     @property
     def own(self) -> dict[int, str]:
-        """This process's extras as a manifest keeps them; empty where there are none."""
-        return {} if self._text is None else {self._job.process: self._text}
+        """This process's extras as a manifest keeps them, and new ones that it keeps for others.
+
+        Nothing where some that are wanted could not be made: what they are to be made of must not be hidden.
+        """
+        if self._text is None or self._lacks_some:
+            return {}
+        return {self._job.process: self._text, **self._of_others}
 
     def give(self, key: str) -> None:
         """Sends the extras that this process keeps for those that lost theirs."""
@@ -47,10 +58,18 @@ class ExtrasExchange:
                     f"process {job.process} no longer has the extras of process {ward} for {step}"
                 )
             job.coordinator.put(f"{key}/extras/{ward}", text.encode())
+        asked = [owner for owner in self._asked_owners if self._plan.extras_kept[owner] == job.process]
+        slot = job.local.sealed(step) if asked else None
+        for owner in asked:
+            text = slot.manifest.extras.get(owner) if slot else None
+            job.coordinator.put(f"{key}/kept/{owner}", (text or "").encode())
 
     def collect(self, key: str) -> None:
         """This process's extras from whoever keeps them; after a renumbering that may be another process."""
         job = self._job
+        if self._plan.extras_kept:
+            self._collect_kept(key)
+            return
         keeper = self._plan.extras_from[job.process]
         if keeper is None:
             return
@@ -62,7 +81,9 @@ class ExtrasExchange:
         self._text = slot.manifest.extras.get(job.process) if slot else None
 
     def take_persistent(self, reader: StepReader) -> None:
-        """Takes those of this process from the persistent step, if a job of this size saved it."""
+        """Takes those of this process from the persistent step, or what can be made of those that are there."""
+        if self._plan.extras_kept:
+            return  # They came from ramdisks.
         saved = reader.extras
         if len(saved) == self._job.topology.process_count:
             text = saved.get(str(self._job.process))
@@ -71,6 +92,7 @@ class ExtrasExchange:
             self._text = text.decode(errors="replace")
         elif saved:
             self._why_none = self._of_another_job(len(saved))
+            self._convert(_parsed(saved), len(saved))
 
     def note_saved_by(self, manifest: Manifest) -> None:
         """Remembers why there may be none: the slot was sealed by a job of another size."""
@@ -85,11 +107,13 @@ class ExtrasExchange:
     def saved(self, key: str) -> SavedExtras:
         """What there is beside the arrays, in the memory of this process or in the persistent step."""
         own = ProcessExtras.from_text(self._text) if self._text is not None else None
+        converted = self._is_converted
         if not self._items:
-            return SavedExtras(own, self._why_none)
+            return SavedExtras(own, self._why_none, is_converted=converted)
         found = self._job.coordinator.get(f"{key}/items", self._job.settings.coordination_timeout).decode()
         parts = [part for part in (own, ProcessExtras.from_text(found) if found else None) if part]
-        return SavedExtras(own, self._why_none, joined_items(parts) or self._persistent_items())
+        items = joined_items(parts) or self._persistent_items()
+        return SavedExtras(own, self._why_none, items, converted)
 
     def _persistent_items(self) -> Mapping[str, Item | epath.Path]:
         """Items of a step of another job size, or of another program."""
@@ -101,8 +125,57 @@ class ExtrasExchange:
             return joined_items(ProcessExtras.from_text(data.decode()) for _, data in saved)
         return {name: path for name in self._items if (path := epath.Path(reader.path) / name).is_dir()}
 
+    @property
+    def _asked_owners(self) -> list[int]:
+        """The processes of a job of another size whose extras are sent: all, or one where that is enough."""
+        kept = [owner for owner, keeper in enumerate(self._plan.extras_kept) if keeper is not None]
+        return kept if self._wanted.reshards else kept[:1]
+
+    def _collect_kept(self, key: str) -> None:
+        """Makes this process's extras of those of a job of another size, and tells those who keep them."""
+        job, plan = self._job, self._plan
+        saved_by, timeout = len(plan.extras_kept), job.settings.coordination_timeout
+        self._why_none = self._of_another_job(saved_by)
+        found = {
+            str(owner): data
+            for owner in self._asked_owners
+            if (data := job.coordinator.get(f"{key}/kept/{owner}", timeout))
+        }
+        if self._wanted.reshards and len(found) < saved_by:
+            found = {**self._persistent_extras(saved_by), **found}
+        keepers = extras_keepers(job.topology.process_slice)
+        try:
+            self._convert(_parsed(found), saved_by)
+        finally:  # Nobody waits for a process that could not make its own.
+            if keepers[job.process]:
+                made = self.own.get(job.process, "")
+                job.coordinator.put(f"{key}/converted/{job.process}", made.encode())
+        for ward, by in enumerate(keepers):
+            if job.process in by and (data := job.coordinator.get(f"{key}/converted/{ward}", timeout)):
+                self._of_others[ward] = data.decode()
+
+    def _convert(self, saved: Mapping[int, ProcessExtras], saved_by: int) -> None:
+        job = self._job
+        count = job.topology.process_count
+        made = convert(self._wanted.targets, saved, saved_by, job.process, count)
+        self._is_converted = True
+        self._text = made.to_text() if made else None
+        self._lacks_some = made is None or not self._wanted.needed <= made.values.keys()
+
+    def _persistent_extras(self, saved_by: int) -> Mapping[str, bytes]:
+        """Those of the same step in the persistent tier, if it is there and so many processes saved it."""
+        if all(held.step_id != self._plan.step for held in self._job.persistent.steps()):
+            return {}
+        saved = self._job.open_persistent(self._plan.step).extras
+        return saved if len(saved) == saved_by else {}
+
     def _of_another_job(self, processes: int) -> str:
         return (
             f"{self._plan.step} was saved by {processes} processes and this job has "
-            f"{self._job.topology.process_count}, so that no process can tell which of them are its own"
+            f"{self._job.topology.process_count}, so that no process can tell which of them are its own: save "
+            "them as GlobalExtras where they are the same on all processes, or restore them as ReshardedExtras"
         )
+
+
+def _parsed(saved: Mapping[str, bytes]) -> dict[int, ProcessExtras]:
+    return {int(p): ProcessExtras.from_text(text.decode(errors="replace")) for p, text in saved.items()}

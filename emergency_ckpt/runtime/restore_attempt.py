@@ -70,7 +70,7 @@ class Attempt:
         self._whole: Hydrated | None = None
         self._receiving: Hydration | None = None
         self._boxes: Mapping[str, Any] = {}
-        self._extras = ExtrasExchange(job, plan.common, wanted.beside.items)
+        self._extras = ExtrasExchange(job, plan.common, wanted.beside)
 
     def run(self, key: str) -> Setbacks:
         """Makes this process's slot whole, or reads the wanted part of it.

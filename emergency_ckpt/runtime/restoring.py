@@ -34,6 +34,7 @@ from emergency_ckpt.runtime.setbacks import Setbacks
 from emergency_ckpt.runtime.survey import Survey, own_inventory, take_survey
 from emergency_ckpt.runtime.wanted import Wanted, whole_state
 from emergency_ckpt.telemetry.events import RejectedStepEvent, RestoreEvent, SourceBytes
+from emergency_ckpt.telemetry.metrics import Metric
 from emergency_ckpt.telemetry.units import format_seconds
 
 
@@ -75,6 +76,7 @@ class Restorer:
         self._mesh = mesh
         axis = job.settings.replica_axis
         self._replica_axis = str(axis if isinstance(axis, str) else mesh.axis_names[axis])
+        self._told_differing: set[StepId] = set()
         self.remaining: tuple[StepId, ...] = ()  # what the last failed restore left restorable, oldest first
 
     def survey(self, call: str) -> Survey:
@@ -235,6 +237,7 @@ class Restorer:
                 "reason": reason,
                 "remaining": [[step.generation, step.step] for step in remaining],
                 "mismatch": self._mismatch(planner, plan, wanted) if plan else "",
+                "differing": list(planner.differing(plan.step, strikes)) if plan else [],
             }
 
         # All say that they are here: nobody waits for a silent process as long as for one that reads.
@@ -248,8 +251,26 @@ class Restorer:
             asked = "No step can be restored" if step is None else f"Step {step} cannot be restored"
             other = "" if newest is None else f" The newest restorable step is {newest}."
             raise NoRestorableStepError(f"{asked}: {answer['reason']}.{other}")
+        self._tell_differing(StepId(*answer["plan"]["step"]), answer["differing"])
         own = json.loads(job.coordinator.get(f"{key}/own/{job.process}", timeout))
         return PlanOfOne.from_json(job.process, answer["plan"], own)
+
+    def _tell_differing(self, step: StepId, processes: list[int]) -> None:
+        """Copies that differ are counted on all processes, once per step and manager."""
+        if not processes or step in self._told_differing:
+            return
+        self._told_differing.add(step)
+        log = self._job.log
+        log.metrics.add(Metric.REPLICA_DIVERGENCES)
+        log.metrics.set(Metric.LAST_DIVERGENT_STEP, step.step)
+        if self._job.leads:
+            log.error(
+                "restore",
+                step.step,
+                f"replicas differ: {processes_named(processes)} sealed other bytes than most of those with the "
+                "same shards, or than the lowest slice where none are most, and get the bytes of these. A "
+                "device or memory damaged data silently: the lines of operation 'replicas' of its save tell",
+            )
 
     def _mismatch(self, planner: Planner, plan: RestorePlan, wanted: Wanted) -> str:
         """Why the step of the plan cannot give every wanted leaf; empty if it can."""

@@ -20,6 +20,7 @@ from emergency_ckpt.core.checksums import ShardWriter, shard_seed
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.core.outcomes import OutcomeRecord
 from emergency_ckpt.core.placement import extras_keepers
+from emergency_ckpt.core.replicas import Fingerprints
 from emergency_ckpt.core.schedule import Due
 from emergency_ckpt.core.slots import Outcome
 from emergency_ckpt.errors import (
@@ -35,6 +36,7 @@ from emergency_ckpt.local.manifest import Manifest
 from emergency_ckpt.local.slot_views import OpenSlot
 from emergency_ckpt.runtime.copying import Copying
 from emergency_ckpt.runtime.job import Job
+from emergency_ckpt.runtime.replicas import Published, ReplicaComparison
 from emergency_ckpt.telemetry.events import SaveEvent, SkippedSaveEvent
 from emergency_ckpt.telemetry.metrics import Metric
 
@@ -66,6 +68,8 @@ class _Task:
     slot: OpenSlot | None = None
     snapshot: Snapshot | None = None
     checksums: tuple[tuple[int, ...], ...] | None = None
+    fingerprints: tuple[Fingerprints, ...] = ()
+    published: Published | None = None
     abandon_reason: str = ""
     sealed: bool = False
     succeeded: bool = False  # sealed, and its copies are in place
@@ -86,6 +90,14 @@ class SavePipeline(Worker[_Task]):
         self._drain = drain
         self._agreement = OutcomeAgreement(job.coordinator, job.generation.number)
         self._keepers = extras_keepers(job.topology.process_slice)
+        self._replicas = ReplicaComparison(
+            job.coordinator,
+            job.device_layout,
+            job.topology,
+            job.log,
+            job.settings.coordination_timeout,
+            job.settings.on_replica_divergence,
+        )
         self._seeds = {
             shard: shard_seed(job.generation.number, job.layout, shard)
             for shard in job.device_layout.process_shards[job.process]
@@ -223,6 +235,7 @@ class SavePipeline(Worker[_Task]):
     def _resolve(self, task: _Task, *, report: bool, sealed_seconds: float | None) -> None:
         """Reports on a save and learns its outcome. Where that fails, the save stays unresolved."""
         if report and task.succeeded:
+            task.published = self._replicas.publish(self._agreement.keys_of(task.ordinal), task.fingerprints)
             self._agreement.report_sealed(task.ordinal)
         elif report:
             self._withhold_extras(task)
@@ -232,6 +245,17 @@ class SavePipeline(Worker[_Task]):
         self._unresolved.remove(task)
         self._settle(task, record.outcome)
         self._report(task, record, sealed_seconds)
+        if record.outcome is Outcome.COMPLETE and task.published is not None:
+            self._compare_replicas(task.step, task.published)
+
+    def _compare_replicas(self, step: StepId, published: Published) -> None:
+        try:
+            divergence = self._replicas.compare(step, published)
+        except EmergencyCheckpointError as error:
+            self._job.log.warning("replicas", step.step, f"replicas could not be compared: {error}")
+            return
+        if divergence is not None:
+            self.note(divergence)
 
     def _seal(self, task: _Task, slot: OpenSlot) -> None:
         job = self._job
@@ -258,6 +282,7 @@ class SavePipeline(Worker[_Task]):
         )
         job.local.seal(slot, manifest)
         task.sealed = True
+        task.fingerprints = self._replicas.fingerprints(manifest, job.layout)
 
     def _fill(self, slot: OpenSlot, snapshot: Snapshot) -> tuple[tuple[int, ...], ...]:
         slot.wait_ready()

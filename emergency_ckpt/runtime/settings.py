@@ -63,6 +63,7 @@ class Settings:
       host_platforms: platforms whose arrays are in this host's memory already.
       agent: how the agent of each host is started; None: none is.
       local_copies: in how many failure domains each shard of a local step lies at least.
+      on_replica_divergence: whether copies that differ are an error beside a line in the log.
     """
 
     persistent_directory: Path
@@ -96,6 +97,7 @@ class Settings:
         default_factory=lambda: AgentOptions(idle_seconds=IDLE_SECONDS)
     )
     local_copies: int = 1
+    on_replica_divergence: Literal["warn", "raise"] = "warn"
 
     @property
     def wanted_slots(self) -> int:
@@ -139,6 +141,7 @@ def settings_from_config(config: Config) -> Settings:
         agent=_agent_options(config),
         local_copies=config.local_checkpoint_copies,
         log_format=config.checkpoint_log_format,
+        on_replica_divergence=config.on_replica_divergence,
     )
 
 

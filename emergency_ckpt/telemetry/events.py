@@ -216,3 +216,52 @@ class RejectedStepEvent(Event):
 
     def describe(self) -> str:
         return f"rejected the step of generation {self.saved_generation}, trying an older one: {self.reason}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReplicaDivergenceEvent(Event):
+    """Copies of a leaf that must be equal are not, as the checksums of a complete save tell.
+
+    Attributes:
+      leaf: its name. boxes: the parts of it that differ; empty where it is no array.
+      deviating: the processes that have not what most have; empty where that cannot be told.
+      versions: the processes that hold the same bytes, most of them first.
+      slices: per entry of `versions`, their slices.
+    """
+
+    operation: ClassVar[str] = "replicas"
+    step: int
+    leaf: str
+    boxes: tuple[str, ...]
+    deviating: tuple[int, ...]
+    versions: tuple[tuple[int, ...], ...]
+    slices: tuple[tuple[int, ...], ...]
+
+    @property
+    def severity(self) -> Severity:
+        return "error"
+
+    def describe(self) -> str:
+        more = f" and {len(self.boxes) - _NAMED_BOXES} more parts" if len(self.boxes) > _NAMED_BOXES else ""
+        where = ", ".join(self.boxes[:_NAMED_BOXES]) + more
+        copies = [
+            f"{_counted('slice', slices)} ({_counted('process', processes)})"
+            for slices, processes in zip(self.slices, self.versions, strict=True)
+        ]
+        if self.deviating:
+            who = f"not what most have is in {', '.join(copies[1:])}; most: {copies[0]}"
+        else:
+            who = f"{' and '.join(copies)} differ, and nothing tells which of them is right"
+        return (
+            f"replicas of {self.leaf}{where} differ, so some device or memory there damages data silently: "
+            f"{who}. Check these hosts and replace the bad one; a restore gives all the bytes of the majority, "
+            "or else those of the lowest slice"
+        )
+
+
+_NAMED_BOXES = 3
+
+
+def _counted(noun: str, numbers: tuple[int, ...]) -> str:
+    plural = noun if len(numbers) == 1 else f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    return f"{plural} {', '.join(map(str, numbers))}"

@@ -14,6 +14,7 @@ from emergency_ckpt.telemetry.events import (
     DrainEvent,
     Event,
     RejectedStepEvent,
+    ReplicaDivergenceEvent,
     RestoreEvent,
     SaveEvent,
     SkippedSaveEvent,
@@ -67,6 +68,14 @@ class Metric(enum.Enum):
     LAST_RESTORE_SECONDS = MetricSpec("last_restore_seconds", "gauge", "duration of the last restore")
     LAST_RESTORED_STEP = MetricSpec("last_restored_step", "gauge", "step of the last restore")
     STEPS_REJECTED = MetricSpec("steps_rejected", "counter", "steps that could not be restored although listed")
+    REPLICA_DIVERGENCES = MetricSpec(
+        "replica_divergences",
+        "counter",
+        "leaves of saved steps, and restored steps, whose copies were not equal",
+    )
+    LAST_DIVERGENT_STEP = MetricSpec(
+        "last_divergent_step", "gauge", "newest step in which copies were not equal"
+    )
 
 
 class Metrics:
@@ -136,6 +145,9 @@ class Metrics:
                 values.pop(Metric.LAST_COMMITTED_STEP, None)
             case RejectedStepEvent():
                 values[Metric.STEPS_REJECTED] += 1
+            case ReplicaDivergenceEvent():
+                values[Metric.REPLICA_DIVERGENCES] += 1
+                values[Metric.LAST_DIVERGENT_STEP] = event.step
 
     def _raise_to(self, metric: Metric, value: float) -> None:
         """Outcomes and commits may be reported out of order; the newest step must not go back."""

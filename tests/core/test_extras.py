@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 
 import pytest
@@ -22,6 +23,10 @@ json_values = st.recursive(
 )
 extras = st.builds(
     ProcessExtras, st.dictionaries(names, json_values, max_size=2), st.dictionaries(names, items, max_size=2)
+).flatmap(
+    lambda made: st.sets(st.sampled_from(sorted(made.values) or [""])).map(
+        lambda same: dataclasses.replace(made, same_everywhere=frozenset(same & made.values.keys()))
+    )
 )
 
 
@@ -46,7 +51,17 @@ def test_damaged_text_is_refused_or_still_extras(given_extras: ProcessExtras, da
         assert isinstance(ProcessExtras.from_text(damaged), ProcessExtras)
 
 
-@pytest.mark.parametrize("raw", [[], {}, {"values": 1, "items": {}}, {"values": {}, "items": {"a": 1}}, None])
+@pytest.mark.parametrize(
+    "raw",
+    [
+        [],
+        {},
+        {"values": 1, "items": {}},
+        {"values": {}, "items": {}, "global": ["a"]},
+        {"values": {}, "items": {"a": 1}},
+        None,
+    ],
+)
 def test_other_json_is_refused(raw: object) -> None:
     with pytest.raises(CorruptDataError):
         ProcessExtras.from_text(json.dumps(raw))

@@ -28,6 +28,7 @@ plans = st.builds(
     st.tuples(*[own_plans] * 4),
     st.tuples(*[keepers] * 4),
     st.text(max_size=20),
+    st.lists(keepers, max_size=9).map(tuple),
 )
 
 
@@ -107,6 +108,10 @@ def test_damaged_plans_are_refused_or_sound(plan: RestorePlan, data: st.DataObje
         (0, "readers", [2]),
         (0, "readers", [1]),
         (0, "reason", 5),
+        (0, "saved_by", 10**12),
+        (0, "saved_by", 4),
+        (0, "extras_kept", [[3, 0]]),
+        (0, "extras_kept", [[1, None]]),
         (1, "takes", [[2, 0, 0, [1]]]),
         (1, "takes", [[0, 1, 0, [1]]]),
         (1, "takes", [[0, 0, 0, [1, 1]]]),
@@ -122,7 +127,7 @@ def test_damaged_plans_are_refused_or_sound(plan: RestorePlan, data: st.DataObje
 def test_contradictions_are_refused(part: int, key: str, value: Any) -> None:
     take = Take(0, "h" * 32, 0, (0, 1))
     plan = RestorePlan(
-        StepId(1, 2), (ProcessPlan(in_place=True), ProcessPlan(takes=(take,))), (0, 1), "because"
+        StepId(1, 2), (ProcessPlan(in_place=True), ProcessPlan(takes=(take,))), (0, 1), "because", (None, 0, 1)
     )
     raw: Any = [plan.common_json(), plan.process_json(1)]
     assert PlanOfOne.from_json(1, *raw) == plan.of(1)

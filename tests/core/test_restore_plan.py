@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -291,6 +292,37 @@ def test_extras_of_a_job_of_another_size_belong_to_nobody() -> None:
     plan, _ = seen_from(saved, wanted.layout, wanted.groups, [1]).plan()
     assert plan is not None
     assert plan.extras_from == (None,)
+    assert plan.extras_kept == (0, 0)  # What may be made of them is for those who restore.
+
+
+def test_extras_of_a_job_of_another_size_are_told_with_those_that_nobody_has() -> None:
+    saved = with_extras(make_planner(4, 1, {StepId(1, 7): {0, 1}}), {0: (0, 3), 1: (1, 0)})
+    wanted = make_planner(3, 1, {})
+    plan, _ = seen_from(saved, wanted.layout, wanted.groups, [0, 1, 2]).plan()
+    assert plan is not None
+    assert plan.extras_from == (None,) * 3
+    assert plan.extras_kept == (0, 1, None, 0)
+
+
+@pytest.mark.parametrize(
+    ("made", "extras_from", "extras_kept"),
+    [((0, 1), (2, 2), ()), ((1,), (None, None), (0, 0, 0))],
+    ids=["all were made", "some are lost"],
+)
+def test_extras_that_were_made_for_this_size_come_first_if_all_are_there(
+    made: tuple[int, ...], extras_from: tuple[int | None, ...], extras_kept: tuple[int | None, ...]
+) -> None:
+    """Process 0 still has a slot of three; process 1 of a job of two has filled one anew."""
+    step = StepId(1, 7)
+    before = with_extras(make_planner(3, 1, {step: {0}}), {0: (0, 1, 2)})
+    after = with_extras(make_planner(2, 1, {step: {1}}), {1: made})
+    holdings = {0: before.inventories[0].holdings, 1: after.inventories[1].holdings}
+    others = {before.layout.hash: OtherLayout(before.layout)}
+    inventories = tuple(dataclasses.replace(i, holdings=holdings[i.process]) for i in after.inventories)
+    plan, _ = dataclasses.replace(after, inventories=inventories, others=others).plan()
+    assert plan is not None
+    assert plan.extras_from == tuple(None if p is None else 1 for p in extras_from)
+    assert plan.extras_kept == extras_kept
 
 
 def test_hosts_that_changed_places_within_a_slice_give_each_other_their_shards() -> None:

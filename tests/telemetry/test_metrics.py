@@ -9,6 +9,7 @@ import pytest
 from emergency_ckpt.telemetry.events import (
     DrainEvent,
     RejectedStepEvent,
+    ReplicaDivergenceEvent,
     RestoreEvent,
     SaveEvent,
     SkippedSaveEvent,
@@ -38,6 +39,9 @@ def test_events_are_counted_by_what_became_of_them() -> None:
         DrainEvent(step=20, bytes=5, seconds=1, result="failed"),
         DrainEvent(step=20, bytes=0, seconds=1, result="superseded"),
         RejectedStepEvent(step=20, saved_generation=1, reason="damaged"),
+        ReplicaDivergenceEvent(
+            step=10, leaf="w", boxes=("[0:4]",), deviating=(), versions=((0,), (1,)), slices=((0,), (1,))
+        ),
     ):
         metrics.observe(event)
     assert metrics.snapshot() == {
@@ -60,6 +64,8 @@ def test_events_are_counted_by_what_became_of_them() -> None:
         "copied_bytes": 0,
         "fetched_bytes": 0,
         "steps_rejected": 1,
+        "replica_divergences": 1,
+        "last_divergent_step": 10,
     }
 
 
