@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Collection, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
     from emergency_ckpt.config import Config
 
 
+AGENT_VARIABLE = "EMERGENCY_CKPT_AGENT"
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """How one manager works.
@@ -62,6 +66,7 @@ class Settings:
       event_listener: gets the fields of every event.
       host_platforms: platforms whose arrays are in this host's memory already.
       agent: how the agent of each host is started; None: none is.
+      flush_on_trainer_exit: whether agents drain the newest complete step when their trainers die.
     """
 
     persistent_directory: Path
@@ -92,8 +97,9 @@ class Settings:
     event_listener: EventListener | None = None
     host_platforms: Collection[str] = HOST_PLATFORMS
     agent: AgentOptions | None = dataclasses.field(
-        default_factory=lambda: AgentOptions(idle_seconds=IDLE_SECONDS)
+        default_factory=lambda: default_agent(AgentOptions(idle_seconds=IDLE_SECONDS))
     )
+    flush_on_trainer_exit: bool = True
 
     @property
     def wanted_slots(self) -> int:
@@ -105,6 +111,17 @@ class Settings:
     @property
     def least_slots(self) -> int:
         return 2 if self.local_directory is None else self.local_max_to_keep + 1
+
+
+def default_agent(options: AgentOptions) -> AgentOptions | None:
+    """For those who cannot say it by a flag: the environment may say that no agents are wanted.
+
+    Raises ConfigError for another value than `auto` and `off`.
+    """
+    said = os.environ.get(AGENT_VARIABLE, "auto")
+    if said not in ("auto", "off"):
+        raise ConfigError(f"the variable {AGENT_VARIABLE} is {said!r}; expected auto or off")
+    return options if said == "auto" else None
 
 
 def settings_from_config(config: Config) -> Settings:
@@ -135,6 +152,7 @@ def settings_from_config(config: Config) -> Settings:
         read_bytes=concurrent_bytes,
         foreign_run=config.local_checkpoint_foreign_run,
         agent=_agent_options(config),
+        flush_on_trainer_exit=config.agent_flush_on_trainer_exit,
         log_format=config.checkpoint_log_format,
     )
 
