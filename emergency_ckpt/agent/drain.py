@@ -195,13 +195,15 @@ class DrainWorker(Worker[_Request]):
                 holders=tuple(range(slot.layout.process_count)),
                 commits=job.process == job.committer,
             )
-            nbytes = job.runner.run(share, slot, lambda: self._given_up(attempt))
+            # Only the committer waits for others, and so for their failures.
+            stop = (lambda: self._given_up(attempt)) if share.commits else (lambda: None)
+            nbytes = job.runner.run(share, slot, stop)
+            if share.commits:
+                self._tidy(request.step)
+                return job.board.announce(attempt, Verdict("committed")), nbytes
         finally:
             # Others may write on; this slot is not needed any more.
             job.local.unpin(request.slot)
-        if share.commits:
-            self._tidy(request.step)
-            return job.board.announce(attempt, Verdict("committed")), nbytes
         return self._await_verdict(attempt), nbytes
 
     def _given_up(self, attempt: Attempt) -> str | None:

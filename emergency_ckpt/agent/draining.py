@@ -80,6 +80,8 @@ def carry_out(
     attempt = _attempt(destination, share.step, share.ordinal)
     try:
         store.check_generation(attempt)
+        if store.is_committed(attempt):
+            return 0  # By an agent that died before it could say so, or by one that took over.
         report = _write(store, destination, share, attempt, slot)
         if share.commits:
             timeout = destination.timeout_seconds

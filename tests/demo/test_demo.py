@@ -26,7 +26,7 @@ def test_the_demo_loses_a_slice_and_comes_to_the_same_end(
     assert 8 <= reached < 25
     # Within the local period of 5, and one more where the newest save was still on its way.
     assert reached - 10 < restored <= reached
-    assert summary["sources"] == ["own slot", "broadcast from slice 0"]
+    assert summary["sources"] == ["own slot", "process 0"]
     assert summary["steps_lost"] == reached - restored
     assert summary["steps_lost_persistent_only"] == reached - 1
     assert summary["final_loss"] < summary["first_loss"]
