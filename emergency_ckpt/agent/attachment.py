@@ -25,8 +25,13 @@ class Attachment:
     """
 
     def __init__(
-        self, endpoint: Endpoint, timeout: timedelta = _SILENCE_LIMIT, dial: str | None = None
+        self,
+        endpoint: Endpoint,
+        timeout: timedelta = _SILENCE_LIMIT,
+        dial: str | None = None,
+        trainer: str | None = None,
     ) -> None:
+        self._page = "/v1/attach" if trainer is None else f"/v1/attach?trainer={trainer}"
         self._connection = PeerConnection(endpoint, timeout, dial)
         self._changed = threading.Condition()
         self._attached = False
@@ -66,7 +71,7 @@ class Attachment:
 
     def _hold(self) -> None:
         try:
-            self._connection.exchange("GET", "/v1/attach", self._listen)
+            self._connection.exchange("GET", self._page, self._listen)
             lost = PeerUnavailableError(
                 f"the agent at {self._connection.endpoint} has left. What to do: start it again.", "left"
             )
@@ -90,9 +95,15 @@ class Attachment:
                 self._changed.notify_all()
 
 
-def attach(endpoint: Endpoint, timeout: timedelta = _SILENCE_LIMIT, dial: str | None = None) -> Attachment:
+def attach(
+    endpoint: Endpoint,
+    timeout: timedelta = _SILENCE_LIMIT,
+    dial: str | None = None,
+    trainer: str | None = None,
+) -> Attachment:
     """Tells the agent that this process needs it, until the attachment is closed or this process ends.
 
-    `timeout` is how long the agent may be silent. Raises PeerUnavailableError.
+    `timeout` is how long the agent may be silent, `trainer` the id under which this process registers what it
+    works on. Raises PeerUnavailableError.
     """
-    return Attachment(endpoint, timeout, dial)
+    return Attachment(endpoint, timeout, dial, trainer)

@@ -37,13 +37,19 @@ _CACHED_BYTES = 1024 * 1024
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SlotHolding:
-    """A slot that an agent says it has; nothing of it is verified. `bytes` is the size of its file."""
+    """A slot that an agent says it has; nothing of it is verified.
+
+    `bytes` is the size of its file, `missing` the number of shards that are not good in it, `extras_of` the
+    processes whose extras are kept with it.
+    """
 
     id: SlotId
     nonce: str
     digest: str
     listed: bool
     bytes: int
+    missing: int = 0
+    extras_of: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -324,9 +330,11 @@ def _groups(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
 
 
 def _holding(row: Any) -> SlotHolding:
-    numbers = [row[name] for name in ("generation", "step", "position", "bytes")]
+    numbers = [row[name] for name in ("generation", "step", "position", "bytes", "missing")]
+    numbers += row["extras_of"]
     if any(type(number) is not int for number in numbers) or type(row["listed"]) is not bool:
         raise ValueError(f"not numbers: {row!r:.120}")
-    generation, step, position, nbytes = numbers
+    generation, step, position, nbytes, missing, *extras_of = numbers
     slot = SlotId(str(row["run"]), StepId(generation, step), str(row["layout"]), position)
-    return SlotHolding(slot, str(row["nonce"]), str(row["digest"]), row["listed"], nbytes)
+    nonce, digest = str(row["nonce"]), str(row["digest"])
+    return SlotHolding(slot, nonce, digest, row["listed"], nbytes, missing, tuple(extras_of))

@@ -249,15 +249,15 @@ class PeerConnection:
                 self.close()  # What is left of the answer must not be taken for the next one.
                 raise
 
-    def read_json(self, method: str, address: str) -> Any:
+    def read_json(self, method: str, address: str, body: bytes | None = None) -> Any:
         """One request whose answer is JSON. Raises PeerUnavailableError."""
-        data = self.read_bytes(method, address, _MAX_JSON_BYTES)
+        data = self.read_bytes(method, address, _MAX_JSON_BYTES, body)
         try:
             return json.loads(data)
         except (ValueError, RecursionError) as error:
             raise self._error(f"answers {address} with something that is no JSON", "nonsense") from error
 
-    def read_bytes(self, method: str, address: str, most_bytes: int) -> bytes:
+    def read_bytes(self, method: str, address: str, most_bytes: int, body: bytes | None = None) -> bytes:
         """One request whose answer has at most `most_bytes`. Raises PeerUnavailableError."""
 
         def read(answer: Answer) -> bytes:
@@ -272,7 +272,7 @@ class PeerConnection:
             answer.read_into(memoryview(data))
             return bytes(data)
 
-        return self.exchange(method, address, read)
+        return self.exchange(method, address, read, body=body)
 
     def _exchange(
         self, method: str, address: str, read: Callable[[Answer], _T], body: bytes | None, answer_bytes: int

@@ -1,35 +1,36 @@
-"""Drains: a sealed step moves from the ramdisk into the persistent tier, in the background.
+"""The drain worker of a trainer: sealed steps go to the persistent tier one after the other, in the background.
 
-Every process writes its share of the shards; one commits. The slot is pinned while it is read, every block is
-verified before it counts, and a store that fails makes noise but never stops the training.
+A drain is carried out by a runner, in this process or in the agent of this host, by the same code
+(`agent.draining`). Here the processes of the job tell each other how it ended, and the trainer is told.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Protocol
 
+from emergency_ckpt.agent.draining import Stop, carry_out
+from emergency_ckpt.agent.host_agent import HostAgent
+from emergency_ckpt.agent.orders import Destination, Share
 from emergency_ckpt.agent.worker import Worker
 from emergency_ckpt.core.lineage import StepId
-from emergency_ckpt.core.upload_assignment import assign_uploads
 from emergency_ckpt.errors import (
+    AgentStartError,
     CoordinationTimeoutError,
     CorruptDataError,
     EmergencyCheckpointError,
+    LocalDirectoryError,
+    PeerUnavailableError,
     PersistentStoreError,
     StaleGenerationError,
 )
 from emergency_ckpt.local.slot_views import SealedSlot
 from emergency_ckpt.local.store import LocalStore
-from emergency_ckpt.persistent.arrays import WriteOptions
-from emergency_ckpt.persistent.committer import StepContent, commit
 from emergency_ckpt.persistent.store import Attempt, Generation, PersistentStore
-from emergency_ckpt.persistent.writer import PartReport, wait_for_parts, write_part
 from emergency_ckpt.telemetry.events import DrainEvent, DrainResult
 from emergency_ckpt.telemetry.log import CheckpointLogger
 
@@ -58,23 +59,68 @@ class VerdictBoard(Protocol):
         ...
 
 
+class Runner(Protocol):
+    """Where the share of this process in a drain is carried out."""
+
+    def run(self, share: Share, slot: SealedSlot, stop: Stop) -> int:
+        """Carries it out from `slot`, which is pinned in this process; returns the bytes of its part.
+
+        Raises what `draining.carry_out` raises.
+        """
+        ...
+
+
+class InProcess:
+    """Drains within the trainer: they end with it."""
+
+    def __init__(self, persistent: PersistentStore, destination: Destination) -> None:
+        self._persistent = persistent
+        self._destination = destination
+
+    def run(self, share: Share, slot: SealedSlot, stop: Stop) -> int:
+        return carry_out(self._persistent, self._destination, share, slot, stop)
+
+
+class ByAgent:
+    """Drains by the agent of this host: they outlive the trainer. Without an agent they run here."""
+
+    def __init__(
+        self, agent: HostAgent, destination: Destination, otherwise: Runner, log: CheckpointLogger
+    ) -> None:
+        self._agent = agent
+        self._destination = destination
+        self._otherwise = otherwise
+        self._log = log
+
+    def run(self, share: Share, slot: SealedSlot, stop: Stop) -> int:
+        try:
+            return self._agent.drain(self._destination, share, stop)
+        except (AgentStartError, LocalDirectoryError, PeerUnavailableError) as error:
+            self._log.error(
+                "drain",
+                share.step,
+                f"the agent of this host does not drain the step, the trainer does it itself: {error}",
+            )
+            return self._otherwise.run(share, slot, stop)
+
+
 @dataclasses.dataclass(frozen=True)
 class DrainJob:
     """What a drain worker works on: fixed for one generation of one process.
 
     Attributes:
+      runner: carries out what this process has to do.
       committer: the process that commits (every process names the same).
       on_commit: called in the committer after each commit, for retention.
       after_commit: the user's, called in every process after each commit.
     """
 
     local: LocalStore
-    persistent: PersistentStore
+    runner: Runner
     generation: Generation
     item: str
     process: int
     committer: int
-    options: WriteOptions
     timeout: timedelta
     board: VerdictBoard
     log: CheckpointLogger
@@ -134,69 +180,35 @@ class DrainWorker(Worker[_Request]):
 
     def _drain(self, request: _Request) -> tuple[Verdict, int]:
         job = self._job
-        commits = job.process == job.committer
         if request.slot is None:
             raise CorruptDataError(f"{request.step} is not on this ramdisk any more")
-        pinned = True
+        attempt = request.attempt
         try:
             slot = job.local.sealed(request.step)
             if slot is None or slot.index != request.slot:
                 raise CorruptDataError(f"{request.step} is no longer sealed in slot {request.slot}")
-            attempt = request.attempt
-            if commits:
-                report = self._commit(attempt, slot)
+            share = Share(
+                step=attempt.step,
+                ordinal=attempt.ordinal,
+                layout=slot.layout.hash,
+                position=job.process,
+                holders=tuple(range(slot.layout.process_count)),
+                commits=job.process == job.committer,
+            )
+            # Only the committer waits for others, and so for their failures.
+            stop = (lambda: self._given_up(attempt)) if share.commits else (lambda: None)
+            nbytes = job.runner.run(share, slot, stop)
+            if share.commits:
                 self._tidy(request.step)
-                return job.board.announce(attempt, Verdict("committed")), report.nbytes
-            report = self._write(attempt, slot)
-            # Others write the rest; this slot is not needed any more.
-            job.local.unpin(request.slot)
-            pinned = False
-            return self._await_verdict(attempt), report.nbytes
+                return job.board.announce(attempt, Verdict("committed")), nbytes
         finally:
-            if pinned:
-                job.local.unpin(request.slot)
+            # Others may write on; this slot is not needed any more.
+            job.local.unpin(request.slot)
+        return self._await_verdict(attempt), nbytes
 
-    def _write(self, attempt: Attempt, slot: SealedSlot) -> PartReport:
-        job = self._job
-        plan = assign_uploads(slot.layout, range(slot.layout.process_count))
-        if plan.shards is None:
-            raise PersistentStoreError(f"{attempt} cannot be drained: {plan.reason}")
-        extras = {str(p): text.encode() for p, text in slot.manifest.extras.items() if p == job.process}
-        return write_part(
-            job.persistent,
-            attempt,
-            slot.layout,
-            job.process,
-            plan.shards[job.process],
-            slot.shard,
-            slot.checksums,
-            job.options,
-            extras,
-        )
-
-    def _commit(self, attempt: Attempt, slot: SealedSlot) -> PartReport:
-        """Writes the committer's own share, and commits when everybody has written his."""
-        job = self._job
-        try:
-            report = self._write(attempt, slot)
-            parts = self._await_parts(attempt, range(slot.layout.process_count))
-            commit(job.persistent, attempt, slot.layout, parts, _content(slot), job.options)
-            return report
-        except EmergencyCheckpointError:
-            # What was written so far is invisible and of no use; where even this fails, the next life of the
-            # run removes it.
-            with contextlib.suppress(PersistentStoreError):
-                job.persistent.abandon(attempt)
-            raise
-
-    def _await_parts(self, attempt: Attempt, parts: range) -> list[PartReport]:
-        def stop() -> str | None:
-            stands = self._job.board.peek(attempt)
-            return stands.reason if stands else None
-
-        return wait_for_parts(
-            self._job.persistent, attempt, parts, self._job.timeout.total_seconds(), stop=stop
-        )
+    def _given_up(self, attempt: Attempt) -> str | None:
+        stands = self._job.board.peek(attempt)
+        return stands.reason if stands else None
 
     def _tidy(self, step: StepId) -> None:
         """Retention after a commit; that it fails does not undo the commit."""
@@ -247,13 +259,3 @@ class DrainWorker(Worker[_Request]):
             return self._job.board.announce(attempt, said)
         except EmergencyCheckpointError as unheard:
             return Verdict(result, f"{said.reason} (and the others could not be told: {unheard})")
-
-
-def _content(slot: SealedSlot) -> StepContent:
-    metadata: Mapping[str, Any] = slot.manifest.metadata
-    return StepContent(
-        values=slot.manifest.values,
-        custom_metadata=metadata.get("custom_metadata") or {},
-        metrics=metadata.get("metrics") or {},
-        started_nanoseconds=metadata.get("started_nanoseconds"),
-    )

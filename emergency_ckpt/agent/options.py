@@ -25,6 +25,7 @@ class AgentOptions:
       idle_seconds: how long the agent stays when no trainer is attached and nobody was served; None: for ever.
       connections: open at a time.
       stall_seconds: for which a client may read nothing before it is cut.
+      finish_seconds: for drains that are running when a signal ends the agent.
     """
 
     bind: str | None = None
@@ -38,6 +39,7 @@ class AgentOptions:
     idle_seconds: float | None = None
     connections: int = 512
     stall_seconds: float = 20.0
+    finish_seconds: float = 25.0
 
     def words(self) -> list[str]:
         """The words of a command line that say the same; files by absolute path."""
@@ -103,6 +105,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=20.0,
         metavar="S",
         help="cut a client that reads nothing for so long (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--finish-seconds",
+        type=float,
+        default=25.0,
+        metavar="S",
+        help="after SIGTERM, let drains that are running end for S seconds (default: %(default)s)",
     )
 
 

@@ -15,12 +15,14 @@ import secrets
 import signal
 import ssl
 import sys
+import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
 from emergency_ckpt.agent.addresses import choose_addresses
 from emergency_ckpt.agent.endpoint import FORMAT_VERSION, Endpoint
+from emergency_ckpt.agent.flushes import Flushes
 from emergency_ckpt.agent.options import TOKEN_VARIABLE, AgentOptions
 from emergency_ckpt.agent.record import AgentLock, AgentRecord, agent_directory, read_record
 from emergency_ckpt.agent.server import ServerLimits, ShardServer
@@ -30,6 +32,9 @@ from emergency_ckpt.local.claim import check_root
 _TOKEN = re.compile(r"[0-9A-Za-z._~+/=-]{16,512}")
 _WATCH_SECONDS = 1.0
 _REQUEST_SECONDS = 10.0
+# A manager that is closed may be followed by another one.
+_LINGER_SECONDS = 5.0
+_FINISH_POLL_SECONDS = 0.1
 _SPARE_DESCRIPTORS = 256
 _log = logging.getLogger("emergency_ckpt.agent")
 
@@ -37,13 +42,13 @@ _log = logging.getLogger("emergency_ckpt.agent")
 def run_agent(
     root: Path,
     options: AgentOptions,
-    busy: Callable[[], bool] = lambda: False,
     ready: Callable[[], None] = lambda: None,
 ) -> None:
     """Serves `root` until it is asked to leave (SIGTERM, SIGINT, `POST /v1/leave`) or nobody needs it.
 
+    A signal lets drains that are running end, for a while; a second one, and being asked, does not.
+
     Args:
-      busy: whether there is something left to do although no trainer is attached.
       ready: called once it serves and its record is in place.
 
     Raises AnotherAgentError, LocalDirectoryError, ConfigError, AgentStartError.
@@ -55,7 +60,7 @@ def run_agent(
     directory = agent_directory(root)
     lock = AgentLock(directory)
     try:
-        asyncio.run(_Life(root, directory, options, lock, busy).live(token, context, ready))
+        asyncio.run(_Life(root, directory, options, lock).live(token, context, ready))
     finally:
         lock.release()
 
@@ -63,15 +68,13 @@ def run_agent(
 class _Life:
     """One agent, from its first answer to its last."""
 
-    def __init__(
-        self, root: Path, directory: Path, options: AgentOptions, lock: AgentLock, busy: Callable[[], bool]
-    ) -> None:
+    def __init__(self, root: Path, directory: Path, options: AgentOptions, lock: AgentLock) -> None:
         self._root = root
         self._directory = directory
         self._options = options
         self._lock = lock
-        self._busy = busy
         self._signalled: str | None = None
+        self._hurry = asyncio.Event()
 
     async def live(self, token: str, context: ssl.SSLContext | None, ready: Callable[[], None]) -> None:
         options = self._options
@@ -81,7 +84,11 @@ class _Life:
             request_seconds=min(_REQUEST_SECONDS, options.stall_seconds),
             stall_seconds=options.stall_seconds,
         )
-        server = ShardServer(self._root, token, limits, self._lock.is_current)
+        owner = secrets.token_urlsafe(32)
+        flushes = Flushes()
+        server = ShardServer(self._root, token, owner, limits, flushes.trainer_died)
+        server.flushes = lambda: flushes.pending
+        server.is_current = self._lock.is_current
         self._catch_signals(server)
         try:
             port = await server.start(addresses.bind, options.port, context)
@@ -93,7 +100,9 @@ class _Life:
             ) from error
         ca_file = str(options.tls_ca.absolute()) if options.tls_ca else None
         endpoint = Endpoint(addresses.advertise, port, token, context is not None, ca_file)
-        record = AgentRecord(endpoint, addresses.dial, os.getpid(), metadata.version("emergency_ckpt"))
+        package = metadata.version("emergency_ckpt")
+        record = AgentRecord(endpoint, addresses.dial, os.getpid(), package, owner)
+        flushes.begin(server.trainers, endpoint, addresses.dial)
         try:
             record.write(self._directory)
             _log.info(
@@ -108,12 +117,32 @@ class _Life:
                 addresses.why,
             )
             ready()
-            _log.info("the agent leaves: %s", await self._watch(server, record))
+            why = await self._watch(server, record, flushes)
+            _log.info("the agent leaves: %s", why)
+            flushes.stop()
+            if self._signalled:
+                await self._finish_drains(server)
         finally:
             record.remove(self._directory)
+            flushes.stop()
+            server.drains.close("the agent leaves")
             await server.stop()
+            flushes.join()
 
-    async def _watch(self, server: ShardServer, record: AgentRecord) -> str:
+    async def _finish_drains(self, server: ShardServer) -> None:
+        """Lets drains end that are running, for a while or until the second signal."""
+        server.drains.refuse("the agent leaves")
+        deadline = time.monotonic() + self._options.finish_seconds
+        if server.drains.running:
+            _log.info(
+                "%d drains are running: %g s for them", server.drains.running, self._options.finish_seconds
+            )
+        while server.drains.running and time.monotonic() < deadline and not self._hurry.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_FINISH_POLL_SECONDS):
+                    await self._hurry.wait()
+
+    async def _watch(self, server: ShardServer, record: AgentRecord, flushes: Flushes) -> str:
         """Waits until there is a reason to leave, and returns it."""
         idle = self._options.idle_seconds
         period = _WATCH_SECONDS if idle is None else max(0.05, min(_WATCH_SECONDS, idle / 4))
@@ -128,7 +157,11 @@ class _Life:
             if not self._lock.is_current():
                 return f"{self._directory} was emptied or replaced, and what is there now is not this agent's"
             self._keep_record(record)
-            if idle is not None and server.trainers.idle_seconds() >= idle and not self._busy():
+            busy = server.drains.running > 0 or flushes.pending > 0
+            quiet = server.trainers.idle_seconds()
+            if idle is not None and not busy and server.trainers.over and quiet >= min(idle, _LINGER_SECONDS):
+                return "its trainer said goodbye, and there are no other hosts"
+            if idle is not None and quiet >= idle and not busy:
                 return f"no trainer was attached for {idle:g} s, nobody was served and nothing is left to do"
 
     def _keep_record(self, record: AgentRecord) -> None:
@@ -145,6 +178,8 @@ class _Life:
 
     def _catch_signals(self, server: ShardServer) -> None:
         def leave(name: str) -> None:
+            if self._signalled:
+                self._hurry.set()
             self._signalled = name
             server.left.set()
 

@@ -40,12 +40,17 @@ def agent_directory(root: Path) -> Path:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class AgentRecord:
-    """What an agent writes about itself. `dial` is its address for processes on this host."""
+    """What an agent writes about itself.
+
+    `dial` is its address for processes on this host, `owner` the key by which it knows them, which others never
+    get.
+    """
 
     endpoint: Endpoint
     dial: str
     pid: int
     package: str
+    owner: str = dataclasses.field(repr=False)
     format: int = FORMAT_VERSION
 
     def write(self, directory: Path) -> None:
@@ -78,6 +83,7 @@ class AgentRecord:
             "package": self.package,
             "pid": self.pid,
             "dial": self.dial,
+            "owner": self.owner,
             "endpoint": self.endpoint.to_json(),
         }
 
@@ -101,10 +107,11 @@ def read_record(directory: Path) -> AgentRecord | None:
     try:
         raw: Any = json.loads(data)
         numbers = [raw["format"], raw["pid"]]
-        texts = [raw["dial"], raw["package"]]
+        texts = [raw["dial"], raw["package"], raw.get("owner", "")]
         if any(type(n) is not int for n in numbers) or not all(isinstance(t, str) for t in texts):
             raise ValueError("a field has a wrong type")
-        return AgentRecord(Endpoint.from_json(raw["endpoint"]), texts[0], numbers[1], texts[1], numbers[0])
+        endpoint = Endpoint.from_json(raw["endpoint"])
+        return AgentRecord(endpoint, texts[0], numbers[1], texts[1], texts[2], numbers[0])
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CorruptDataError(f"the record of an agent {path} cannot be understood: {error}") from error
 

@@ -1,4 +1,4 @@
-"""The shard server: what an agent answers, page by page. Read-only and stateless: it tells what lies on disk.
+"""The shard server: what an agent answers, page by page. It tells what lies on disk, and changes nothing there.
 
 It serves ids only, never paths, to holders of its token. Every wait has a limit, and every size that a request
 may cause is bounded: connections, bodies, answers, and requests that are worked on at a time.
@@ -26,11 +26,14 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from emergency_ckpt.agent.block_ranges import MAX_ANSWER_BYTES, MAX_REQUEST_BYTES, BlockRange, decode_ranges
 from emergency_ckpt.agent.counters import Counters
 from emergency_ckpt.agent.door import Door, guard, refuse
+from emergency_ckpt.agent.drains import Drains
 from emergency_ckpt.agent.endpoint import FORMAT_VERSION
+from emergency_ckpt.agent.job_pages import JobPages
+from emergency_ckpt.agent.orders import Registration
 from emergency_ckpt.agent.sending import Body, Sender
 from emergency_ckpt.agent.slot_id import SlotId, is_layout_hash
 from emergency_ckpt.agent.slots_on_disk import SlotOnDisk, SlotsOnDisk
-from emergency_ckpt.agent.trainers import Trainers
+from emergency_ckpt.agent.trainers import Trainers, is_trainer_id
 from emergency_ckpt.core.layout import SlotEntry
 from emergency_ckpt.core.shards import Shard
 
@@ -65,26 +68,37 @@ class ServerLimits:
 class ShardServer:
     """Serves the slots below one ramdisk directory. All methods are of one event loop.
 
-    `left` is set when somebody asked this agent to leave.
+    `left` is set when somebody asked this agent to leave; `flushes` counts what is left of dead trainers,
+    `is_current` says whether its directory is still there.
     """
 
     def __init__(
-        self, root: Path, token: str, limits: ServerLimits, owns: Callable[[], bool] = lambda: True
+        self,
+        root: Path,
+        token: str,
+        owner: str,
+        limits: ServerLimits,
+        on_death: Callable[[str, Registration], None] = lambda _, __: None,
     ) -> None:
-        """`owns`: whether what lies at `root` is still this agent's to serve."""
-        self.trainers = Trainers()
+        """`owner`: the key of this host. `on_death`: see `Trainers`."""
+        self.trainers = Trainers(on_death)
         self.left = asyncio.Event()
         self._root = root
-        self._owns = owns
         self._limits = limits
         self._slots = SlotsOnDisk(root)
+        self.drains = Drains(self._slots)
+        self.flushes: Callable[[], int] = lambda: 0
+        self.is_current: Callable[[], bool] = lambda: True
+        self._pages = JobPages(self.trainers, self.drains, limits.request_seconds)
         self._counters = Counters()
         self._started = time.time()
         self._sender = Sender(limits.answers, limits.stall_seconds)
         self._places = asyncio.Semaphore(limits.answers)
         self._disk = concurrent.futures.ThreadPoolExecutor(_DISK_THREADS, "emergency_ckpt disk")
         self._stopping = asyncio.Event()
-        self._app = web.Application(middlewares=[self._count, guard(token)], client_max_size=MAX_REQUEST_BYTES)
+        self._app = web.Application(
+            middlewares=[self._count, guard(token, owner)], client_max_size=MAX_REQUEST_BYTES
+        )
         self._app.add_routes(
             [
                 web.get("/healthz", self._health),
@@ -96,6 +110,7 @@ class ShardServer:
                 web.get("/v1/layouts/{hash}", self._layout),
                 web.get(f"{_SLOT}/manifest", self._manifest),
                 web.post(f"{_SLOT}/shards", self._shards),
+                *self._pages.routes(),
             ]
         )
         self._runner = web.AppRunner(
@@ -115,6 +130,7 @@ class ShardServer:
         assert self._runner.server is not None
         self._door = Door(self._runner.server, self._limits.connections, self._limits.request_seconds)
         self._counters.watch("trainers", "trainers that are attached", lambda: self.trainers.count)
+        self._counters.watch("drains", "drains that are running", lambda: self.drains.running)
         self._counters.watch("connections", "open connections", lambda: self._connections.connections)
         self._counters.watch("refused", "connections refused so far", lambda: self._connections.refused)
         return await self._door.open(host, port, context)
@@ -128,6 +144,7 @@ class ShardServer:
         await self._runner.cleanup()
         cutting.cancel()
         self._sender.close()
+        self._pages.close()
         self._disk.shutdown(wait=True)
 
     @property
@@ -156,17 +173,22 @@ class ShardServer:
                 "started": self._started,
                 "runs": sorted({slot.id.run for slot in slots}),
                 "trainers": self.trainers.count,
+                "drains": self.drains.running,
+                "flushes": self.flushes(),
                 "connections": self._connections.connections,
                 "bytes_served": self._counters.bytes_served_total,
-                "leaving": self.left.is_set() or not self._owns(),
+                "leaving": self.left.is_set() or not self.is_current(),
             }
         )
 
     async def _attach(self, request: web.Request) -> web.StreamResponse:
         """Held open by a trainer as long as it lives; the heartbeat tells it that the agent lives, too."""
+        trainer = request.query.get("trainer")
+        if trainer is not None and not is_trainer_id(trainer):
+            return refuse(400, "malformed", "this is not the id of a trainer")
         response = web.StreamResponse(headers={"Cache-Control": "no-store"})
         response.enable_chunked_encoding()
-        with self.trainers.attached():
+        with self.trainers.attached(trainer):
             await response.prepare(request)
             while not self._stopping.is_set():
                 await response.write(HEARTBEAT)
@@ -334,6 +356,8 @@ def _told(slot: SlotOnDisk) -> dict[str, Any]:
         "digest": slot.digest,
         "listed": slot.listed,
         "bytes": slot.bytes,
+        "missing": slot.missing,
+        "extras_of": list(slot.extras_of),
     }
 
 

@@ -37,7 +37,8 @@ _Stamp = tuple[int, int, int, int]
 class SlotOnDisk:
     """A sealed slot, as its manifest says; its data is not verified here.
 
-    `bytes` is the size of its data file, `stamp` tells this very manifest file from a later one.
+    `bytes` is the size of its data file, `stamp` tells this very manifest file from a later one,
+    `missing` counts the shards that are not good, `extras_of` are the processes whose extras are kept with it.
     """
 
     id: SlotId
@@ -48,6 +49,8 @@ class SlotOnDisk:
     manifest: Path
     data: Path
     stamp: _Stamp
+    missing: int
+    extras_of: tuple[int, ...]
 
     def is_current(self) -> bool:
         """Whether the slot has not been taken for another step.
@@ -169,7 +172,18 @@ def _read_slot(path: Path, data: Path, stamp: _Stamp) -> SlotOnDisk | None:
         nbytes = os.stat(data).st_size
     except (CorruptDataError, LocalDirectoryError, ValueError, OSError):
         return None
-    return SlotOnDisk(slot_id, manifest.nonce, manifest.digest, manifest.listed, nbytes, path, data, stamp)
+    return SlotOnDisk(
+        id=slot_id,
+        nonce=manifest.nonce,
+        digest=manifest.digest,
+        listed=manifest.listed,
+        bytes=nbytes,
+        manifest=path,
+        data=data,
+        stamp=stamp,
+        missing=len(manifest.missing),
+        extras_of=tuple(sorted(manifest.extras)),
+    )
 
 
 def _stamp_of(path: Path) -> _Stamp | None:

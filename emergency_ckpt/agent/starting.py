@@ -22,6 +22,8 @@ from emergency_ckpt.local.claim import check_root
 
 START_LIMIT = timedelta(seconds=30)
 IDLE_SECONDS = 900.0
+LAUNCH_MARKS = "EMERGENCY_CKPT_LAUNCH_"
+"""How the names of all variables begin that `emergency-ckpt launch` sets."""
 _ASK_LIMIT = timedelta(seconds=3)
 _POLL_SECONDS = 0.05
 _MAX_LINE_BYTES = 4096
@@ -119,7 +121,7 @@ def _start(root: Path, directory: Path, options: AgentOptions, deadline: float) 
                 pass_fds=(writing,),
                 start_new_session=True,
                 cwd="/",
-                env=os.environ | {"PYTHONPATH": f"{ours}{os.pathsep}{path}" if path else ours},
+                env=_environment() | {"PYTHONPATH": f"{ours}{os.pathsep}{path}" if path else ours},
                 timeout=max(1.0, deadline - time.monotonic()),
                 check=True,
             )
@@ -142,6 +144,11 @@ def _start(root: Path, directory: Path, options: AgentOptions, deadline: float) 
         reason = said.removeprefix("failed: ") or f"it ended. The end of {log}: {_tail(log)}"
         raise AgentStartError(f"the agent for {root} did not start: {reason}")
     return said
+
+
+def _environment() -> dict[str, str]:
+    """Without the marks by which `emergency-ckpt launch` ends what its processes started: agents stay."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(LAUNCH_MARKS)}
 
 
 def _read_line(reading: int, deadline: float) -> str | None:

@@ -40,6 +40,11 @@ SUBCOMMANDS = {
         "emergency_ckpt.cli.agent",
         "serve the shards on the ramdisk of this host to the other hosts of a job",
     ),
+    "run": Subcommand(
+        "emergency_ckpt.cli.run",
+        "run a command, and end only when the agents on this host have drained what it left",
+        takes_command=True,
+    ),
     "demo": Subcommand(
         "emergency_ckpt.cli.demo",
         "train a small model, lose a slice, restore, and compare with an undisturbed run",

@@ -29,6 +29,7 @@ _NEED_LOCAL_TIER = (
     "checkpoint_agent_tls_key",
     "checkpoint_agent_tls_ca",
     "checkpoint_agent_idle_seconds",
+    "agent_flush_on_trainer_exit",
 )
 
 

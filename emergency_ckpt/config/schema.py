@@ -147,11 +147,11 @@ class Config(BaseModel):
         "raise ReplicaDivergenceError on the processes that hold them.",
     )
 
-    # The agents, one per host: they serve the ramdisk's shards to other hosts.
+    # The agents, one per host: they serve the ramdisk's shards to other hosts, and drain them.
     checkpoint_agent: Literal["auto", "off"] = Field(
         "auto",
-        description="auto starts an agent on each host of a job of several processes, or uses the one that "
-        "runs there; off starts none: shards then travel between slices by broadcast, or else not at all.",
+        description="auto starts an agent on each host, or uses the one that runs there; off starts none: "
+        "shards then travel between slices by broadcast, or else not at all, and drains end with the trainer.",
     )
     checkpoint_agent_bind_address: str = Field(
         "",
@@ -178,6 +178,11 @@ class Config(BaseModel):
     )
     checkpoint_agent_idle_seconds: Seconds = Field(
         900.0, gt=0, description="How long an agent stays when no trainer is left and nobody asks it."
+    )
+    agent_flush_on_trainer_exit: bool = Field(
+        True,
+        description="When trainers die without closing their managers, the agents drain the newest complete "
+        "step into the persistent tier, if it is not there yet.",
     )
 
     # Restoring.

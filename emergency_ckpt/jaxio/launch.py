@@ -31,7 +31,8 @@ VARIABLES = {
     RAMDISK: "the ramdisk directory of this process, the same at each attempt",
     ATTEMPT: "0 at first, one more at each restart",
     PROGRESS: "a named pipe: write each finished step to it, as a decimal number and a newline",
-    JOB: "id of the job; what the program starts is found, and ended with the job, by this variable",
+    JOB: "id of the job; what the program starts is found, and ended with the job, by this variable (not so "
+    "agents: they stay until the job ends)",
 }
 """The variables that the launcher sets for every process, and what they mean."""
 

@@ -303,7 +303,7 @@ class PersistentStore:
                 return self._committed(attempt)
             except FileNotFoundError as error:
                 held = self._step_in(target, attempt.step)
-                if held and held.step_id == attempt.step_id and held.nonce == attempt.generation.nonce:
+                if held and self._is_of(held, attempt):
                     return held
                 raise PersistentStoreError(
                     f"{attempt} has lost its directory {self.files.locate(source)}: somebody removed it."
@@ -311,7 +311,7 @@ class PersistentStore:
                 ) from error
             except FileExistsError:
                 held = self._step_in(target, attempt.step)
-                if held and held.step_id == attempt.step_id and held.nonce == attempt.generation.nonce:
+                if held and self._is_of(held, attempt):
                     self._remove(source)
                     return held
                 if held and not is_void(held.step_id, self.activations()):
@@ -324,6 +324,14 @@ class PersistentStore:
             f"{self.files.locate(target)} was replaced {_REPLACE_TRIES} times while {attempt} was committed:"
             " several jobs are writing to this directory. Stop all but one."
         )
+
+    def is_committed(self, attempt: Attempt) -> bool:
+        """Whether the step of this attempt is there, be it by another attempt of the same generation."""
+        name = self.names.name(attempt.step)
+        if not self.files.entries(name):
+            return False
+        held = self._step_in(name, attempt.step)
+        return held is not None and self._is_of(held, attempt)
 
     def check_generation(self, attempt: Attempt) -> None:
         """Raises StaleGenerationError unless the attempt's generation is the newest of the run."""
@@ -405,6 +413,9 @@ class PersistentStore:
             attempt.item,
             attempt.generation.nonce,
         )
+
+    def _is_of(self, held: PersistentStep, attempt: Attempt) -> bool:
+        return (held.step_id, held.nonce) == (attempt.step_id, attempt.generation.nonce)
 
     def _step_in(self, name: str, step: int) -> PersistentStep | None:
         """The step that a committed directory holds; None, with a log line, if it holds no state we know."""

@@ -37,6 +37,7 @@ from emergency_ckpt.persistent.step_files import (
 from emergency_ckpt.persistent.store import Attempt, PersistentStore
 
 _POLL_SECONDS = (0.02, 1.0)
+_MAX_REASON = 4000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +153,8 @@ def wait_for_parts(
     """The reports of the expected parts, once all their markers are there.
 
     `stop` is asked between two looks; a reason that it returns ends the wait.
-    Raises PersistentStoreError after `timeout_seconds`, naming the parts that are missing, or when stopped.
+    Raises PersistentStoreError after `timeout_seconds`, naming the parts that are missing, or when stopped, or
+    when the writer of a part reported that it failed.
     """
     files = store.attempt_files(attempt)
     deadline = time.monotonic() + timeout_seconds
@@ -162,6 +164,9 @@ def wait_for_parts(
         missing = [part for part in sorted(expected) if _marker_name(part) not in there]
         if not missing:
             return [read_part(store, attempt, part) for part in sorted(expected)]
+        if failed := [part for part in missing if _failure_name(part) in there]:
+            why = files.read(f"{PARTS_DIRECTORY}/{_failure_name(failed[0])}").decode(errors="replace")
+            raise PersistentStoreError(f"{attempt} was given up by the writers of parts {failed[:20]}: {why}")
         if reason := stop():
             raise PersistentStoreError(
                 f"{attempt} was given up while parts {missing[:20]} were missing: {reason}"
@@ -174,6 +179,13 @@ def wait_for_parts(
             )
         time.sleep(min(pause, max(deadline - time.monotonic(), 0)))
         pause = min(2 * pause, _POLL_SECONDS[1])
+
+
+def report_failure(store: PersistentStore, attempt: Attempt, part: int, reason: str) -> None:
+    """Tells whoever waits for a part that it will not come. Raises PersistentStoreError."""
+    files = store.attempt_files(attempt)
+    if files.entries():  # Otherwise nobody has begun to wait, or everybody has ended.
+        files.write(f"{PARTS_DIRECTORY}/{_failure_name(part)}", reason[:_MAX_REASON].encode())
 
 
 def read_part(store: PersistentStore, attempt: Attempt, part: int) -> PartReport:
@@ -207,6 +219,10 @@ def part_store_name(attempt: Attempt, part: int | str) -> str:
 
 def _marker_name(part: int) -> str:
     return f"{part}.json"
+
+
+def _failure_name(part: int) -> str:
+    return f"{part}.failed"
 
 
 def _marker(part: int) -> str:

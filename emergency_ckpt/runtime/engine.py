@@ -32,7 +32,7 @@ from emergency_ckpt.runtime.extras import WantedExtras
 from emergency_ckpt.runtime.restoring import Restored
 from emergency_ckpt.runtime.saving import SaveContent
 from emergency_ckpt.runtime.settings import Settings
-from emergency_ckpt.runtime.start import mint_generation, start_job
+from emergency_ckpt.runtime.start import mint_generation, start_job, work_on
 from emergency_ckpt.runtime.wanted import Wanted
 from emergency_ckpt.runtime.workers import Workers
 
@@ -295,6 +295,7 @@ class Engine:
     def _took_effect(self, activation: Activation) -> None:
         """All processes know from which step this generation goes on."""
         self._began, self._chosen = True, None
+        work_on(self.job)
         self._workers.retention.forget_steps()  # Some are void from now on.
         self._look_at_persistent(activation)
 

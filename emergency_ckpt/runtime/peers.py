@@ -10,13 +10,16 @@ import json
 from datetime import timedelta
 from pathlib import Path
 
-from emergency_ckpt.agent.attachment import Attachment, attach
 from emergency_ckpt.agent.endpoint import Endpoint
+from emergency_ckpt.agent.host_agent import HostAgent
 from emergency_ckpt.agent.options import AgentOptions
-from emergency_ckpt.agent.starting import ensure_agent
+from emergency_ckpt.agent.orders import Destination, Registration
+from emergency_ckpt.agent.worker import Worker
 from emergency_ckpt.errors import CoordinationTimeoutError, EmergencyCheckpointError, PeerUnavailableError
 from emergency_ckpt.jaxio.coordination import Coordinator
 from emergency_ckpt.telemetry.log import CheckpointLogger
+
+_CLOSE = timedelta(seconds=60)
 
 
 class Peers:
@@ -24,6 +27,7 @@ class Peers:
 
     Attributes:
       served: whether this process's slots can be fetched by others.
+      host: the agent of this host; None where none is wanted.
     """
 
     def __init__(
@@ -33,19 +37,21 @@ class Peers:
         options: AgentOptions | None,
         log: CheckpointLogger,
         timeout: timedelta,
+        *,
+        lazily: bool = False,
     ) -> None:
-        """`root`: the ramdisk directory; `options` None: no agent is wanted."""
+        """`root`: the ramdisk directory; `options` None: no agent; `lazily`: it starts when it is needed."""
         self._coordinator = coordinator
+        self._log = log
         self._timeout = timeout
         self._known: dict[int, Endpoint | None] = {}
-        self._attachment: Attachment | None = None
+        self._telling: Worker[tuple[Destination, bool]] | None = None
+        self.host = HostAgent(root, options) if root is not None and options is not None else None
         endpoint = None
-        if root is not None and options is not None:
+        if self.host is not None and not lazily:
             try:
-                endpoint = ensure_agent(root, options)
-                self._attachment = attach(endpoint)
+                endpoint = self.host.connect()
             except EmergencyCheckpointError as error:
-                endpoint = None
                 log.error("start", None, f"other hosts cannot fetch shards from this one: {error}")
         self.served = endpoint is not None
         said = json.dumps(endpoint.to_json() if endpoint else None).encode()
@@ -62,10 +68,46 @@ class Peers:
             )
         return found
 
+    def work_on(self, destination: Destination, *, flush: bool) -> None:
+        """Tells the agent of this host what this process works on, in the background."""
+        if self.host is None:
+            return
+        if self._telling is None:
+            self._telling = Worker("agent", self._tell)
+        self._telling.submit((destination, flush))
+
     def close(self) -> None:
-        """Lets go of the agent of this host, which stays as long as somebody needs it."""
-        if self._attachment is not None:
-            self._attachment.close()
+        """Says goodbye to the agent of this host, which stays as long as somebody needs it."""
+        if self._telling is not None:
+            self._telling.close(_CLOSE)
+        if self.host is not None:
+            self.host.close()
+
+    def _tell(self, work: tuple[Destination, bool]) -> None:
+        destination, flush = work
+        assert self.host is not None
+        try:
+            own = self.host.connect()
+            process = self._coordinator.process_index
+            agents = self._all(self._coordinator.process_count)
+            agents[process] = own
+            self.host.register(Registration(destination, process, tuple(agents), flush))
+        except EmergencyCheckpointError as error:
+            self._log.warning("agent", None, f"nobody drains what this process leaves, should it die: {error}")
+
+    def _all(self, count: int) -> list[Endpoint | None]:
+        """The agents of all processes, in one round trip; all have told by now."""
+        if count == 1:
+            return [None]
+        said = self._coordinator.entries(_KEYS)
+        found: list[Endpoint | None] = []
+        for process in range(count):
+            try:
+                raw = json.loads(said[str(process)])
+                found.append(None if raw is None else Endpoint.from_json(raw))
+            except (KeyError, ValueError):
+                found.append(None)
+        return found
 
     def _ask(self, process: int) -> Endpoint | None:
         try:
@@ -77,4 +119,7 @@ class Peers:
             ) from error
 
     def _key(self, process: int) -> str:
-        return f"agents/{process}"
+        return f"{_KEYS}/{process}"
+
+
+_KEYS = "agents"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Collection, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from orbax.checkpoint.experimental.emergency.checkpoint_manager import CheckpointManagerOptions
 
     from emergency_ckpt.config import Config
+
+
+AGENT_VARIABLE = "EMERGENCY_CKPT_AGENT"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +68,7 @@ class Settings:
       agent: how the agent of each host is started; None: none is.
       local_copies: in how many failure domains each shard of a local step lies at least.
       on_replica_divergence: whether copies that differ are an error beside a line in the log.
+      flush_on_trainer_exit: whether agents drain the newest complete step when their trainers die.
     """
 
     persistent_directory: Path
@@ -94,10 +99,11 @@ class Settings:
     event_listener: EventListener | None = None
     host_platforms: Collection[str] = HOST_PLATFORMS
     agent: AgentOptions | None = dataclasses.field(
-        default_factory=lambda: AgentOptions(idle_seconds=IDLE_SECONDS)
+        default_factory=lambda: default_agent(AgentOptions(idle_seconds=IDLE_SECONDS))
     )
     local_copies: int = 1
     on_replica_divergence: Literal["warn", "raise"] = "warn"
+    flush_on_trainer_exit: bool = True
 
     @property
     def wanted_slots(self) -> int:
@@ -109,6 +115,17 @@ class Settings:
     @property
     def least_slots(self) -> int:
         return 2 if self.local_directory is None else self.local_max_to_keep + 1
+
+
+def default_agent(options: AgentOptions) -> AgentOptions | None:
+    """For those who cannot say it by a flag: the environment may say that no agents are wanted.
+
+    Raises ConfigError for another value than `auto` and `off`.
+    """
+    said = os.environ.get(AGENT_VARIABLE, "auto")
+    if said not in ("auto", "off"):
+        raise ConfigError(f"the variable {AGENT_VARIABLE} is {said!r}; expected auto or off")
+    return options if said == "auto" else None
 
 
 def settings_from_config(config: Config) -> Settings:
@@ -140,6 +157,7 @@ def settings_from_config(config: Config) -> Settings:
         foreign_run=config.local_checkpoint_foreign_run,
         agent=_agent_options(config),
         local_copies=config.local_checkpoint_copies,
+        flush_on_trainer_exit=config.agent_flush_on_trainer_exit,
         log_format=config.checkpoint_log_format,
         on_replica_divergence=config.on_replica_divergence,
     )

@@ -9,7 +9,9 @@ from typing import Any
 
 import jax
 
-from emergency_ckpt.agent.drain import DrainJob, DrainWorker
+from emergency_ckpt.agent.drain import ByAgent, DrainJob, DrainWorker, InProcess, Runner
+from emergency_ckpt.agent.draining import destination_of
+from emergency_ckpt.agent.orders import Destination
 from emergency_ckpt.core.copies import survivable, with_copies
 from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.lineage import StepId
@@ -178,19 +180,36 @@ def mint_generation(job: Job, key: str, highest_seen: int, parent: StepId | None
     return Generation(number, nonce, parent)
 
 
+def work_on(job: Job) -> None:
+    """Tells the agent of this host, in the background, what is left to do if this process dies."""
+    if job.settings.schedule.persistent is not None:
+        job.peers.work_on(destination(job), flush=job.settings.flush_on_trainer_exit)
+
+
+def destination(job: Job) -> Destination:
+    """Where the steps of the current generation are drained to."""
+    seconds = job.settings.drain_timeout.total_seconds()
+    return destination_of(
+        job.persistent, job.run, job.generation, job.item, job.settings.write_options, seconds
+    )
+
+
 def start_drains(job: Job, retention: Retention) -> DrainWorker | None:
     """The drain worker of the current generation; None where nothing goes to the persistent tier."""
     if job.settings.schedule.persistent is None:
         return None
+    where = destination(job)
+    runner: Runner = InProcess(job.persistent, where)
+    if job.peers.host is not None:
+        runner = ByAgent(job.peers.host, where, runner, job.log)
     return DrainWorker(
         DrainJob(
             local=job.local,
-            persistent=job.persistent,
+            runner=runner,
             generation=job.generation,
             item=job.item,
             process=job.process,
             committer=LEADER,
-            options=job.settings.write_options,
             timeout=job.settings.drain_timeout,
             board=CoordinatedBoard(job.coordinator),
             log=job.log,
@@ -231,11 +250,16 @@ def _tell_what_survives(job: Job) -> None:
 def _meet_peers(
     coordinator: Coordinator, settings: Settings, topology: Topology, log: CheckpointLogger
 ) -> Peers:
-    """The agents of the job; where there is nobody to fetch from another, none is needed."""
-    options = settings.agent if topology.process_count > 1 else None
-    if options is not None and options.reach is None and (reach := service_address()):
+    """The agents of the job; without other processes, and with nothing to drain, none is needed."""
+    alone = topology.process_count == 1
+    options = settings.agent if not alone or settings.schedule.persistent is not None else None
+    if options is not None and alone and options.bind is None:
+        options = dataclasses.replace(options, bind="127.0.0.1")
+    elif options is not None and options.reach is None and (reach := service_address()):
         options = dataclasses.replace(options, reach=reach)
-    return Peers(coordinator, settings.local_directory, options, log, settings.coordination_timeout)
+    return Peers(
+        coordinator, settings.local_directory, options, log, settings.coordination_timeout, lazily=alone
+    )
 
 
 def _open_local(

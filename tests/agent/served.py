@@ -30,6 +30,7 @@ from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.core.shards import BLOCK_BYTES, Box, Shard
 from emergency_ckpt.core.slots import Outcome
 from emergency_ckpt.local.manifest import Manifest
+from emergency_ckpt.local.slot_views import SealedSlot
 from emergency_ckpt.local.store import LocalStore, StoreOptions
 
 RUN = "0f6a1c1e-2b7b-4a53-9d07-5a8f6b1f2c3d"
@@ -67,7 +68,7 @@ class Ramdisk:
     layout: Layout
     store: LocalStore
 
-    def save(self, step: StepId, outcome: Outcome | None = Outcome.COMPLETE) -> SlotId:
+    def save(self, step: StepId, outcome: Outcome | None = Outcome.COMPLETE, nonce: str = "n") -> SlotId:
         """Seals a step with the content that its name says."""
         slot, reason = self.store.begin(step, timedelta(0))
         assert slot is not None, reason
@@ -80,10 +81,24 @@ class Ramdisk:
             )
             for entry in self.layout.slot_entries(0)
         ]
-        self.store.seal(slot, Manifest(RUN, "n", step, self.layout.hash, 0, 2, tuple(checksums)))
+        self.store.seal(slot, Manifest(RUN, nonce, step, self.layout.hash, 0, 2, tuple(checksums)))
         if outcome:
             self.store.settle(step, outcome)
         return SlotId(RUN, step, self.layout.hash, 0)
+
+    def other_slot(self, step: StepId, nonce: str) -> SealedSlot:
+        """What the other process of the job holds of a step."""
+        data = np.zeros(self.layout.data_bytes(1), np.uint8)
+        checksums = [
+            copy_and_checksum(
+                content(step, self.layout, entry.shard),
+                data[entry.offset : entry.offset + entry.nbytes],
+                shard_seed(step.generation, self.layout, entry.shard),
+            )
+            for entry in self.layout.slot_entries(1)
+        ]
+        manifest = Manifest(RUN, nonce, step, self.layout.hash, 1, 2, tuple(checksums))
+        return SealedSlot(0, manifest, self.layout, data)
 
     def data_file(self, step: StepId) -> Path:
         """The data file of a sealed step."""

@@ -9,6 +9,7 @@
     env=DIR             writes its environment as JSON to DIR/<process>.<attempt>
     print=TEXT          prints a line
     child=DIR           starts a process of its own session that waits; its pid goes to DIR/<process>.<attempt>
+    agent=DIR           starts the agent of its ramdisk, if none runs; its pid goes to DIR/<process>.<attempt>
     alive=FILE          ends with exit code 9 unless the process whose id is in FILE is alive
     until=FILE          waits until there is such a file
     barrier=DIR         waits until all processes of this attempt came here
@@ -27,6 +28,9 @@ import sys
 import time
 from pathlib import Path
 
+from emergency_ckpt.agent.options import AgentOptions
+from emergency_ckpt.agent.record import agent_directory, read_record
+from emergency_ckpt.agent.starting import ensure_agent
 from emergency_ckpt.jaxio import launch
 
 
@@ -65,6 +69,11 @@ def main() -> None:
                 command = [sys.executable, "-c", "import signal; signal.pause()"]
                 child = subprocess.Popen(command, start_new_session=True)
                 (Path(value) / mine).write_text(str(child.pid))
+            case "agent":
+                ensure_agent(launched.ramdisk, AgentOptions(bind="127.0.0.1", idle_seconds=120))
+                record = read_record(agent_directory(launched.ramdisk))
+                assert record is not None
+                (Path(value) / mine).write_text(str(record.pid))
             case "alive":
                 # A process that has ended and that nobody waited for has an empty command line.
                 command_line = Path("/proc", Path(value).read_text(), "cmdline")

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from emergency_ckpt.agent.starting import LAUNCH_MARKS
 from emergency_ckpt.cli.launch import JobResult, JobSpec, KillSpec, StopRequest, run_job
 from emergency_ckpt.cli.launcher import events
 from emergency_ckpt.jaxio import launch
@@ -315,6 +316,33 @@ def test_what_a_process_leaves_running_outlives_it_but_not_the_job(tmp_path: Pat
     job = Job(tmp_path, f"0@0:child={notes}", "0@0:exit=1", f"@1:alive={child}", restarts=1, slices=1)
     assert job.result.exit_code == 0
     assert not psutil.pid_exists(pid := int(child.read_text())) or not is_alive(psutil.Process(pid))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.parametrize("wiped", [False, True])
+def test_agents_outlive_an_attempt_but_not_their_ramdisk_nor_the_job(
+    tmp_path: Path, notes: Path, wiped: bool
+) -> None:
+    job = Job(
+        tmp_path,
+        f"agent={notes}",
+        f"barrier={notes}",
+        "@0:report=1",
+        "@0:wait",
+        restarts=1,
+        processes_per_slice=1,
+        kills=(KillSpec.parse("slice=1@step=1"),),
+        wipe_ramdisk=wiped,
+    )
+    assert job.result.exit_code == 0
+    pids = {name: int((notes / name).read_text()) for name in ("0.0", "0.1", "1.0", "1.1")}
+    assert pids["0.0"] == pids["0.1"]
+    assert (pids["1.0"] == pids["1.1"]) is not wiped
+    assert not [pid for pid in pids.values() if psutil.pid_exists(pid) and is_alive(psutil.Process(pid))]
+
+
+def test_the_variables_of_the_launcher_are_those_that_agents_do_not_inherit() -> None:
+    assert all(name.startswith(LAUNCH_MARKS) for name in launch.VARIABLES)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")

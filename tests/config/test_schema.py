@@ -64,6 +64,7 @@ OUR_DEFAULTS: dict[str, Any] = {
     "checkpoint_agent_tls_key": "",
     "checkpoint_agent_tls_ca": "",
     "checkpoint_agent_idle_seconds": 900.0,
+    "agent_flush_on_trainer_exit": True,
     "checkpoint_replica_axis": 0,
     "checkpoint_storage_compression": "none",
     "checkpoint_coordination_timeout_seconds": 120.0,

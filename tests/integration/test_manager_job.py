@@ -266,7 +266,7 @@ def test_hosts_on_wrong_places_with_nothing_persistent_lose_nothing(told: Told) 
     first, second = told["swapped_with_nothing_persistent"]
     for life, newest in ((first, 14), (second, 15)):
         assert [start for start, _ in sources(life)] == [newest] * 4
-        assert all(source.startswith("own slot, process") for _, source in sources(life))
+        assert all(source.startswith("own slot, process") for _, source in sources(life)), sources(life)
 
 
 def test_a_changed_state_names_the_leaves_on_all_processes_and_voids_nothing(told: Told) -> None:

@@ -9,12 +9,17 @@ import jax
 import pytest
 
 from emergency_ckpt import CheckpointManager
-from emergency_ckpt.agent import drain
+from emergency_ckpt.agent import draining
 from emergency_ckpt.errors import EmergencyCheckpointError, ExtrasError, PersistentStoreError
 from tests.integration.processes import run_job
 from tests.integration.training_job import check_state, make_config, make_mesh, make_state
 
-FLAGS = {"async_checkpointing": False, "local_checkpoint_period": 2, "checkpoint_period": 4}
+FLAGS = {
+    "async_checkpointing": False,
+    "local_checkpoint_period": 2,
+    "checkpoint_period": 4,
+    "checkpoint_agent": "off",
+}
 FAILS_ON = 1
 
 
@@ -22,7 +27,7 @@ def save_synchronously(root: str) -> dict[str, Any]:
     """Tells what each call of `save` gave, and what was committed when it returned."""
     mesh, process = make_mesh(2), jax.process_index()
     told: dict[str, Any] = {}
-    real = drain.write_part
+    real = draining.write_part
 
     def fail(*_: Any, **__: Any) -> Any:
         raise PersistentStoreError("no route to the store")
@@ -40,9 +45,9 @@ def save_synchronously(root: str) -> dict[str, Any]:
         save("first", 4)
         save("local", 6)
         if process == FAILS_ON:
-            drain.write_part = fail
+            draining.write_part = fail
         save("failing", 8)
-        drain.write_part = real
+        draining.write_part = real
         save("repeated", 8)
         save("refused by one", 12, extras={"data": object() if process == FAILS_ON else 1})
         save("last", 16)

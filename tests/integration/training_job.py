@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
-import threading
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from emergency_ckpt import CheckpointManager, Config
-from emergency_ckpt.agent import drain
+from emergency_ckpt.agent.record import agent_directory, read_record
 from emergency_ckpt.errors import EmergencyCheckpointError, ExtrasError
 
 ROWS = 16
@@ -126,7 +127,8 @@ def train(
     if extras:
         assert extras == {"data": {"position": 100 * start + process}}, extras
     step_fn = jax.jit(_step, donate_argnums=0)
-    gate = _CommitGate() if hold_commits_until else None
+    local = Path(root) / f"ramdisk_{process}"
+    gate = _CommitGate(local) if hold_commits_until else None
     for step in range(start + 1, until + 1):
         if gate and step == hold_commits_until:
             gate.open()
@@ -188,20 +190,18 @@ def read_part(manager: CheckpointManager, mesh: Mesh, step: int, cut: str) -> st
 
 
 class _CommitGate:
-    """Commits of this process wait, as for a store that is very slow, until the gate is opened."""
+    """Process 0's agent stands still, so that it commits nothing, until the gate is opened."""
 
-    def __init__(self) -> None:
-        self._opened = threading.Event()
-        self._real = drain.commit
-        drain.commit = self._commit
+    def __init__(self, local: Path) -> None:
+        record = read_record(agent_directory(local))
+        assert record is not None
+        self._agent = record.pid
+        if jax.process_index() == 0:
+            os.kill(self._agent, signal.SIGSTOP)
 
     def open(self) -> None:
-        drain.commit = self._real
-        self._opened.set()
-
-    def _commit(self, *args: Any) -> Any:
-        assert self._opened.wait(60)
-        return self._real(*args)
+        if jax.process_index() == 0:
+            os.kill(self._agent, signal.SIGCONT)
 
 
 def train_until_preempted(root: str) -> dict[str, Any]:

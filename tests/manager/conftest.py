@@ -15,7 +15,14 @@ from emergency_ckpt import (
     CheckpointManager,
     CheckpointManagerOptions,
 )
+from emergency_ckpt.runtime.settings import AGENT_VARIABLE
 from tests.manager.states import OPTIONS, Opener, make_state
+
+
+@pytest.fixture(autouse=True)
+def _without_agents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drains run in this process: starting an agent for each manager would take longer than most tests."""
+    monkeypatch.setenv(AGENT_VARIABLE, "off")
 
 
 @pytest.fixture(scope="module")

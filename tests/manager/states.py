@@ -117,5 +117,6 @@ def flags(ramdisk: Path, tmp_path: Path, **changes: Any) -> Config:
         local_checkpoint_directory=str(ramdisk),
         local_checkpoint_period=1,
         checkpoint_period=100,
+        checkpoint_agent="off",
         **changes,
     )

@@ -20,7 +20,7 @@ from emergency_ckpt import (
     MultiprocessingOptions,
     PersistentCheckpointOptions,
 )
-from emergency_ckpt.agent import drain
+from emergency_ckpt.agent import draining
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.errors import (
     EmergencyCheckpointError,
@@ -88,7 +88,7 @@ def test_finish_drains_again_what_failed_to_drain(
     opened: Opener, mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manager = opened()
-    Unreliable(monkeypatch, drain, "write_part", PersistentStoreError("disk full"))
+    Unreliable(monkeypatch, draining, "write_part", PersistentStoreError("disk full"))
     manager.save(5, make_state(mesh, 5))
     manager.finish(5, make_state(mesh, 5))
     assert (tmp_path / "bucket/5/default").is_dir()
@@ -105,7 +105,7 @@ def test_what_a_failed_drain_has_written_does_not_stay(
         write_part(*args, **kwargs)
         raise PersistentStoreError("disk full")
 
-    monkeypatch.setattr(drain, "write_part", written_in_vain)
+    monkeypatch.setattr(draining, "write_part", written_in_vain)
     manager.save(5, make_state(mesh, 5))
     with pytest.raises(PersistentStoreError, match="disk full"):
         manager.wait_until_finished()
@@ -116,7 +116,7 @@ def test_finish_raises_when_the_last_step_is_not_persistent(
     opened: Opener, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manager = opened()
-    Unreliable(monkeypatch, drain, "write_part", PersistentStoreError("disk full"), times=99)
+    Unreliable(monkeypatch, draining, "write_part", PersistentStoreError("disk full"), times=99)
     with pytest.raises(PersistentStoreError, match=r"last step 5 did not reach the persistent tier.*disk full"):
         manager.finish(5, make_state(mesh, 5))
 
@@ -362,7 +362,7 @@ def test_a_deleted_step_may_be_saved_and_drained_again(
     opened: Opener, mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manager = opened()
-    Unreliable(monkeypatch, drain, "write_part", PersistentStoreError("disk full"))
+    Unreliable(monkeypatch, draining, "write_part", PersistentStoreError("disk full"))
     manager.save(10, make_state(mesh, 10))
     manager.delete(10)
     with pytest.raises(PersistentStoreError, match="disk full"):

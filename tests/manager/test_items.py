@@ -21,7 +21,7 @@ from emergency_ckpt import (
     PersistentCheckpointOptions,
     StepAlreadyExistsError,
 )
-from emergency_ckpt.agent import drain
+from emergency_ckpt.agent import draining
 from emergency_ckpt.errors import (
     ConfigError,
     ExtrasError,
@@ -278,7 +278,7 @@ def test_a_dataset_goes_only_when_its_step_is_gone(
     for step in (5, 10):
         save_large_dataset(manager, mesh, step)
     with monkeypatch.context() as patch:
-        Unreliable(patch, drain, "write_part", PersistentStoreError("disk full"))
+        Unreliable(patch, draining, "write_part", PersistentStoreError("disk full"))
         with pytest.raises(PersistentStoreError, match="disk full"):
             save_large_dataset(manager, mesh, 15)
     assert dataset_steps(directory) == [10, 15]

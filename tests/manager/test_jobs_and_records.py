@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import Mesh
 
 from emergency_ckpt import CheckpointManager, MultiprocessingOptions
-from emergency_ckpt.agent import drain
+from emergency_ckpt.agent import draining
 from emergency_ckpt.core.lineage import Activation, StepId
 from emergency_ckpt.errors import LocalDirectoryError, PeerFailedError, PersistentStoreError
 from emergency_ckpt.persistent.files import LocalFiles
@@ -26,14 +26,14 @@ class Gate:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.reached, self._open = threading.Event(), threading.Event()
-        real = drain.commit
+        real = draining.commit
 
         def commit(*args: Any) -> Any:
             self.reached.set()
             assert self._open.wait(60)
             return real(*args)
 
-        monkeypatch.setattr(drain, "commit", commit)
+        monkeypatch.setattr(draining, "commit", commit)
 
     def open(self) -> None:
         self._open.set()

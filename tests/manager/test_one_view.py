@@ -18,7 +18,7 @@ from emergency_ckpt import (
     PersistentCheckpointOptions,
     StepAlreadyExistsError,
 )
-from emergency_ckpt.agent import drain
+from emergency_ckpt.agent import draining
 from emergency_ckpt.errors import EmergencyCheckpointError, PersistentStoreError
 from emergency_ckpt.persistent.store import PersistentStore
 from tests.manager.states import OPTIONS, Opener, Unreliable, assert_same, make_state, save_all
@@ -33,7 +33,7 @@ def test_a_step_whose_drain_failed_is_listed_where_it_is_the_newest_and_may_be_d
 ) -> None:
     manager = opened()
     save_all(manager, mesh, range(1, 5))
-    Unreliable(monkeypatch, drain, "write_part", PersistentStoreError("disk full"))
+    Unreliable(monkeypatch, draining, "write_part", PersistentStoreError("disk full"))
     manager.save(5, make_state(mesh, 5))
     with pytest.raises(PersistentStoreError, match="disk full"):
         save_all(manager, mesh, range(0))
@@ -91,7 +91,7 @@ def test_a_forced_save_of_a_step_that_is_there_is_orbaxs_error_and_of_any_other_
     opened: Opener, mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manager = opened()
-    Unreliable(monkeypatch, drain, "write_part", PersistentStoreError("disk full"))
+    Unreliable(monkeypatch, draining, "write_part", PersistentStoreError("disk full"))
     assert manager.save(3, make_state(mesh, 3), force=True)
     assert manager.save(3, make_state(mesh, 3), force=True), "its drain has failed"
     with pytest.raises(PersistentStoreError, match="disk full"):

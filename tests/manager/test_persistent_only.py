@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import Mesh
 
 from emergency_ckpt import CheckpointManager, Config
-from emergency_ckpt.agent import drain
+from emergency_ckpt.agent import draining
 from emergency_ckpt.errors import (
     CorruptDataError,
     NoRestorableStepError,
@@ -101,7 +101,7 @@ def test_a_synchronous_save_raises_what_its_commit_met_and_may_be_repeated(
 ) -> None:
     flags = config(tmp_path, async_checkpointing=False)
     with CheckpointManager.from_config(flags, mesh, make_state(mesh, 0)) as manager:
-        Unreliable(monkeypatch, drain, "write_part", PersistentStoreError("disk full"))
+        Unreliable(monkeypatch, draining, "write_part", PersistentStoreError("disk full"))
         with pytest.raises(PersistentStoreError, match=r"step 2 .* disk full"):
             manager.save(2, make_state(mesh, 2))
         manager.check_for_errors()
@@ -139,7 +139,7 @@ def test_a_commit_that_failed_is_said_and_the_next_one_is_made(
     mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with CheckpointManager.from_config(config(tmp_path), mesh, make_state(mesh, 0)) as manager:
-        Unreliable(monkeypatch, drain, "write_part", PersistentStoreError("disk full"))
+        Unreliable(monkeypatch, draining, "write_part", PersistentStoreError("disk full"))
         manager.save(2, make_state(mesh, 2))
         with pytest.raises(PersistentStoreError, match="disk full"):
             manager.wait_until_finished()

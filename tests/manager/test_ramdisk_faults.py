@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import Mesh
 
 from emergency_ckpt import CheckpointManager, LocalCheckpointOptions, PersistentCheckpointOptions
-from emergency_ckpt.agent import drain
+from emergency_ckpt.agent import draining
 from emergency_ckpt.errors import EmergencyCheckpointError, LocalDirectoryError, PersistentStoreError
 from tests.manager.states import OPTIONS, Opener, Unreliable, assert_same, make_state, save_all
 
@@ -166,7 +166,7 @@ def test_a_slot_that_lacks_a_shard_which_is_to_be_drained_fails_its_drain_by_nam
     opened: Opener, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manager = opened()
-    Unreliable(monkeypatch, drain, "write_part", PersistentStoreError("disk full"))
+    Unreliable(monkeypatch, draining, "write_part", PersistentStoreError("disk full"))
     manager.save(5, make_state(mesh, 5))
     with pytest.raises(PersistentStoreError, match="disk full"):
         manager.wait_until_finished()
@@ -181,7 +181,7 @@ def test_a_step_that_was_lost_cannot_be_drained_again_and_later_ones_are_drained
     opened: Opener, mesh: Mesh, ramdisk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manager = opened()
-    Unreliable(monkeypatch, drain, "write_part", PersistentStoreError("disk full"))
+    Unreliable(monkeypatch, draining, "write_part", PersistentStoreError("disk full"))
     manager.save(5, make_state(mesh, 5))
     with pytest.raises(PersistentStoreError, match="disk full"):
         manager.wait_until_finished()

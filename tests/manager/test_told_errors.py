@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import Mesh
 
 from emergency_ckpt import CheckpointManager, Config, LocalCheckpointOptions
-from emergency_ckpt.agent import drain
+from emergency_ckpt.agent import draining
 from emergency_ckpt.errors import PersistentStoreError
 from tests.manager.states import OPTIONS, Opener, Unreliable, flags, make_state, save_all
 
@@ -21,7 +21,7 @@ EVERY_STEP = dataclasses.replace(OPTIONS, local=LocalCheckpointOptions(save_inte
 
 def fail_once(manager: CheckpointManager, mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
     """Step 5 does not reach the persistent tier, and nobody has been told yet."""
-    Unreliable(monkeypatch, drain, "write_part", PersistentStoreError("disk full"))
+    Unreliable(monkeypatch, draining, "write_part", PersistentStoreError("disk full"))
     for step in range(5, 8):
         assert manager.save(step, make_state(mesh, step)), "training goes on"
 
@@ -52,7 +52,7 @@ def test_the_first_to_ask_is_told_and_nobody_else(
 
 def test_several_errors_are_told_together(opened: Opener, mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
     manager = opened()
-    Unreliable(monkeypatch, drain, "write_part", PersistentStoreError("disk full"), times=2)
+    Unreliable(monkeypatch, draining, "write_part", PersistentStoreError("disk full"), times=2)
     for step in (5, 10):
         manager.save(step, make_state(mesh, step))
     with pytest.raises(PersistentStoreError, match="step 5 ") as caught:
@@ -65,7 +65,7 @@ def test_a_closed_manager_has_released_everything_whatever_it_raises(
 ) -> None:
     manager = opened(persistent_non_replicated_directory=tmp_path / "datasets")
     Unreliable(monkeypatch, ocp.CheckpointManager, "close", OSError("datasets cannot be closed"))
-    fail_once_at = Unreliable(monkeypatch, drain, "write_part", PersistentStoreError("disk full"))
+    fail_once_at = Unreliable(monkeypatch, draining, "write_part", PersistentStoreError("disk full"))
     manager.save(5, make_state(mesh, 5))
     with pytest.raises(OSError, match="datasets cannot be closed") as caught:
         manager.close()
@@ -107,13 +107,13 @@ def test_finish_tells_of_its_own_step_only(
 ) -> None:
     config: Config = flags(ramdisk, tmp_path, save_checkpoint_on_completion=False)
     manager = CheckpointManager.from_config(config, mesh, make_state(mesh, 0))
-    Unreliable(monkeypatch, drain, "write_part", PersistentStoreError("disk full"))
+    Unreliable(monkeypatch, draining, "write_part", PersistentStoreError("disk full"))
     manager.save(1, make_state(mesh, 1))
     manager.finish(2, make_state(mesh, 2))
     with pytest.raises(PersistentStoreError, match="step 1 "):
         manager.close()
     manager = CheckpointManager.from_config(flags(ramdisk, tmp_path), mesh, make_state(mesh, 0))
-    Unreliable(monkeypatch, drain, "write_part", PersistentStoreError("disk full"), times=9)
+    Unreliable(monkeypatch, draining, "write_part", PersistentStoreError("disk full"), times=9)
     with pytest.raises(PersistentStoreError, match=r"last step 2 did not reach .*disk full"):
         manager.finish(2, make_state(mesh, 2))
     manager.close()

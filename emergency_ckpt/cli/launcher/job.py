@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from emergency_ckpt.agent.ending import end_agent, wait_until_idle
 from emergency_ckpt.cli.launcher import events
 from emergency_ckpt.cli.launcher.process import ProcessFiles, RunningProcess, variables_for
 from emergency_ckpt.cli.launcher.ramdisk import temporary_ramdisk
@@ -92,6 +93,7 @@ class _Job:
         self._ramdisk_root = spec.ramdisk_root or cleanup.enter_context(temporary_ramdisk())
         # Last in, first out: everything has ended before the directories go.
         cleanup.callback(self._end_strays)
+        cleanup.callback(self._end_agents)
 
         # Of the attempt that runs:
         self._running: list[RunningProcess] = []
@@ -143,6 +145,14 @@ class _Job:
 
     def _end_strays(self) -> None:
         end_strays(self._id, 0 if self._stop.hurry else self._spec.grace_seconds)
+
+    def _end_agents(self) -> None:
+        """They outlive attempts, and may finish what the last one left within the grace."""
+        roots = [self._ramdisk_of(process) for process in range(self._spec.process_count)]
+        grace = 0 if self._stop.hurry else self._spec.grace_seconds
+        wait_until_idle(roots, grace, lambda: self._stop.hurry)
+        for root in roots:
+            end_agent(root, 0 if self._stop.hurry else grace)
 
     # -- one attempt
 
@@ -295,6 +305,8 @@ class _Job:
         self._emit(events.Killed(kill=kill, processes=processes, **self._when()))
         for process in processes:
             end_strays(self._id, 0, process)
+            if self._spec.wipe_ramdisk:
+                end_agent(self._ramdisk_of(process), 0)
 
     def _wipe(self, processes: Sequence[int]) -> None:
         for process in processes:

@@ -1,7 +1,7 @@
 """One process of a job: its environment, its log file, its progress pipe and its process group.
 
 A process leads its own session, so that what it starts is ended with it. A program that makes a session of its
-own, as an agent does that is to outlive its process, is found by `strays`.
+own is found by `strays`; an agent, which is to outlive its process, is not, and ends with the job.
 """
 
 from __future__ import annotations

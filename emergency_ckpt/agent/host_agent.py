@@ -1,0 +1,130 @@
+"""The agent of this host as one trainer uses it: attached as long as the trainer lives, told what it works on.
+
+An agent that was lost is started again when it is needed next. Goodbye is said at the manager's own end: an
+agent whose trainer ends without it sees to what is left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import secrets
+import threading
+from datetime import timedelta
+from pathlib import Path
+
+from emergency_ckpt.agent.attachment import Attachment, attach
+from emergency_ckpt.agent.draining import Stop
+from emergency_ckpt.agent.endpoint import Endpoint
+from emergency_ckpt.agent.options import AgentOptions
+from emergency_ckpt.agent.order_client import OrderClient
+from emergency_ckpt.agent.orders import Destination, Registration, Share
+from emergency_ckpt.agent.record import AgentRecord, agent_directory, read_record
+from emergency_ckpt.agent.starting import ensure_agent
+from emergency_ckpt.errors import (
+    AgentStartError,
+    CorruptDataError,
+    PeerUnavailableError,
+    PersistentStoreError,
+    StaleGenerationError,
+)
+
+_LOOK = timedelta(seconds=2)
+
+
+class HostAgent:
+    """Finds or starts the agent of `root` when it is needed. Safe to use from any thread.
+
+    All methods raise AgentStartError, LocalDirectoryError or PeerUnavailableError where there is no agent that
+    does what is asked.
+    """
+
+    def __init__(self, root: Path, options: AgentOptions) -> None:
+        self._root = root
+        self._options = options
+        self._trainer = secrets.token_hex(16)
+        self._guard = threading.Lock()
+        self._attachment: Attachment | None = None
+        self._record: AgentRecord | None = None
+        self._registration: Registration | None = None
+        self._closed = False
+
+    def connect(self) -> Endpoint:
+        """Attaches to the agent, if that is not so already; returns where others reach it."""
+        with self._guard:
+            return self._connected().endpoint
+
+    def register(self, registration: Registration) -> None:
+        """Tells the agent what this trainer works on from now on, and every later agent."""
+        with self._guard:
+            record = self._connected()
+            self._registration = registration
+            OrderClient.of_this_host(record).register(self._trainer, registration)
+
+    def drain(self, destination: Destination, share: Share, stop: Stop) -> int:
+        """Has the agent carry out a share; returns the bytes of the part. `stop` is asked again and again.
+
+        Raises what `draining.carry_out` raises.
+        """
+        with self._guard:
+            client = OrderClient.of_this_host(self._connected())
+        drain = client.begin(destination, share)
+        told = False
+        while True:
+            report = client.look(drain, _LOOK)
+            if report.ending == "done":
+                return report.nbytes
+            if report.ending == "superseded":
+                raise StaleGenerationError(report.reason)
+            if report.ending == "corrupt":
+                raise CorruptDataError(report.reason)
+            if report.ending is not None:
+                raise PersistentStoreError(report.reason)
+            if not told and (reason := stop()) is not None:
+                client.give_up(drain, reason)
+                told = True
+
+    def close(self) -> None:
+        """Says goodbye and lets go. The agent stays as long as somebody needs it. Repeating it is fine."""
+        with self._guard:
+            self._closed = True
+            attachment, self._attachment = self._attachment, None
+            if attachment is None:
+                return
+            if self._record is not None and self._registration is not None:
+                # An agent that is gone needs no goodbye.
+                with contextlib.suppress(PeerUnavailableError):
+                    OrderClient.of_this_host(self._record).say_goodbye(self._trainer)
+            attachment.close()
+
+    def _connected(self) -> AgentRecord:
+        if self._closed:
+            raise PeerUnavailableError("the manager that used the agent of this host is closed")
+        if self._attachment is not None and self._attachment.lost is None and self._record is not None:
+            return self._record
+        try:
+            return self._attach()
+        except PeerUnavailableError:
+            return self._attach()  # It may have been about to leave when it was found.
+
+    def _attach(self) -> AgentRecord:
+        if self._attachment is not None:
+            self._attachment.close()
+            self._attachment = None
+        endpoint = ensure_agent(self._root, self._options)
+        try:
+            record = read_record(agent_directory(self._root))
+        except CorruptDataError as error:
+            raise AgentStartError(str(error)) from error
+        if record is None or record.endpoint != endpoint:
+            raise AgentStartError(f"the agent of {self._root} was replaced while it was looked for")
+        try:
+            self._attachment = attach(endpoint, dial=record.dial, trainer=self._trainer)
+        except PeerUnavailableError:
+            # In another network namespace it is reached as from other hosts.
+            record = dataclasses.replace(record, dial=endpoint.host)
+            self._attachment = attach(endpoint, dial=record.dial, trainer=self._trainer)
+        self._record = record
+        if self._registration is not None:
+            OrderClient.of_this_host(record).register(self._trainer, self._registration)
+        return record

@@ -1,0 +1,191 @@
+"""What an agent answers about its trainers and drains.
+
+Only who has the key of this host, which lies in a file that its owner alone can read, may say where steps are
+drained to. Agents of other hosts may ask for drains of a life that a trainer of this host has told of.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from aiohttp import web
+
+from emergency_ckpt.agent.door import BY_OWNER, refuse
+from emergency_ckpt.agent.drains import Drains, DrainState, SlotNotHereError, TooManyDrainsError
+from emergency_ckpt.agent.orders import (
+    MAX_ORDER_BYTES,
+    Destination,
+    Life,
+    Share,
+    destination_from_json,
+    life_from_json,
+    parse_json,
+    registration_from_json,
+    share_from_json,
+)
+from emergency_ckpt.agent.trainers import Trainers, is_trainer_id
+from emergency_ckpt.errors import EmergencyCheckpointError
+
+_LONGEST_WAIT_SECONDS = 5.0
+_THREADS = 4
+_WAITING_THREADS = 64
+_T = TypeVar("_T")
+
+
+class JobPages:
+    """The pages, for one event loop."""
+
+    def __init__(self, trainers: Trainers, drains: Drains, request_seconds: float) -> None:
+        self._trainers = trainers
+        self._drains = drains
+        self._request_seconds = request_seconds
+        self._threads = concurrent.futures.ThreadPoolExecutor(_THREADS, "emergency_ckpt orders")
+        self._waiting = concurrent.futures.ThreadPoolExecutor(_WAITING_THREADS, "emergency_ckpt waiting")
+
+    def routes(self) -> list[web.RouteDef]:
+        return [
+            web.put("/v1/trainers/{trainer}", self._register),
+            web.delete("/v1/trainers/{trainer}", self._say_goodbye),
+            web.post("/v1/drains", self._drain),
+            web.get("/v1/drains/{drain}", self._look),
+            web.delete("/v1/drains/{drain}", self._give_up),
+            web.post("/v1/lives", self._look_at_life),
+            web.post("/v1/lives/drains", self._drain_of_life),
+        ]
+
+    def close(self) -> None:
+        """Ends the threads; nothing is asked any more."""
+        self._threads.shutdown(wait=True)
+        self._waiting.shutdown(wait=True)
+
+    # Of the trainers of this host.
+
+    async def _register(self, request: web.Request) -> web.Response:
+        trainer = request.match_info["trainer"]
+        if (refusal := _only_owner(request)) is not None:
+            return refusal
+        try:
+            registration = await self._parsed(request, registration_from_json)
+        except ValueError as error:
+            return refuse(400, "malformed", str(error))
+        if not is_trainer_id(trainer) or not self._trainers.register(trainer, registration):
+            return refuse(409, "not_attached", "only a trainer that is attached can say what it works on")
+        return web.json_response({"registered": True})
+
+    async def _say_goodbye(self, request: web.Request) -> web.Response:
+        if (refusal := _only_owner(request)) is not None:
+            return refusal
+        self._trainers.leave(request.match_info["trainer"])
+        return web.json_response({"left": True})
+
+    async def _drain(self, request: web.Request) -> web.Response:
+        if (refusal := _only_owner(request)) is not None:
+            return refusal
+        # A trainer may die right after it asked: what it asked for is done all the same.
+        return await asyncio.shield(self._take_order(request))
+
+    async def _take_order(self, request: web.Request) -> web.Response:
+        try:
+            destination, share = await self._parsed(request, _order)
+        except ValueError as error:
+            return refuse(400, "malformed", str(error))
+        return await self._begin(destination, share)
+
+    async def _look(self, request: web.Request) -> web.Response:
+        try:
+            seconds = min(float(request.query.get("wait", "0")), _LONGEST_WAIT_SECONDS)
+        except ValueError:
+            return refuse(400, "malformed", "the time to wait is no number")
+        drain = request.match_info["drain"]
+        look = functools.partial(self._drains.look, drain, seconds)
+        state = await asyncio.get_running_loop().run_in_executor(self._waiting, look)
+        return refuse(404, "no_such_drain", "this drain is not known here") if state is None else _told(state)
+
+    async def _give_up(self, request: web.Request) -> web.Response:
+        try:
+            reason = await self._parsed(request, lambda raw: str(raw["reason"])[:2000])
+        except (ValueError, KeyError) as error:
+            return refuse(400, "malformed", str(error))
+        if not self._drains.give_up(request.match_info["drain"], reason):
+            return refuse(404, "no_such_drain", "this drain is not known here")
+        return web.json_response({"given_up": True})
+
+    # Of the agents of other hosts, in the name of a life whose trainers are gone.
+
+    async def _look_at_life(self, request: web.Request) -> web.Response:
+        try:
+            life = await self._parsed(request, life_from_json)
+        except ValueError as error:
+            return refuse(400, "malformed", str(error))
+        states = self._trainers.states(life)
+        return web.json_response(
+            {
+                "processes": {str(p): state for p, state in states.items()},
+                "drains": self._drains.running,
+                "writing": self._drains.writing,
+            }
+        )
+
+    async def _drain_of_life(self, request: web.Request) -> web.Response:
+        try:
+            life, share = await self._parsed(request, _order_of_life)
+        except ValueError as error:
+            return refuse(400, "malformed", str(error))
+        registration = self._trainers.find(life)
+        if registration is None or not registration.flush:
+            return refuse(404, "no_such_life", "no trainer of this host has told of this life of the run")
+        # What waits for parts of this life by now waits in vain: this attempt takes its place.
+        self._drains.give_up_waiting(life, "its trainers are gone, and the agents begin anew")
+        return await self._begin(registration.destination, share)
+
+    # Of both.
+
+    async def _begin(self, destination: Destination, share: Share) -> web.Response:
+        try:
+            with self._trainers.in_use():
+                drain = await self._on_disk(lambda: self._drains.begin(destination, share))
+        except SlotNotHereError as error:
+            return refuse(404, "slot_not_here", str(error))
+        except TooManyDrainsError as error:
+            return refuse(503, "too_many_drains", str(error))
+        except EmergencyCheckpointError as error:
+            return refuse(409, "cannot_drain", str(error))
+        return web.json_response({"drain": drain}, status=202)
+
+    async def _parsed(self, request: web.Request, parse: Callable[[Any], _T]) -> _T:
+        """What a body says. Raises ValueError for one that is too long, too slow or not understood."""
+        data = bytearray()
+        try:
+            async with asyncio.timeout(self._request_seconds):
+                async for chunk in request.content.iter_chunked(1 << 16):
+                    data += chunk
+                    if len(data) > MAX_ORDER_BYTES:
+                        raise ValueError("the request is too long")
+        except TimeoutError as error:
+            raise ValueError("the request did not arrive in time") from error
+        return await self._on_disk(lambda: parse(parse_json(bytes(data))))
+
+    async def _on_disk(self, call: Callable[[], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+
+def _order(raw: Any) -> tuple[Destination, Share]:
+    return destination_from_json(raw.get("destination")), share_from_json(raw.get("share"))
+
+
+def _order_of_life(raw: Any) -> tuple[Life, Share]:
+    return life_from_json(raw.get("life")), share_from_json(raw.get("share"))
+
+
+def _told(state: DrainState) -> web.Response:
+    return web.json_response({"ending": state.ending, "bytes": state.nbytes, "reason": state.reason})
+
+
+def _only_owner(request: web.Request) -> web.Response | None:
+    if request.get(BY_OWNER):
+        return None
+    return refuse(403, "not_of_this_host", "only who has the key of this host may ask for this")

@@ -1,0 +1,92 @@
+"""Which step agents drain when their trainers are gone: the newest of which every shard is in some whole slot.
+
+Like a restore it goes by what is held, not by marks; a step whose extras are not all there is no whole step.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+
+from emergency_ckpt.core.layout import Layout
+from emergency_ckpt.core.lineage import StepId
+from emergency_ckpt.core.upload_assignment import assign_uploads
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Copy:
+    """A sealed slot, as the agent of `process` tells of it; `whole`: no shard of it is missing."""
+
+    process: int
+    step: StepId
+    layout: str
+    position: int
+    digest: str
+    whole: bool
+    extras_of: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Flush:
+    """A step to drain: `copies`, one for each position that writes a part, ascending by position."""
+
+    step: StepId
+    layout: str
+    copies: tuple[Copy, ...]
+
+    @property
+    def holders(self) -> tuple[int, ...]:
+        return tuple(copy.position for copy in self.copies)
+
+    @property
+    def committer(self) -> Copy:
+        """The copy of the lowest process."""
+        return min(self.copies, key=lambda copy: (copy.process, copy.position))
+
+
+def choose_flush(
+    copies: Iterable[Copy], layouts: Mapping[str, Layout], committed: StepId | None
+) -> tuple[Flush | None, str]:
+    """The newest step after `committed` that these copies cover, and a reason, or why there is none."""
+    by_step: dict[tuple[StepId, str], list[Copy]] = collections.defaultdict(list)
+    for copy in copies:
+        by_step[copy.step, copy.layout].append(copy)
+    notes: list[str] = []
+    for (step, layout_hash), held in sorted(by_step.items(), reverse=True, key=lambda item: item[0]):
+        if committed is not None and step <= committed:
+            notes.append(f"{committed} is in the persistent tier")
+            break
+        layout = layouts.get(layout_hash)
+        if layout is None:
+            notes.append(f"{step}: its layout cannot be read")
+            continue
+        chosen = _agreeing(layout, held)
+        plan = assign_uploads(layout, [copy.position for copy in chosen])
+        if plan.shards is None:
+            notes.append(f"{step}: {plan.reason}")
+            continue
+        kept = {owner for copy in chosen for owner in copy.extras_of}
+        if kept and (lost := set(range(layout.process_count)) - kept):
+            notes.append(f"{step}: the extras of processes {sorted(lost)[:8]} are lost")
+            continue
+        return Flush(step, layout_hash, tuple(chosen)), "; ".join([f"{step} from {plan.reason}", *notes])
+    return None, "; ".join(notes) or "nothing is sealed"
+
+
+def _agreeing(layout: Layout, held: Sequence[Copy]) -> list[Copy]:
+    """One whole copy per position, ascending; of replicas that differ those that most agree with."""
+    usable = [copy for copy in held if copy.whole and copy.position < layout.process_count]
+    groups: dict[tuple[int, ...], list[Copy]] = collections.defaultdict(list)
+    for copy in usable:
+        groups[tuple(layout.process_shards[copy.position])].append(copy)
+    chosen: dict[int, Copy] = {}
+    for alike in groups.values():
+        digests = collections.Counter(copy.digest for copy in alike)
+        best = max(digests.values())
+        leading = [copy for copy in alike if digests[copy.digest] == best]
+        digest = min(leading, key=lambda copy: (copy.position, copy.process)).digest
+        for copy in sorted(alike, key=lambda copy: copy.process):
+            if copy.digest == digest:
+                chosen.setdefault(copy.position, copy)
+    return [chosen[position] for position in sorted(chosen)]

@@ -1,0 +1,47 @@
+"""A job whose trainers are killed: it trains to a step, says so, and stays until somebody ends it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from emergency_ckpt import CheckpointManager
+from emergency_ckpt.agent.record import agent_directory, read_record
+from tests.integration.training_job import make_config, make_mesh, make_state
+
+
+def train_and_stay(root: str, until: int, flags: dict[str, Any], stopped_at: dict[str, int]) -> None:
+    """Trains from the newest step to `until`, with synchronous waits between steps but for the last one.
+
+    `stopped_at`: by process, the step before which its agent is stopped with SIGSTOP.
+    """
+    mesh, process = make_mesh(jax.process_count()), jax.process_index()
+    manager = CheckpointManager.from_config(make_config(root, flags), mesh, make_state(mesh, 0))
+    start = manager.restore_or_init(lambda: make_state(mesh, 0)).step or 0
+    for step in range(start + 1, until + 1):
+        if stopped_at.get(str(process)) == step:
+            manager.wait_until_finished()
+            os.kill(agent_pid(Path(root), process), signal.SIGSTOP)
+        multihost_utils.sync_global_devices(f"step {step}")
+        manager.save(step, make_state(mesh, step), extras={"data": {"position": 100 * step + process}})
+        if not stopped_at:
+            manager.wait_until_finished()
+            manager.check_for_errors()
+    while manager.latest_complete_step() != until:
+        time.sleep(0.01)
+    print(f"complete {until}", flush=True)
+    while True:
+        time.sleep(1)
+
+
+def agent_pid(root: Path, process: int) -> int:
+    """The process of the agent of a process of the job."""
+    record = read_record(agent_directory(root / f"ramdisk_{process}"))
+    assert record is not None
+    return record.pid
