@@ -119,7 +119,9 @@ def test_every_module_of_a_room_for_processes_without_jax_starts_without_it(room
     assert run_python(f"import {', '.join(names)}; {REPORT_HEAVY}").strip() == ""
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["launch", "--help"], ["agent", "--help"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["launch", "--help"], ["agent", "--help"], ["run", "--help"]], ids=" ".join
+)
 def test_the_command_line_shows_its_help_without_jax(arguments: list[str]) -> None:
     code = (
         f"import atexit, sys; atexit.register(lambda: exec({REPORT_HEAVY!r}))\n"

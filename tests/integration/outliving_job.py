@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,28 @@ def train_and_stay(root: str, until: int, flags: dict[str, Any], stopped_at: dic
             manager.check_for_errors()
     while manager.latest_complete_step() != until:
         time.sleep(0.01)
+    wait_until_registered(manager)
     print(f"complete {until}", flush=True)
     while True:
         time.sleep(1)
+
+
+def train_and_die(root: str, until: int, flags: dict[str, Any]) -> None:
+    """Trains to `until`, alone, and is killed."""
+    mesh = make_mesh(1)
+    manager = CheckpointManager.from_config(make_config(root, flags), mesh, make_state(mesh, 0))
+    for step in range(1, until + 1):
+        manager.save(step, make_state(mesh, step), extras={"data": {"position": 100 * step}})
+        manager.wait_until_finished()
+    wait_until_registered(manager)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def wait_until_registered(manager: CheckpointManager) -> None:
+    """Until the agent knows what this process works on."""
+    telling = manager._engine.job.peers._telling
+    assert telling is not None
+    assert telling.wait(timedelta(seconds=60))
 
 
 def agent_pid(root: Path, process: int) -> int:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +22,7 @@ from emergency_ckpt.agent.record import LOG, agent_directory, read_record
 from emergency_ckpt.persistent.store import PersistentStore
 from tests.agent.served import agents_of
 from tests.integration.outliving_job import agent_pid, train_and_stay
-from tests.integration.processes import Job, run_job
+from tests.integration.processes import REPOSITORY, Job, run_job
 from tests.integration.training_job import train
 
 NO_FLUSH = {"agent_flush_on_trainer_exit": False}
@@ -113,6 +115,18 @@ def test_the_newest_step_is_drained_when_all_trainers_are_killed(root: Path, pro
     wait_for(lambda: not any(status(root, p)["flushes"] for p in range(processes)), root)
     assert sum("flushing" in log(root, process) for process in range(processes)) == 1
     assert_restored_without_ramdisks(root, processes, 6)
+
+
+def test_the_container_command_holds_until_the_newest_step_is_drained(root: Path) -> None:
+    local = root / "ramdisk_0"
+    local.mkdir()
+    code = f"from tests.integration import outliving_job as job; job.train_and_die({str(root)!r}, 6, {{}})"
+    code = code.format(ONLY_FIRST_PERSISTENT)
+    words = [sys.executable, "-m", "emergency_ckpt.cli.main", "run", "--local-directory", str(local)]
+    done = subprocess.run([*words, "--", sys.executable, "-c", code], timeout=120, cwd=REPOSITORY)
+    assert done.returncode == 128 + signal.SIGKILL
+    assert committed(root) == [1, 6]
+    assert_restored_without_ramdisks(root, 1, 6)
 
 
 def test_a_later_life_of_the_run_keeps_the_agents_from_draining(root: Path) -> None:
