@@ -35,6 +35,7 @@ class Copying:
     def tell(self, prefix: str) -> None:
         """This process has sealed what its devices hold: others may fetch their copies."""
         if self._gives:
+            self._job.peers.renew()  # They ask it now.
             self._job.coordinator.put_once(self._key(prefix, self._job.process), b"")
 
     def withhold(self, prefix: str) -> None:
@@ -63,6 +64,7 @@ class Copying:
             takes = [Take(p, job.layout.hash, p, shards) for p, shards in self._sources.items()]
             target = Target(step, job.layout, needed, slot.shard)
             found = gather(target, takes, lambda take: open_peer_slot(job, step, take))
+            job.peers.forget(found.unreachable)
             job.log.metrics.add(Metric.COPIED_BYTES, sum(nbytes for _, nbytes in found.sources.values()))
             empty = {shard: () for shard in slot.missing if not job.layout.shard_nbytes[shard]}
             refused = job.local.repaired(slot, [*found.checksums, *empty], found.checksums)

@@ -141,6 +141,7 @@ class Filling:
             return NONE
         target = Target(self.step, self._job.layout, wanted, self._the_room().place)
         gathered = gather(target, takes, self._open_source)
+        self._job.peers.forget(gathered.unreachable)
         self._done.update(gathered.checksums)
         for _, manifest in sorted(gathered.manifests.items()):
             self._described = self._described or _Described.by(manifest)

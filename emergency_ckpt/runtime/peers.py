@@ -7,6 +7,7 @@ serves nobody; its shards then travel over the device network, where the mesh al
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
 
@@ -26,7 +27,6 @@ class Peers:
     """Where the agents of all processes are. All processes make one, at the start of their manager.
 
     Attributes:
-      served: whether this process's slots can be fetched by others.
       host: the agent of this host; None where none is wanted.
     """
 
@@ -47,15 +47,38 @@ class Peers:
         self._known: dict[int, Endpoint | None] = {}
         self._telling: Worker[tuple[Destination, bool]] | None = None
         self.host = HostAgent(root, options) if root is not None and options is not None else None
-        endpoint = None
-        if self.host is not None and not lazily:
-            try:
-                endpoint = self.host.connect()
-            except EmergencyCheckpointError as error:
-                log.error("start", None, f"other hosts cannot fetch shards from this one: {error}")
-        self.served = endpoint is not None
-        said = json.dumps(endpoint.to_json() if endpoint else None).encode()
-        coordinator.put(self._key(coordinator.process_index), said)
+        self._lazily = lazily
+        self._told: Endpoint | None = None
+        if not self.renew():
+            coordinator.put(self._key(coordinator.process_index), b"null")
+
+    @property
+    def served(self) -> bool:
+        """Whether this process's slots can be fetched by others."""
+        return self._told is not None
+
+    def renew(self) -> bool:
+        """Finds or starts the agent of this host, also one that was lost, and tells the others where it is.
+
+        Costs nothing where it is there. False where nobody serves this process's slots.
+        """
+        if self.host is None or self._lazily:
+            return False
+        try:
+            endpoint = self.host.connect()
+        except EmergencyCheckpointError as error:
+            self._log.error("agent", None, f"other hosts cannot fetch shards from this one: {error}")
+            return self._told is not None
+        if endpoint != self._told:
+            said = json.dumps(endpoint.to_json()).encode()
+            self._coordinator.put(self._key(self._coordinator.process_index), said)
+            self._told = endpoint
+        return True
+
+    def forget(self, processes: Iterable[int]) -> None:
+        """The agents of these could not be reached: where they are is asked anew when it is needed next."""
+        for process in processes:
+            self._known.pop(process, None)
 
     def endpoint(self, process: int) -> Endpoint:
         """Raises PeerUnavailableError where that process has no agent."""

@@ -95,6 +95,7 @@ class Restorer:
 
         def mine() -> Any:
             inventory = own_inventory(job.local, job.process, job.topology.process_count)
+            job.peers.renew()
             publish_layouts(job.coordinator, f"{key}/layouts", job.local, inventory.holdings)
             return json.loads(inventory.to_bytes()), job.peers.served
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from tests.integration.processes import run_job
+from tests.agent.served import agents_of
+from tests.integration.processes import Job, run_job
 from tests.integration.training_job import live_through, train
 
 
@@ -122,3 +123,22 @@ def test_without_copies_the_loss_of_a_host_of_such_a_state_costs_its_newest_step
     (life,) = lives_after(ramdisk, 2, 2, [[3]], fully_sharded=True).values()
     assert [r["start"] for r in life] == [10] * 4
     assert {r["counters"]["survives_host_losses"] for r in life} == {0}
+
+
+def test_an_agent_that_is_killed_while_the_job_runs_costs_the_copies_of_one_save(ramdisk: Path) -> None:
+    """It is started again when others need it next, and they ask anew where it is."""
+    flags = {"local_checkpoint_copies": 2, "checkpoint_period": 1000, "local_checkpoint_period": 1}
+    with Job(train, 2, str(ramdisk), 1, 1_000_000, flags) as running:
+        running.wait_for_line(0, "complete 3")
+        (agent,) = agents_of(ramdisk / "ramdisk_1")
+        agent.kill()
+        killed_at = len(running.lines(0))
+
+        def goes_on() -> bool:
+            complete = {line.split()[-1] for line in running.lines(0)[killed_at:] if line.startswith("step")}
+            return len(complete - {"None"}) >= 6
+
+        running.wait_until(lambda: goes_on() or running.failed, timedelta(seconds=60))
+        assert not running.failed, running.describe()
+        (again,) = agents_of(ramdisk / "ramdisk_1")
+        assert again.pid != agent.pid
