@@ -6,9 +6,7 @@ processes of the job make the same calls in the same order.
 
 from __future__ import annotations
 
-import json
 import operator
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,16 +23,17 @@ from emergency_ckpt.errors import (
     CorruptDataError,
     NoRestorableStepError,
     PersistentStoreError,
-    UnsupportedStateError,
 )
 from emergency_ckpt.jaxio.preemption import PreemptionQuery
 from emergency_ckpt.jaxio.state import without_arrays
+from emergency_ckpt.runtime.arguments import plain_metadata, step_number
 from emergency_ckpt.runtime.datasets import DatasetDirectory
 from emergency_ckpt.runtime.declared_extras import GlobalExtras as GlobalExtras
 from emergency_ckpt.runtime.declared_extras import ReshardedExtras as ReshardedExtras
 from emergency_ckpt.runtime.engine import Engine
 from emergency_ckpt.runtime.existing import StepAlreadyExistsError
 from emergency_ckpt.runtime.extras import WantedExtras, capture, fits
+from emergency_ckpt.runtime.failures import failures_of, raise_together
 from emergency_ckpt.runtime.items import DATASET, STATE, ItemHandlers, split_items
 from emergency_ckpt.runtime.loading import load_parameters, load_state
 from emergency_ckpt.runtime.policies import Ranking
@@ -233,12 +232,12 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
 
         With a save-decision policy that depends on more than the step, all processes ask about the same steps.
         """
-        step = _number(step)
+        step = step_number(step)
         return bool(self._due(step, force=False)) and not self._engine.is_old(step)
 
     def reached_preemption(self, step: int) -> bool:
         """Whether all processes agreed to react to a preemption notice at `step`. Ask at every step."""
-        return self._preemption.reached(_number(step))
+        return self._preemption.reached(step_number(step))
 
     # Saving.
 
@@ -279,7 +278,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         background are raised by `check_for_errors`; a synchronous save raises those of its commit itself, on
         all processes, and may be repeated: the step is on the ramdisks.
         """
-        step = _number(step)
+        step = step_number(step)
         due = self._due(step, force)
         if not due:
             return False
@@ -298,7 +297,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         if due.persistent:
             self._save_dataset(step, args, custom_metadata, is_new)
         if saved and due.persistent and not self._settings.asynchronous:
-            _raise_together(self._engine.await_drains())
+            raise_together(self._engine.await_drains())
         return saved
 
     def _save_dataset(
@@ -327,7 +326,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         if self._datasets is not None and DATASET in written and not fits(written[DATASET]):
             del written[DATASET]
         return SaveContent(
-            state, capture(extras, written, always=given), _plain_metadata(custom_metadata, metrics)
+            state, capture(extras, written, always=given), plain_metadata(custom_metadata, metrics)
         )
 
     def finish(self, step: int, state: PyTree, *, extras: Mapping[str, Any] | None = None) -> None:
@@ -347,7 +346,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         def prepare() -> SaveContent:
             return self._content(state, extras)
 
-        step = _number(step)
+        step = step_number(step)
         is_new = not self._engine.is_old(step)
         self._engine.finish(step, self._engine.due(step, force=True), prepare)
         self._delete_void_datasets()
@@ -380,7 +379,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         a part also StateMismatchError, naming every leaf that is not there as it is wanted; ExtrasError
         on all processes when an item is not there or its handler fails, and nothing is void then.
         """
-        step = None if step is None else _number(step)
+        step = None if step is None else step_number(step)
         items = dict(args.items()) if isinstance(args, ocp.args.Composite) else {STATE: args}
         asked = items.pop(STATE, None)
         dataset = items.get(DATASET) if self._datasets is not None else None
@@ -461,7 +460,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
 
     def delete(self, step: int) -> None:
         """Deletes `step` on all tiers. Collective. Raises NoRestorableStepError when it is on none."""
-        step = _number(step)
+        step = step_number(step)
         self._engine.delete(step)
         if self._datasets is not None:
             self._datasets.delete(step)
@@ -470,7 +469,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
 
     def metrics(self, step: int) -> PyTree | None:
         """The metrics that were saved with `step`, None if there were none. Local."""
-        return self._engine.catalog.saved_with(_number(step)).get("metrics") or None
+        return self._engine.catalog.saved_with(step_number(step)).get("metrics") or None
 
     def metadata(self, step: int | None = None) -> Any:
         """Orbax's `StepMetadata` of `step`, or `RootMetadata` for None. Local.
@@ -480,7 +479,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         """
         if step is None:
             return RootMetadata(custom_metadata=self._engine.job.persistent.root_metadata() or {})
-        step = _number(step)
+        step = step_number(step)
         saved = self._engine.catalog.facts(step)
         try:
             items = self.item_metadata(step)
@@ -503,7 +502,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         manager's abstract state has its sharding; any other has none, and typed keys are then the integers that
         are stored. Raises NoRestorableStepError, CorruptDataError or PersistentStoreError.
         """
-        step = _number(step)
+        step = step_number(step)
         contents = self._engine.catalog.contents(step)
         beside = [*contents.items, *([DATASET] if self._datasets and step in self._datasets.steps else [])]
         return ocp.args.Composite(state=contents.state(self._abstract_state), **dict.fromkeys(beside))
@@ -519,7 +518,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         waits = [self._engine.wait]
         if self._datasets is not None:
             waits.insert(0, self._datasets.wait)
-        _raise_together([*_failures_of(*waits), *self._engine.take_errors()])
+        raise_together([*failures_of(*waits), *self._engine.take_errors()])
 
     def check_for_errors(self) -> None:
         """Raises the first error that saves or drains in the background met since the last call. Local.
@@ -527,7 +526,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         The others are its notes. An error is raised once, here or by `wait_until_finished`, `finish`, `close`.
         """
         checks = [] if self._datasets is None else [self._datasets.check_for_errors]
-        _raise_together([*_failures_of(*checks), *self._engine.take_errors()])
+        raise_together([*failures_of(*checks), *self._engine.take_errors()])
 
     def close(self) -> None:
         """Finishes saves and drains and gives back the ramdisk directory. The data stays. Idempotent.
@@ -537,63 +536,19 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         failures: list[Exception] = []
         try:
             if self._datasets is not None:
-                failures += _failures_of(self._datasets.close)
+                failures += failures_of(self._datasets.close)
         finally:  # Also when somebody interrupts the waiting.
-            failures += _failures_of(self._engine.close, self._handlers.close)
-        _raise_together([*failures, *self._engine.take_errors()])
+            failures += failures_of(self._engine.close, self._handlers.close)
+        raise_together([*failures, *self._engine.take_errors()])
 
     def __contextmanager__(self) -> Any:
         try:
             yield self
         except BaseException as error:
-            for late in _failures_of(self.close):
+            for late in failures_of(self.close):
                 error.add_note(f"and, when the checkpoint manager was closed: {late}")
             raise
         self.close()
-
-
-def _failures_of(*calls: Callable[[], None]) -> list[Exception]:
-    """Makes all calls; what they raise."""
-    failures: list[Exception] = []
-    for call in calls:
-        try:
-            call()
-        except Exception as error:
-            failures.append(error)
-    return failures
-
-
-def _raise_together(errors: Sequence[Exception]) -> None:
-    """Raises the first error, with the others as its notes."""
-    if errors:
-        for other in errors[1:]:
-            errors[0].add_note(f"and: {other}")
-        raise errors[0]
-
-
-def _number(step: Any) -> int:
-    """The step number as a plain int, also of numpy's and JAX's integers, in which a train loop may count."""
-    try:
-        number = int(operator.index(step))
-    except TypeError:
-        number = -1
-    if number < 0:
-        raise ConfigError(f"the step is {step!r} ({type(step).__name__}); expected an integer, 0 or more")
-    return number
-
-
-def _plain_metadata(
-    custom_metadata: Mapping[str, Any] | None, metrics: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """What is kept with the step, as a copy that later changes of the caller do not reach."""
-    given = {"custom_metadata": dict(custom_metadata or {}), "metrics": dict(metrics or {})}
-    try:
-        plain = json.loads(json.dumps(given))
-    except (TypeError, ValueError) as error:
-        raise UnsupportedStateError(
-            f"custom_metadata and metrics must be JSON: {error}. Turn arrays into numbers first: float(loss)."
-        ) from error
-    return {**plain, "started_nanoseconds": time.time_ns()}
 
 
 # So that `isinstance(manager, emergency.CheckpointManager)` holds, which MaxText asks.
