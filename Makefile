@@ -5,6 +5,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
+# Files are run side by side; more at a time than two keep real jobs of several processes from making their limits.
+PYTEST_WORKERS ?= 2
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 EXPLORE_WORLDS ?= 1000000
@@ -40,7 +42,7 @@ demo: $(STAMP) ## train, lose a whole slice, come back (under 3 minutes)
 	$(BIN)/emergency-ckpt demo $(DEMO_ARGS)
 
 test: $(STAMP) ## all tests (options for pytest: PYTEST_ARGS="-x -k slots")
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(STAMP) ## style, formatting and types
 	$(BIN)/ruff check .
