@@ -89,6 +89,7 @@ def make_config(root: str, flags: dict[str, Any]) -> Config:
         "checkpoint_period": 10,
         "checkpoint_coordination_timeout_seconds": 30,
         "checkpoint_drain_timeout_seconds": 60,
+        "checkpoint_agent_idle_seconds": 20,
     }
     return Config(**{**defaults, **flags})
 
