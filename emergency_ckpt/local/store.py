@@ -135,10 +135,6 @@ class LocalStore:
             index = self._held.table.find(step)
             return None if index is None else self._held.view(index)
 
-    def slot_number(self, index: int) -> int:
-        """The number in the names of a slot's files, by which other processes pin it (`local.pins`)."""
-        return self._held.numbers[index]
-
     def saved_layout(self, layout_hash: str) -> Layout:
         """The layout that a holding names. Raises CorruptDataError for one that is not here."""
         return self._held.layouts.get(layout_hash)

@@ -58,15 +58,15 @@ class Copying:
         if slot is None:
             raise LocalDirectoryError(f"{step} is not on this ramdisk any more and takes no copies")
         try:
-            needed = {
-                shard for shards in self._sources.values() for shard in shards if job.layout.shard_nbytes[shard]
-            }
+            # Of shards without elements there is nothing to fetch.
+            sizes = job.layout.shard_nbytes
+            needed = {shard for shard in slot.missing if sizes[shard]}
+            empty = set(slot.missing) - needed
             takes = [Take(p, job.layout.hash, p, shards) for p, shards in self._sources.items()]
             target = Target(step, job.layout, needed, slot.shard)
             found = gather(target, takes, lambda take: open_peer_slot(job, step, take))
             job.peers.forget(found.unreachable)
             job.log.metrics.add(Metric.COPIED_BYTES, sum(nbytes for _, nbytes in found.sources.values()))
-            empty = {shard: () for shard in slot.missing if not job.layout.shard_nbytes[shard]}
             refused = job.local.repaired(slot, [*found.checksums, *empty], found.checksums)
             lacking = needed - set(found.checksums) | set(refused)
             if lacking:

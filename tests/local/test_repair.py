@@ -349,7 +349,7 @@ def test_a_drain_of_good_shards_and_a_repair_go_on_together(directory: Directory
     assert pinned is not None
     assert store.directory is not None
     with contextlib.ExitStack() as stack:
-        outside = pin_slot(store.directory, store.slot_number(pinned.index), "run-a", STEP)
+        outside = pin_slot(store.directory, pinned.index, "run-a", STEP)
         assert outside is not None
         stack.enter_context(outside)
         slot = begin(store)
