@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from benchmarks.samples import Samples, joined, slowest
 from benchmarks.sections import PROGRESS
 from benchmarks.worker import result_path
 from emergency_ckpt.cli.launcher.job import run_job
+from emergency_ckpt.cli.launcher.ramdisk import remove_tree
 from emergency_ckpt.cli.launcher.spec import JobSpec
 
 _TAIL_LINES = 40
@@ -54,7 +54,7 @@ def measure(plan: Plan, say: Callable[[str], None]) -> Result:
         part = dataclasses.replace(plan, sections=sections, directory=str(directory))
         directory.mkdir()
         results.append(_run(part, environment, say))
-        shutil.rmtree(directory)  # The next job needs the memory.
+        remove_tree(directory)  # The next job needs the memory.
     processes = tuple(joined(each) for each in zip(*(result.processes for result in results), strict=True))
     seconds = sum(result.seconds for result in results)
     return Result(results[0].state_bytes, slowest(processes), processes, seconds)

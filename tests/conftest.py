@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
@@ -12,6 +11,8 @@ from pathlib import Path
 import hypothesis
 import psutil
 import pytest
+
+from emergency_ckpt.cli.launcher.ramdisk import remove_tree
 
 # Before anything imports jax: eight devices, so that meshes with a replica axis fit into one process.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -35,7 +36,7 @@ def ramdisk() -> Iterator[Path]:
     parent = root if root.is_dir() and os.access(root, os.W_OK) else None
     path = Path(tempfile.mkdtemp(prefix="emergency-ckpt-test-", dir=parent))
     yield path
-    shutil.rmtree(path)
+    remove_tree(path)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import shutil
 import tempfile
 from pathlib import Path
 
+from emergency_ckpt.cli.launcher.ramdisk import remove_tree
 from emergency_ckpt.errors import ConfigError, EmergencyCheckpointError
 
 STEPS = 60
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     finally:
         # What failed stays, so that one can look at it.
         if remove:
-            shutil.rmtree(directory)
+            remove_tree(directory)
         else:
             console.print(f"Checkpoints, journals and logs of both runs: {directory}", soft_wrap=True)
     return 0 if summary.agrees else 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from emergency_ckpt.agent.endpoint import Endpoint
+from emergency_ckpt.cli.launcher.ramdisk import remove_tree
 from tests.agent.served import Ramdisk, ending_agents, open_ramdisk, start
 
 
@@ -29,4 +29,4 @@ def served() -> Iterator[tuple[Ramdisk, Endpoint]]:
         with ending_agents(root), open_ramdisk(root) as opened:
             yield opened, start(root)
     finally:
-        shutil.rmtree(root)
+        remove_tree(root)

@@ -10,6 +10,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from emergency_ckpt import CheckpointManager, GlobalExtras, ReshardedExtras
+from emergency_ckpt.cli.launcher.ramdisk import remove_tree
 from emergency_ckpt.errors import EmergencyCheckpointError
 from tests.integration.training_job import check_state, make_config, make_mesh, make_state
 
@@ -68,14 +69,15 @@ def restore_all(
         place, process = Path(root) / name, jax.process_index()
         mine = Path(trained) / f"ramdisk_{process}"
         if mine.exists():
-            shutil.copytree(mine, place / mine.name)
+            # The agent stays with its own directory.
+            shutil.copytree(mine, place / mine.name, ignore=shutil.ignore_patterns("agent.*"))
         if process == 0:
             shutil.copytree(Path(trained) / "bucket", place / "bucket")
         multihost_utils.sync_global_devices(name)
         told[name] = []
         for number, life in enumerate(lives):
-            if process in life.get("wipe", ()):
-                shutil.rmtree(place / f"ramdisk_{process}", ignore_errors=True)
+            if process in life.get("wipe", ()) and (ramdisk := place / f"ramdisk_{process}").exists():
+                remove_tree(ramdisk)
             multihost_utils.sync_global_devices(f"{name} {number}")
             told[name].append(_restore(str(place), slices, life["how"]))
     return told

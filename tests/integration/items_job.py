@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from emergency_ckpt import (
     LocalCheckpointOptions,
     PersistentCheckpointOptions,
 )
+from emergency_ckpt.cli.launcher.ramdisk import remove_tree
 from emergency_ckpt.errors import EmergencyCheckpointError
 from tests.integration.training_job import check_state, make_mesh, make_state
 
@@ -80,13 +80,13 @@ def save_and_lose(root: str) -> dict[str, Any]:
             manager.save(step, args)
     told: dict[str, Any] = {}
     if process in (0, 1):
-        shutil.rmtree(ramdisk / "emergency_ckpt")
+        remove_tree(ramdisk / "emergency_ckpt")
     with life() as manager:
         with contextlib.suppress(EmergencyCheckpointError):
             manager.restore(None, ocp.args.Composite(position=PerProcessRestore(fails_on=1)))
             raise AssertionError("a handler that fails was passed over")
         told["slice_lost"] = restore_all(manager, mesh)
-    shutil.rmtree(ramdisk / "emergency_ckpt")
+    remove_tree(ramdisk / "emergency_ckpt")
     with life() as manager:
         told["all_lost"] = restore_all(manager, mesh)
         try:

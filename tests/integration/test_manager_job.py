@@ -7,7 +7,6 @@ takes far longer than a life of this small job; `check_state` holds every bit of
 from __future__ import annotations
 
 import random
-import shutil
 import signal
 from datetime import timedelta
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from emergency_ckpt.cli.launcher.ramdisk import remove_tree
 from tests.integration.processes import Job, run_job
 from tests.integration.training_job import live_through, train, train_until_preempted
 
@@ -355,7 +355,7 @@ def test_sigkill_of_a_slice_at_any_moment_loses_no_complete_step(ramdisk: Path, 
         running.wait()
         said = [line.split()[-1] for p in ALL for line in running.lines(p) if line.startswith("step")]
     for victim in victims:
-        shutil.rmtree(ramdisk / f"ramdisk_{victim}")
+        remove_tree(ramdisk / f"ramdisk_{victim}")
     results = run_job(train, 4, str(ramdisk), 2, 0, {})
     assert results[0]["start"] >= max((int(step) for step in said if step != "None"), default=0)
     assert len({r["start"] for r in results}) == 1

@@ -6,7 +6,6 @@ Real processes that are killed and stopped; what was committed is restored with 
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import pytest
 
 from emergency_ckpt.agent.client import PeerClient
 from emergency_ckpt.agent.record import LOG, agent_directory, read_record
+from emergency_ckpt.cli.launcher.ramdisk import remove_tree
 from emergency_ckpt.persistent.store import PersistentStore
 from tests.agent.served import agents_of
 from tests.integration.outliving_job import agent_pid, train_and_stay
@@ -83,7 +83,7 @@ def assert_restored_without_ramdisks(root: Path, processes: int, step: int) -> N
         for agent in agents_of(root / f"ramdisk_{process}"):
             agent.kill()
             agent.wait(20)
-        shutil.rmtree(root / f"ramdisk_{process}")
+        remove_tree(root / f"ramdisk_{process}")
     for process, life in enumerate(run_job(train, processes, str(root), processes, step, {})):
         assert (life["start"], life["source"]) == (step, "persistent")
         assert life["extras"] == {"data": {"position": 100 * step + process}}

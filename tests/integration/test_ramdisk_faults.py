@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from emergency_ckpt import CheckpointManager
+from emergency_ckpt.cli.launcher.ramdisk import remove_tree
 from emergency_ckpt.errors import LocalDirectoryError
 from tests.integration.processes import run_job
 from tests.integration.training_job import check_state, make_config, make_mesh, make_state
@@ -25,7 +25,7 @@ def fail_on_process_one(root: str) -> dict[str, Any]:
     ramdisk = Path(config.local_checkpoint_directory)
     aside = ramdisk.with_name("aside")
     damage = {
-        4: lambda: shutil.rmtree(ramdisk / "emergency_ckpt"),
+        4: lambda: remove_tree(ramdisk / "emergency_ckpt"),
         5: lambda: ramdisk.rename(aside),
         7: lambda: aside.rename(ramdisk),
     }

@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from emergency_ckpt import CheckpointManager, Config
 from emergency_ckpt.agent.record import agent_directory, read_record
+from emergency_ckpt.cli.launcher.ramdisk import remove_tree
 from emergency_ckpt.errors import EmergencyCheckpointError, ExtrasError
 
 ROWS = 16
@@ -245,7 +246,7 @@ def live(root: str, slices: int, life: dict[str, Any]) -> dict[str, Any]:
     if "flip_shard" in life and process == 0:
         flip_shard(Path(root), **life["flip_shard"])
     if process in life.get("wipe", ()):
-        shutil.rmtree(Path(root) / f"ramdisk_{process}")
+        remove_tree(Path(root) / f"ramdisk_{process}")
     if process in life.get("flip", ()):
         flip_newest(Path(root), process, 1)
     if process in life.get("flip_all", ()):
@@ -284,7 +285,8 @@ def live_through(
         place = Path(root) / name
         mine = Path(trained) / f"ramdisk_{jax.process_index()}"
         if mine.exists():
-            shutil.copytree(mine, place / mine.name)
+            # The agent stays with its own directory.
+            shutil.copytree(mine, place / mine.name, ignore=shutil.ignore_patterns("agent.*"))
         if jax.process_index() == 0 and (Path(trained) / "bucket").exists():
             shutil.copytree(Path(trained) / "bucket", place / "bucket")
         multihost_utils.sync_global_devices(name)

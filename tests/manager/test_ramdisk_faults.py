@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from emergency_ckpt import CheckpointManager, LocalCheckpointOptions, PersistentCheckpointOptions
 from emergency_ckpt.agent import draining
+from emergency_ckpt.cli.launcher.ramdisk import remove_tree
 from emergency_ckpt.errors import EmergencyCheckpointError, LocalDirectoryError, PersistentStoreError
 from tests.manager.states import OPTIONS, Opener, Unreliable, assert_same, make_state, save_all
 
@@ -65,7 +66,7 @@ def test_a_directory_that_becomes_unwritable_costs_saves_and_nothing_else(
 def test_the_directory_is_emptied_and_the_job_goes_on(opened: Opener, mesh: Mesh, ramdisk: Path) -> None:
     manager = opened()
     save_all(manager, mesh, range(1, 7))
-    shutil.rmtree(ramdisk / "emergency_ckpt")
+    remove_tree(ramdisk / "emergency_ckpt")
     assert save_all(manager, mesh, range(7, 9)) == [8]
     restored = opened().restore_or_init(dict)
     assert (restored.step, restored.source) == (8, "own slot")
@@ -77,7 +78,7 @@ def test_after_the_directory_was_emptied_an_earlier_step_comes_from_the_persiste
 ) -> None:
     manager = opened()
     save_all(manager, mesh, range(1, 9))
-    shutil.rmtree(ramdisk / "emergency_ckpt")
+    remove_tree(ramdisk / "emergency_ckpt")
     manager.reload()
     assert manager.latest_step() == 5
     assert_same(manager.restore(None)["state"], make_state(mesh, 5))
@@ -185,7 +186,7 @@ def test_a_step_that_was_lost_cannot_be_drained_again_and_later_ones_are_drained
     manager.save(5, make_state(mesh, 5))
     with pytest.raises(PersistentStoreError, match="disk full"):
         manager.wait_until_finished()
-    shutil.rmtree(ramdisk / "emergency_ckpt")
+    remove_tree(ramdisk / "emergency_ckpt")
     assert manager._engine.job.local.verify() == ()
     with pytest.raises(PersistentStoreError, match=r"step 5 .* is not on this ramdisk any more"):
         manager.finish(5, make_state(mesh, 5))

@@ -23,7 +23,7 @@ from typing import Any
 from emergency_ckpt.agent.ending import end_agent, wait_until_idle
 from emergency_ckpt.cli.launcher import events
 from emergency_ckpt.cli.launcher.process import ProcessFiles, RunningProcess, variables_for
-from emergency_ckpt.cli.launcher.ramdisk import temporary_ramdisk
+from emergency_ckpt.cli.launcher.ramdisk import remove_tree, temporary_ramdisk
 from emergency_ckpt.cli.launcher.spec import JobSpec, KillSpec
 from emergency_ckpt.cli.launcher.strays import end_strays
 from emergency_ckpt.errors import EmergencyCheckpointError
@@ -310,7 +310,7 @@ class _Job:
 
     def _wipe(self, processes: Sequence[int]) -> None:
         for process in processes:
-            shutil.rmtree(self._ramdisk_of(process))
+            remove_tree(self._ramdisk_of(process))
         self._emit(events.RamdiskWiped(processes=tuple(processes), **self._when()))
 
     # -- small things

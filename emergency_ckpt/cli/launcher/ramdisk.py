@@ -7,6 +7,7 @@ killed; the next one removes it, because it takes up memory.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _PREFIX = "emergency-ckpt-ramdisk-"
+_REMOVAL_ATTEMPTS = 100
 
 
 @contextlib.contextmanager
@@ -28,7 +30,24 @@ def temporary_ramdisk(parent: Path | None = None) -> Iterator[Path]:
         try:
             yield path
         finally:
+            remove_tree(path)
+
+
+def remove_tree(path: Path) -> None:
+    """Removes a directory in which an agent may still be at work: files that come or go meanwhile are no error.
+
+    Raises the OSError of a file that cannot be removed, and FileNotFoundError when there is no such directory.
+    """
+    path.stat()
+    for attempt in range(1, _REMOVAL_ATTEMPTS + 1):
+        try:
             shutil.rmtree(path)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY) or attempt == _REMOVAL_ATTEMPTS:
+                raise
+            if not path.exists():
+                return
 
 
 def _claimed(parent: Path, cleanup: contextlib.ExitStack) -> Path | None:
@@ -48,7 +67,7 @@ def _remove_abandoned(parent: Path) -> None:
         with contextlib.suppress(FileNotFoundError, PermissionError, BlockingIOError), _opened(path) as lock:
             if os.fstat(lock).st_uid == os.getuid():
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path)
+                remove_tree(path)
 
 
 @contextlib.contextmanager
