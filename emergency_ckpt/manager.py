@@ -434,7 +434,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
     def _restore_part(self, step: int | None, asked: Any, beside: WantedExtras) -> Restored:
         job = self._engine.job
         read = self._engine.restore_part(
-            step, lambda: part_of_state(asked, self._abstract_state, job.layout, job.topology, beside)
+            step, lambda: part_of_state(asked, self._abstract_state, job.needed_layout, job.topology, beside)
         )
         self._last_restore = read.report
         return read

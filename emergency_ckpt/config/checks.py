@@ -17,6 +17,7 @@ _NEED_LOCAL_TIER = (
     "local_checkpoint_period",
     "local_checkpoint_max_to_keep",
     "local_checkpoint_copies",
+    "local_checkpoint_spread",
     "local_checkpoint_slot_wait_seconds",
     "local_checkpoint_foreign_run",
     "local_save_during_drain",
@@ -82,6 +83,11 @@ def _local_tier(config: Config) -> Iterator[str]:
                 )
     if config.saves_locally and config.local_checkpoint_directory and config.base_output_directory:
         yield from _shared_storage(config)
+    if config.saves_locally and config.local_checkpoint_spread and config.checkpoint_agent == "off":
+        yield (
+            f"{_said(config, 'local_checkpoint_spread')}, but {_said(config, 'checkpoint_agent')}: what other "
+            "slices keep comes from their agents. Set checkpoint_agent=auto, or local_checkpoint_spread=False."
+        )
     certificate, key = "checkpoint_agent_tls_certificate", "checkpoint_agent_tls_key"
     if bool(getattr(config, certificate)) != bool(getattr(config, key)):
         yield (f"{_said(config, certificate)}, but {_said(config, key)}. TLS needs both: set both or neither.")

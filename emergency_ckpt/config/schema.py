@@ -122,6 +122,13 @@ class Config(BaseModel):
         "hosts). States that are replicated over so many slices need nothing; of others each host keeps copies "
         "of its partners' shards, and its ramdisk is that much larger.",
     )
+    local_checkpoint_spread: bool = Field(
+        False,
+        description="Let slices that hold the same state share the work of keeping it: each stores only its "
+        "part on its ramdisks, so that every shard lies in local_checkpoint_copies slices and in no more. Slots "
+        "and the copy from the devices are smaller by that much; a restore fetches from other slices what the "
+        "own one has not stored.",
+    )
     local_checkpoint_slot_wait_seconds: Seconds = Field(
         1.0,
         ge=0,

@@ -54,9 +54,12 @@ def _times_held(layout: Layout, domains: Sequence[int]) -> np.ndarray:
         members.setdefault(domain, []).append(process)
     times = np.zeros(len(layout.shards), np.int64)
     for processes in members.values():
+        if len(processes) == 1:
+            times[layout.held.of_process(processes[0])] += 1
+            continue
         there = np.zeros(len(times), np.bool_)
         for process in processes:
-            there[list(layout.process_shards[process])] = True
+            there[layout.held.of_process(process)] = True
         times += there
     return times
 

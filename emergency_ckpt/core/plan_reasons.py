@@ -16,13 +16,16 @@ from emergency_ckpt.core.universe import distinct, joined
 _CLAUSES = 3
 
 
-def describe_sources(processes: Sequence[ProcessPlan], layout: Layout) -> str:
-    """Where all processes get their shards from."""
+def describe_sources(processes: Sequence[ProcessPlan], layout: Layout, stored: Layout | None = None) -> str:
+    """Where all processes get their shards from.
+
+    `stored`: what slots hold, where that is not what processes need.
+    """
     total = len(processes)
     parts: list[str] = []
     if count := sum(plan.is_whole for plan in processes):
         parts.append(f"{count} of {total} processes have it on their own ramdisk")
-    parts += _from_slots(processes, layout)
+    parts += _from_slots(processes, layout, stored.hash if stored is not None else "")
     receivers = [p for p, plan in enumerate(processes) if plan.sender is not None]
     if receivers:
         senders = {plan.sender for plan in processes if plan.sender is not None}
@@ -49,11 +52,24 @@ def describe_lost(needs: StepNeeds, layout: Layout) -> str:
     return f"the shards of {named} {what} ({some})"
 
 
-def _from_slots(processes: Sequence[ProcessPlan], layout: Layout) -> list[str]:
+def _from_slots(processes: Sequence[ProcessPlan], layout: Layout, stored: str) -> list[str]:
     """Who takes how many shards from whom: those with the same givers together."""
-    recut = {p: sum(len(t.shards) for t in plan.takes if t.process == p) for p, plan in enumerate(processes)}
-    recut = {p: count for p, count in recut.items() if count}
+    own, recut = (
+        {
+            p: count
+            for p, plan in enumerate(processes)
+            if (
+                count := sum(
+                    len(t.shards) for t in plan.takes if t.process == p and (t.layout == stored) is same
+                )
+            )
+        }
+        for same in (True, False)
+    )
     parts: list[str] = []
+    if own:
+        some = shards_counted(sum(own.values()))
+        parts.append(f"{len(own)} of {len(processes)} processes have {some} on their own ramdisk")
     if recut:
         named = slices_or_processes(recut, layout.process_slice)
         takes = "takes" if is_one(named) else "take"
@@ -73,7 +89,8 @@ def _from_slots(processes: Sequence[ProcessPlan], layout: Layout) -> list[str]:
     for givers, who in takers.items():
         named = slices_or_processes(who, layout.process_slice)
         gets = "gets" if is_one(named) else "get"
-        sources = slices_or_processes(givers, layout.process_slice)
+        everybody = len(givers) > 1 and givers == frozenset(who)
+        sources = "each other" if everybody else slices_or_processes(givers, layout.process_slice)
         parts.append(f"{named} {gets} {shards_counted(counts[givers])} from {sources}")
     return parts
 

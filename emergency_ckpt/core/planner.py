@@ -12,6 +12,7 @@ import dataclasses
 import functools
 from collections.abc import Collection, Hashable, Iterable, Mapping
 
+from emergency_ckpt.core.copies import survivable
 from emergency_ckpt.core.inventory import Holding, Inventory
 from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.lineage import Activation, StepId, is_void
@@ -29,7 +30,7 @@ class Planner:
     """Everything that planning needs to know; `plan` is a pure function of it.
 
     Attributes:
-      layout: the layout of the job that restores.
+      layout: what each process of the job that restores has to get.
       groups: processes that lie at the same place in different slices and hold the same shards, so that
         one can send its slot to the others over the mesh. A process that has no counterpart is alone.
       inventories: per process.
@@ -38,6 +39,7 @@ class Planner:
       single_replica: let one slice get everything and broadcast it to the others.
       others: by hash, the layouts of other job shapes and states that the inventories name.
       served: the processes whose slots others can fetch from; None: all.
+      stored: what slots of this job hold, where slices share the state; None: what processes have to get.
     """
 
     layout: Layout
@@ -48,6 +50,7 @@ class Planner:
     single_replica: bool = False
     others: Mapping[str, OtherLayout] = dataclasses.field(default_factory=dict[str, OtherLayout])
     served: frozenset[int] | None = None
+    stored: Layout | None = None
 
     def candidates(self) -> list[StepId]:
         """Steps that anybody holds something of, newest first, void ones left out."""
@@ -125,9 +128,9 @@ class Planner:
         if needs.lost:
             tier = [] if dropped else [self._tier_lacks(step)]
             lost = describe_lost(needs, self.layout)
-            return None, f"step {step.step}: {'; '.join([lost, *tier, *notes])}"
+            return None, f"step {step.step}: {'; '.join([lost, *self._said_of_spread(step), *tier, *notes])}"
         processes = needs.processes()
-        reason = f"step {step.step}: {describe_sources(processes, self.layout)}"
+        reason = f"step {step.step}: {describe_sources(processes, self.layout, self.stored)}"
         if notes:
             reason += f" ({'; '.join(notes)})"
         return RestorePlan(step, processes, extras_from, reason, extras_kept), reason
@@ -177,6 +180,14 @@ class Planner:
             strike.step == step and strike.process is None and strike.shards is None for strike in strikes
         )
 
+    def _said_of_spread(self, step: StepId) -> list[str]:
+        """How often shards lie on ramdisks where slices share them: not in every slice, as one might think."""
+        named = {holding.layout for _, holding in self._holdings.get(step, ())}
+        if self.stored is None or self.stored.hash not in named:
+            return []
+        times = survivable(self.stored).slices + 1
+        return [f"with local_checkpoint_spread each was in {times} slice{'s' if times > 1 else ''}"]
+
     def _tier_lacks(self, step: StepId) -> str:
         return "the persistent tier lacks " + ("some of it" if step in self.persistent else "it")
 
@@ -220,8 +231,10 @@ class Planner:
         return found
 
     def _layout(self, layout_hash: str) -> OtherLayout | None:
-        own = OtherLayout(self.layout) if layout_hash == self.layout.hash else None
-        return own or self.others.get(layout_hash)
+        for own in (self.layout, self.stored):
+            if own is not None and layout_hash == own.hash:
+                return OtherLayout(own)
+        return self.others.get(layout_hash)
 
     def _differences(self, step: StepId) -> list[tuple[str, ...]]:
         """How the states differ that were saved as this step: once per kind of difference."""
@@ -243,6 +256,8 @@ class Planner:
         """The shards of all layouts with the leaves that are wanted."""
         named = {holding.layout for found in self._holdings.values() for _, holding in found}
         same = {h: other.layout for h, other in self.others.items() if h in named and not other.differences}
+        if self.stored is not None and self.stored.hash in named:
+            same[self.stored.hash] = self.stored
         return Universe(self.layout, same)
 
 

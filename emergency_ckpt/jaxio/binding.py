@@ -45,7 +45,7 @@ class ShardBuffer(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Binding:
-    """A live state as the shards of this process, in the order of the slot, and its values as they are now."""
+    """A live state as the shards that this process stores, in the order of the slot, and its values now."""
 
     buffers: Sequence[ShardBuffer]
     values: Mapping[str, Value]
@@ -64,7 +64,10 @@ class StateBinder:
         process_index: int,
         host_platforms: Collection[str] = HOST_PLATFORMS,
     ) -> None:
-        """`host_platforms`: platforms whose devices keep their arrays in this host's memory, to be viewed."""
+        """Boxes that the process does not hold in `layout` are left where they are: no copy of them is made.
+
+        `host_platforms`: platforms whose devices keep their arrays in this host's memory, to be viewed.
+        """
         flat = flatten(abstract_state)
         held = layout.process_shards[process_index]
         shards: dict[str, dict[Box, int]] = {}
@@ -81,7 +84,7 @@ class StateBinder:
         ]
 
     def bind(self, state: Any) -> Binding:
-        """The buffers of all shards of this process, and its values. Local.
+        """The buffers of all shards that this process stores of its own, and its values. Local.
 
         Reads no shards and does not wait for them; it waits for 0-d arrays that stand where the abstract state
         has a value. Raises StateMismatchError for a state with other leaves, shapes, dtypes or boxes than the
@@ -177,7 +180,7 @@ class _ArrayLeaf:
         self._on_cpu = False
 
     def buffers(self, leaf: Any) -> list[ShardBuffer]:
-        """Each distinct shard that this process holds, once."""
+        """Each distinct shard that this process stores, once."""
         if not isinstance(leaf, jax.Array):
             return self._host_buffers(leaf)
         try:
@@ -203,7 +206,9 @@ class _ArrayLeaf:
         self._check(found, leaf)
         places: dict[int, int] = {}
         for at, shard in enumerate(self._stored(leaf).addressable_shards):
-            places.setdefault(self._shards[Box.from_slices(shard.index, found.shape)], at)
+            stored = self._shards.get(Box.from_slices(shard.index, found.shape))
+            if stored is not None:
+                places.setdefault(stored, at)
         self._dtype, self._sharding = leaf.dtype, leaf.sharding
         self._places = tuple((at, shard) for shard, at in places.items())
         self._device_count = leaf.sharding.num_devices

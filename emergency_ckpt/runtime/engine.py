@@ -54,7 +54,9 @@ class Engine:
         self._settings = settings
         self.job, self._restorer, self.survey = start_job(settings, mesh, abstract_state)
         self.catalog = Catalog(self.job)
-        self._binder = StateBinder(abstract_state, self.job.layout, self.job.process, settings.host_platforms)
+        self._binder = StateBinder(
+            abstract_state, self.job.saved_layout, self.job.process, settings.host_platforms
+        )
         self._survey_is_fresh = True
         # The newest step that was restorable at the start, or was restored.
         self._base: StepId | None = self.survey.newest

@@ -11,18 +11,20 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import numpy as np
+
 from emergency_ckpt.agent.gather import Target, gather
 from emergency_ckpt.agent.slot_source import OwnSlot, SlotSource
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.core.part import Part
 from emergency_ckpt.core.placement import extras_keepers
-from emergency_ckpt.core.restore_plan import ProcessPlan, Take
+from emergency_ckpt.core.restore_plan import ProcessPlan, Strike, Take
 from emergency_ckpt.core.values import Value
 from emergency_ckpt.errors import CorruptDataError
 from emergency_ckpt.local.manifest import Manifest
 from emergency_ckpt.local.slot_views import SealedSlot
 from emergency_ckpt.persistent.reader import StepReader
-from emergency_ckpt.runtime.hydrate import Hydrated, Hydration, Repair, fitted, make_manifest
+from emergency_ckpt.runtime.hydrate import Hydrated, Hydration, OwnPart, Repair, fitted, make_manifest
 from emergency_ckpt.runtime.job import Job, open_peer_slot
 from emergency_ckpt.runtime.setbacks import NONE, Setbacks
 from emergency_ckpt.telemetry.events import SourceBytes
@@ -41,9 +43,10 @@ class Filling:
         self._needed = {entry.shard for entry in part.entries(job.process)}
         self._room: Hydration | Repair | None = None
         # Block checksums by shard. Of shards without elements there is nothing to get.
-        nbytes = job.layout.shard_nbytes
+        nbytes = job.needed_layout.shard_nbytes
         self._done: dict[int, tuple[int, ...]] = {shard: () for shard in self._needed if not nbytes[shard]}
         self._kept: SealedSlot | None = None  # the own slot, where it has all that is needed
+        self._own: OwnPart | None = None  # the same where it has this process's part of what slices share
         self._described: _Described | None = None
         self._kept_extras: dict[int, str] = {}
         keepers = extras_keepers(job.topology.process_slice)
@@ -81,18 +84,20 @@ class Filling:
         elif isinstance(self._room, Repair):
             self.close()  # Its own slot is no source any more.
         self._kept = None
-        setbacks = self._gather(takes)
+        setbacks = self._keep_own(plan.takes) or self._gather(self._to_be_copied(takes))
         persistent = [s for s in plan.persistent if s in self._needed and s not in self._done]
         if not setbacks and (persistent or self._described is None):
             setbacks = self._read_persistent(persistent, open_reader)
-        return setbacks or self._count_repaired()
+        return setbacks or self._count_repaired() or self._repair_own()
 
-    def finish(self, extras: Mapping[int, str]) -> Hydrated:
+    def finish(self, extras: Mapping[int, str], *, sends: bool = False) -> Hydrated:
         """The step as a slot, with these extras of this process. Call when nothing is missing any more.
+
+        `sends`: all of it is to lie in one memory, to be sent to others.
 
         Raises LocalDirectoryError; CorruptDataError where something is missing all the same.
         """
-        job, layout, process = self._job, self._job.layout, self._job.process
+        job, layout, process = self._job, self._job.needed_layout, self._job.process
         if isinstance(self._room, Repair):
             self._room.end()
             self._kept = job.local.sealed(self.step)
@@ -104,6 +109,9 @@ class Filling:
             raise CorruptDataError(f"the plan for {self.step} gave process {process} no {named or 'values'}")
         room = self._the_room()
         assert isinstance(room, Hydration)
+        if sends and self._own is not None:
+            for shard in self._own.shards:
+                np.copyto(room.place(shard), self._own.slot.shard(shard))
         checksums = tuple(self._done.get(entry.shard, ()) for entry in layout.slot_entries(process))
         described = self._described
         manifest = make_manifest(
@@ -114,14 +122,19 @@ class Filling:
             {**self._kept_extras, **extras},
             described.metadata,
         )
-        sealed = room.seal(manifest)
+        sealed = room.seal(manifest, self._own)
         self._room = None
         return sealed
+
+    @property
+    def keeps_own(self) -> bool:
+        """Whether some of it stayed in the own slot, which has a part of what is needed."""
+        return self._own is not None
 
     def forget(self) -> None:
         """What was gathered cannot be relied on."""
         self._done = {shard: checksums for shard, checksums in self._done.items() if not checksums}
-        self._kept = self._described = None
+        self._kept = self._described = self._own = None
 
     def close(self) -> None:
         """Gives back the memory of what was not finished. Repeating it is fine."""
@@ -133,13 +146,66 @@ class Filling:
 
     # The parts.
 
+    def _keep_own(self, takes: Collection[Take]) -> Setbacks:
+        """Where slices share the state, the part that this process keeps stays in its slot."""
+        self._own = None
+        job = self._job
+        slot = None if job.stores_all else job.local.sealed(self.step)
+        if slot is None or (slot.manifest.layout, slot.manifest.position) != (job.layout.hash, job.process):
+            return NONE
+        shards = frozenset(shard for take in takes if self._is_own_part(take) for shard in take.shards)
+        bad = shards & set(slot.missing)
+        if bad:
+            why = "it was found damaged meanwhile"
+            named = frozenset(job.layout.shards[shard] for shard in bad)
+            return Setbacks((Strike(self.step, job.process, named, why),))
+        if not shards and any(entry.nbytes for entry in job.layout.slot_entries(job.process)):
+            return NONE  # It is no source any more.
+        self._own = OwnPart(slot, shards & self._needed)
+        self._described = _Described.by(slot.manifest)
+        self._count(OWN, [shard for shard in self._own.shards if shard not in self._done])
+        self._done.update((shard, slot.checksums(shard)) for shard in self._own.shards)
+        return NONE
+
+    def _to_be_copied(self, takes: Collection[Take]) -> Collection[Take]:
+        return takes if self._own is None else [take for take in takes if not self._is_own_part(take)]
+
+    def _is_own_part(self, take: Take) -> bool:
+        job = self._job
+        return (take.process, take.layout, take.position) == (job.process, job.layout.hash, job.process)
+
+    def _repair_own(self) -> Setbacks:
+        """Puts what the own slot lacks of its part there; it is in memory by now."""
+        job = self._job
+        if self._own is None or not self._own.slot.missing or not self._part.is_whole:
+            return NONE
+        slot = job.local.begin_repair(self.step)
+        if slot is None:
+            job.log.warning("restore", self.step.step, "the slot of this process cannot be repaired now")
+            return NONE
+        try:
+            missing = slot.missing
+            for shard in missing:
+                if self._done[shard]:
+                    np.copyto(slot.shard(shard), self._the_room().place(shard))
+            refused = job.local.repaired(slot, missing, {shard: self._done[shard] for shard in missing})
+        finally:
+            job.local.end_repair(slot)
+        return self._unusable_own(refused) if refused else NONE
+
+    def _unusable_own(self, shards: Collection[int]) -> Setbacks:
+        """Bytes that other replicas agree on, and that are not what this slot had, leave the slot useless."""
+        named = ", ".join(str(self._job.layout.shards[shard]) for shard in tuple(shards)[:5])
+        self.forget()
+        return Setbacks.of(self.step, self._job.process, f"its slot cannot be repaired: {named}")
+
     def _gather(self, takes: Collection[Take]) -> Setbacks:
         wanted = self._needed - set(self._done)
         if isinstance(self._room, Repair):
             wanted &= set(self._room.missing)
         if not takes or not wanted:
             return NONE
-        target = Target(self.step, self._job.layout, wanted, self._the_room().place)
+        target = Target(self.step, self._job.needed_layout, wanted, self._the_room().place)
         gathered = gather(target, takes, self._open_source)
         self._job.peers.forget(gathered.unreachable)
         self._done.update(gathered.checksums)
@@ -184,18 +250,16 @@ class Filling:
         return NONE
 
     def _count_repaired(self) -> Setbacks:
-        """Bytes that other replicas agree on, and that are not what this slot had, leave the slot useless."""
         if not isinstance(self._room, Repair):
             return NONE
         lacking = set(self._room.missing)
         refused = self._room.count({shard: self._done[shard] for shard in lacking & set(self._done)})
         if not refused and not set(self._room.missing) & self._needed:
             return NONE
-        named = ", ".join(str(self._job.layout.shards[shard]) for shard in (refused or self._room.missing)[:5])
+        useless = refused or self._room.missing
         self._room.end()
         self._room = None
-        self.forget()
-        return Setbacks.of(self.step, self._job.process, f"its slot cannot be repaired: {named}")
+        return self._unusable_own(useless)
 
     def _repairs(self) -> bool:
         """Whether what is missing goes into the own slot itself."""

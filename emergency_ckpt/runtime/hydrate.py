@@ -1,7 +1,8 @@
 """The memory in which a process makes a step whole: a slot, the missing parts of its own slot, or plain memory.
 
 Until all processes hold the restored state no sealed slot is given up for it: where no slot is free, the bytes
-wait in ordinary memory and move into a slot afterwards. A part of a step goes into memory only.
+wait in ordinary memory and move into a slot afterwards. A part of a step goes into memory only, and so does a
+step of which slots hold a part: that is stored from there.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ class Hydration:
         self._still_written = False
         # What may be here of this step is not to be used, but it may be all that is left of some shard.
         here = job.local.sealed(step) is not None
-        takes_slot = part.is_whole and not here
+        takes_slot = part.is_whole and not here and job.stores_all
         self._slot = self._begin() if takes_slot else None
         self.data = self._slot_memory() if self._slot is not None else self._plain_memory()
-        self._entries = {entry.shard: entry for entry in job.layout.slot_entries(job.process)}
+        self._entries = {entry.shard: entry for entry in job.needed_layout.slot_entries(job.process)}
 
     def _begin(self) -> OpenSlot | None:
         try:
@@ -63,8 +64,9 @@ class Hydration:
             raise
 
     def _plain_memory(self) -> np.ndarray:
-        # Pages that nothing is written to, those between the leaves of a part, take no memory.
-        return np.empty(self._job.layout.data_bytes(self._job.process), np.uint8)
+        # Pages that nothing is written to take no memory: those between the leaves of a part, and those
+        # of shards that stay in the own slot.
+        return np.empty(self._job.needed_layout.data_bytes(self._job.process), np.uint8)
 
     def place(self, shard: int) -> np.ndarray:
         """Flat uint8 memory of a shard of this process (an index into the shards of the job's layout)."""
@@ -82,13 +84,28 @@ class Hydration:
         """Puts received bytes in place."""
         self.data[offset : offset + data.nbytes] = data
 
-    def seal(self, manifest: Manifest) -> Hydrated:
-        """The bytes are there and verified against `manifest`."""
-        if self._slot is None:
-            return Hydrated(SealedSlot(-1, manifest, self._job.layout, self.data), self._job.local, waits=True)
-        self._job.local.seal(self._slot, manifest)
-        sealed = SealedSlot(self._slot.index, manifest, self._job.layout, self.data)
-        return Hydrated(sealed, self._job.local)
+    def seal(self, manifest: Manifest, own: OwnPart | None = None) -> Hydrated:
+        """The bytes are there and verified against `manifest`, but for those that stay in the own slot, `own`.
+
+        Where slots hold a part of the step, and the own one has it not, that part goes into a free slot now.
+        """
+        job = self._job
+        if self._slot is not None:
+            job.local.seal(self._slot, manifest)
+            return Hydrated(SealedSlot(self._slot.index, manifest, job.layout, self.data), job.local)
+        sealed = SealedSlot(-1, manifest, job.needed_layout, self.data)
+        if own is not None:
+            return Hydrated(sealed, job.local, own=own)
+        waiting = Hydrated(sealed, job.local, waits=(job.layout, job.process))
+        if job.stores_all or not self._part.is_whole or not job.local.directory:
+            return waiting
+        if job.local.sealed(self.step) is None and (slot := self._begin()) is not None:
+            try:
+                waiting.store(slot)
+                return dataclasses.replace(waiting, waits=None)
+            except LocalDirectoryError as error:
+                job.log.warning("restore", self.step.step, str(error))
+        return waiting
 
     def discard(self) -> None:
         slot, self._slot = self._slot, None
@@ -103,7 +120,7 @@ class Hydration:
         """Verifies what was received before it counts as a slot. A part is verified when it is assembled."""
         if not self._part.is_whole:
             return None
-        return SealedSlot(-1, manifest, self._job.layout, self.data).find_damage()
+        return SealedSlot(-1, manifest, self._job.needed_layout, self.data).find_damage()
 
 
 class Repair:
@@ -162,27 +179,56 @@ def read_shards(
 
 
 @dataclasses.dataclass(frozen=True)
+class OwnPart:
+    """This process's own slot where it holds its part of a step and the other slices hold the rest."""
+
+    slot: SealedSlot
+    shards: frozenset[int]
+
+
+@dataclasses.dataclass(frozen=True)
 class Hydrated:
-    """A whole step on this process: in a slot, or (`waits`) in memory until a slot is free."""
+    """A whole step on this process: in a slot, or in memory.
+
+    Attributes:
+      slot: has all that the process needs, but for what is in `own`.
+      waits: the layout, and the position in it, of what of the memory is to go into a slot that becomes free.
+      own: the own slot, where a part stayed in it.
+    """
 
     slot: SealedSlot
     local: LocalStore
-    waits: bool = False
+    waits: tuple[Layout, int] | None = None
+    own: OwnPart | None = None
+
+    def source_of(self, shard: int) -> SealedSlot:
+        """Where a shard lies."""
+        return self.own.slot if self.own is not None and shard in self.own.shards else self.slot
 
     def settle(self) -> None:
         """Moves waiting bytes into a slot. Call when all processes hold the state and old steps are void.
 
         Raises what the ramdisk raises; the state is held all the same, and the next save is redundant again.
         """
-        if not self.waits or not self.local.directory:
+        if self.waits is None or not self.local.directory:
             return
         slot, _ = self.local.begin_anew(self.slot.manifest.step, timedelta(0))
-        if slot is None:
-            return
+        if slot is not None:
+            self.store(slot)
+
+    def store(self, slot: OpenSlot) -> None:
+        """Copies what waits into a slot and seals it. Raises what the ramdisk raises."""
+        assert self.waits is not None
+        layout, position = self.waits
+        entries = layout.slot_entries(position)
+        checksums = tuple(self.slot.checksums(entry.shard) for entry in entries)
+        manifest = dataclasses.replace(self.slot.manifest, layout=layout.hash, checksums=checksums)
         try:
             slot.wait_ready()
-            np.copyto(slot.data[: self.slot.data.nbytes], self.slot.data)
-            self.local.seal(slot, self.slot.manifest)
+            for entry in entries:
+                data = slot.data[entry.offset : entry.offset + entry.nbytes]
+                np.copyto(data, self.slot.shard(entry.shard))
+            self.local.seal(slot, manifest)
         except BaseException:
             self.local.discard(slot)
             raise
@@ -206,13 +252,12 @@ def make_manifest(
     extras: Mapping[int, str],
     metadata: Mapping[str, Any],
 ) -> Manifest:
-    """The manifest of a hydrated slot of this process."""
-    layout: Layout = job.layout
+    """The manifest of a hydrated slot of this process, with all that it needs."""
     return Manifest(
         run=job.run,
         nonce=job.generation.nonce,
         step=step,
-        layout=layout.hash,
+        layout=job.needed_layout.hash,
         position=job.process,
         process_count=job.topology.process_count,
         checksums=checksums,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 from emergency_ckpt.agent.slot_id import SlotId
 from emergency_ckpt.agent.slot_source import PeerSlot
 from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.core.restore_plan import Take
+from emergency_ckpt.core.storage import both, either
 from emergency_ckpt.errors import PersistentStoreError
 from emergency_ckpt.jaxio.coordination import Coordinator
 from emergency_ckpt.jaxio.topology import Topology
@@ -27,7 +29,8 @@ class Job:
     """One process's view of the job. `generation` changes when a restore begins a new life of the run.
 
     `layout` says what slots hold, and `device_layout` what devices do: shards that a process stores for others
-    are in the first one only. Both have the same shards.
+    are in the first one only, and where slices share what all of them hold, some are in the second one only.
+    Both have the same shards.
     """
 
     settings: Settings
@@ -52,6 +55,21 @@ class Job:
         """Whether this process plans, mints generations and commits."""
         return self.process == LEADER
 
+    @functools.cached_property
+    def needed_layout(self) -> Layout:
+        """What each process has to get at a restore: for its devices, or for its slot."""
+        return either(self.layout, self.device_layout)
+
+    @functools.cached_property
+    def saved_layout(self) -> Layout:
+        """What each process stores of its own devices."""
+        return both(self.device_layout, self.layout)
+
+    @property
+    def stores_all(self) -> bool:
+        """Whether slots hold all that devices do; otherwise slices share it."""
+        return self.needed_layout is self.layout
+
     def open_persistent(self, step: StepId) -> StepReader:
         """A reader of a step that was listed; raises PersistentStoreError when it is not there any more."""
         for held in self.persistent.steps():
@@ -69,5 +87,6 @@ class Job:
 def open_peer_slot(job: Job, step: StepId, take: Take) -> PeerSlot:
     """The slot of another process that a take names. Raises PeerUnavailableError or CorruptDataError."""
     endpoint = job.peers.endpoint(take.process)
-    layout = job.layout if take.layout == job.layout.hash else None
+    known = (job.layout, job.needed_layout)
+    layout = next((layout for layout in known if take.layout == layout.hash), None)
     return PeerSlot(take.process, endpoint, SlotId(job.run, step, take.layout, take.position), layout)

@@ -172,8 +172,9 @@ class Attempt:
             return setbacks
         if self._filling.saved_by is not None:
             self._extras.note_saved_by(self._filling.saved_by)
-        self._whole = self._filling.finish(self._extras.own)
-        if self._plan.common.sends_broadcast(job.process):
+        sends = self._plan.common.sends_broadcast(job.process)
+        self._whole = self._filling.finish(self._extras.own, sends=sends)
+        if sends:
             job.coordinator.put(f"{key}/manifest/{job.process}", self._whole.slot.manifest.to_bytes())
         return NONE
 
@@ -265,14 +266,19 @@ class Attempt:
 
     def _assemble(self) -> Mapping[str, Any]:
         assert self._whole is not None
-        job, slot = self._job, self._whole.slot
+        job, whole = self._job, self._whole
+
+        def stored(shard: int) -> StoredShard:
+            source = whole.source_of(shard)
+            return StoredShard(source.shard(shard), source.checksums(shard))
+
         leaves = assemble(
             self._wanted.slots,
-            job.layout,
+            job.needed_layout,
             job.process,
-            slot.manifest.step.generation,
-            lambda shard: StoredShard(slot.shard(shard), slot.checksums(shard)),
-            slot.manifest.values,
+            whole.slot.manifest.step.generation,
+            stored,
+            whole.slot.manifest.values,
         )
         return {**leaves, **self._boxes}
 
@@ -281,8 +287,10 @@ class Attempt:
         step, job, own = self._plan.step, self._job, self._plan.own
         if own.sender is not None:
             return Strike(step, None if own.sender in self._plan.common.readers else own.sender, None, why)
+        keeps_own = self._filling.keeps_own
         if not own.in_place:
             self._filling.forget()
+        if not own.in_place and not keeps_own:
             return Strike(step, job.process, None, f"what it gathered was damaged in its own memory: {why}")
         held = job.local.verify_step(step)
         if held is None or not held.missing:

@@ -89,7 +89,10 @@ class Restorer:
             parsed = [Inventory.from_bytes(json.dumps(raw).encode()) for raw, _ in said]
             served = frozenset(process for process, (_, serves) in enumerate(said) if serves)
             others = fetch_layouts(job.coordinator, f"{key}/layouts", parsed, job.layout, timeout)
-            survey = take_survey(parsed, job.persistent, job.layout, job.topology, job.settings, others, served)
+            needed, stored = job.needed_layout, None if job.stores_all else job.layout
+            survey = take_survey(
+                parsed, job.persistent, needed, job.topology, job.settings, others, served, stored
+            )
             surveyed.append(survey)
             return survey.to_json()
 
@@ -117,7 +120,7 @@ class Restorer:
         wanted beside the arrays is not there; all on all processes.
         """
 
-        whole = whole_state(self._abstract_state, self._job.layout, beside)
+        whole = whole_state(self._abstract_state, self._job.needed_layout, beside)
 
         def finish(attempt: Attempt, key: str, plan: PlanOfOne) -> Held | Setbacks:
             if begins is None:

@@ -92,7 +92,7 @@ class SavePipeline(Worker[_Task]):
         self._keepers = extras_keepers(job.topology.process_slice)
         self._replicas = ReplicaComparison(
             job.coordinator,
-            job.device_layout,
+            job.saved_layout,
             job.topology,
             job.log,
             job.settings.coordination_timeout,
@@ -100,9 +100,9 @@ class SavePipeline(Worker[_Task]):
         )
         self._seeds = {
             shard: shard_seed(job.generation.number, job.layout, shard)
-            for shard in job.device_layout.process_shards[job.process]
+            for shard in job.saved_layout.process_shards[job.process]
         }
-        own = set(job.device_layout.process_shards[job.process])
+        own = set(job.saved_layout.process_shards[job.process])
         entries = job.layout.slot_entries(job.process)
         self._targets = {entry.shard: entry for entry in entries if entry.shard in own}
         # Places among the entries, of the shards that this process stores for others.

@@ -67,6 +67,7 @@ class Settings:
       host_platforms: platforms whose arrays are in this host's memory already.
       agent: how the agent of each host is started; None: none is.
       local_copies: in how many failure domains each shard of a local step lies at least.
+      local_spread: and in no more slices than that.
       on_replica_divergence: whether copies that differ are an error beside a line in the log.
       flush_on_trainer_exit: whether agents drain the newest complete step when their trainers die.
     """
@@ -102,6 +103,7 @@ class Settings:
         default_factory=lambda: default_agent(AgentOptions(idle_seconds=IDLE_SECONDS))
     )
     local_copies: int = 1
+    local_spread: bool = False
     on_replica_divergence: Literal["warn", "raise"] = "warn"
     flush_on_trainer_exit: bool = True
 
@@ -157,6 +159,7 @@ def settings_from_config(config: Config) -> Settings:
         foreign_run=config.local_checkpoint_foreign_run,
         agent=_agent_options(config),
         local_copies=config.local_checkpoint_copies,
+        local_spread=config.local_checkpoint_spread,
         flush_on_trainer_exit=config.agent_flush_on_trainer_exit,
         log_format=config.checkpoint_log_format,
         on_replica_divergence=config.on_replica_divergence,

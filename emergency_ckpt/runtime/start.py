@@ -12,10 +12,11 @@ import jax
 from emergency_ckpt.agent.drain import ByAgent, DrainJob, DrainWorker, InProcess, Runner
 from emergency_ckpt.agent.draining import destination_of
 from emergency_ckpt.agent.orders import Destination
-from emergency_ckpt.core.copies import survivable, with_copies
+from emergency_ckpt.core.copies import survivable
 from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.core.placement import assign_directories
+from emergency_ckpt.core.storage import storage_layout
 from emergency_ckpt.errors import ConfigError, NoRestorableStepError, PersistentStoreError, StateMismatchError
 from emergency_ckpt.jaxio.coordination import Coordinator, open_coordinator, service_address
 from emergency_ckpt.jaxio.layouts import build_layout
@@ -35,6 +36,7 @@ from emergency_ckpt.runtime.survey import Survey
 from emergency_ckpt.telemetry.events import StartEvent
 from emergency_ckpt.telemetry.log import CheckpointLogger, LogContext
 from emergency_ckpt.telemetry.metrics import Metric, Metrics
+from emergency_ckpt.telemetry.units import format_bytes
 
 # Orbax's names for the item that holds the state: with several replicas, and with one.
 _ITEM_OF_MANY, _ITEM_OF_ONE = "default", "state"
@@ -91,6 +93,7 @@ def start_job(settings: Settings, mesh: jax.sharding.Mesh, abstract_state: Any) 
         peers.close()
         local.close()
         raise
+    _tell_what_is_spread(job)
     _tell_what_survives(job)
     if job.leads:
         _remove_leftovers(job)
@@ -220,16 +223,39 @@ def start_drains(job: Job, retention: Retention) -> DrainWorker | None:
 
 
 def _storage_layout(device_layout: Layout, settings: Settings) -> Layout:
-    """What slots hold: what a process's devices hold, and copies of others' shards where they are needed."""
+    """What slots hold: what devices hold, or a slice's part of it, and copies of others' shards if needed."""
     if settings.local_directory is None:
         return device_layout
-    layout = with_copies(device_layout, settings.local_copies)
-    if layout is not device_layout and settings.agent is None:
+    layout = storage_layout(device_layout, settings.local_copies, settings.local_spread)
+    if settings.agent is not None or layout is device_layout:
+        return layout
+    if storage_layout(device_layout, settings.local_copies, spreads=False) is not device_layout:
         raise ConfigError(
             f"local_checkpoint_copies={settings.local_copies} needs the agents of the hosts, which fetch the "
             "copies from each other: set checkpoint_agent=auto, or local_checkpoint_copies=1"
         )
-    return layout
+    raise ConfigError(
+        "local_checkpoint_spread=True needs the agents of the hosts, from which each slice gets at a restore "
+        "what others keep: set checkpoint_agent=auto, or local_checkpoint_spread=False"
+    )
+
+
+def _tell_what_is_spread(job: Job) -> None:
+    if not job.settings.local_spread or job.local.directory is None or not job.leads:
+        return
+    slices, copies = job.topology.slice_count, job.settings.local_copies
+    if job.stores_all:
+        why = f"{slices} slices" if slices > 1 else "one slice"
+        why += f" and local_checkpoint_copies={copies}" if slices > 1 else ""
+        job.log.info("start", None, f"with {why}, local_checkpoint_spread=True leaves every slot as it is")
+        return
+    stored, held = (layout.data_bytes(job.process) for layout in (job.layout, job.device_layout))
+    job.log.info(
+        "start",
+        None,
+        f"local_checkpoint_spread=True: each of {slices} slices keeps a part, every shard is in {copies} of "
+        f"them, and a slot of this host has {format_bytes(stored)} instead of {format_bytes(held)}",
+    )
 
 
 def _tell_what_survives(job: Job) -> None:

@@ -90,10 +90,14 @@ def take_survey(
     settings: Settings,
     others: Mapping[str, OtherLayout],
     served: frozenset[int],
+    stored: Layout | None = None,
 ) -> Survey:
     """Puts all inventories together. Process 0 calls it.
 
-    `others`: the layouts that they name beside ours; `served`: the processes whose slots can be fetched.
+    Args:
+      layout: what processes need.
+      others: the layouts that they name beside ours. served: the processes whose slots can be fetched.
+      stored: what slots hold, where that is something else.
     """
     newest = persistent.newest_generation()
     known = {a for inventory in inventories for a in inventory.activations} | set(persistent.activations())
@@ -108,6 +112,7 @@ def take_survey(
         settings.single_replica_restore,
         others,
         served,
+        stored,
     )
     _, reason = planner.plan()
     generations = [i.highest_generation for i in inventories] + [s.generation for s in steps]

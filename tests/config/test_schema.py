@@ -26,6 +26,7 @@ MAXTEXT_DEFAULTS: dict[str, Any] = {
     "local_checkpoint_directory": "",
     "local_checkpoint_period": 0,
     "local_checkpoint_copies": 1,
+    "local_checkpoint_spread": False,
     "checkpoint_agent": "auto",
     "checkpoint_agent_bind_address": "",
     "checkpoint_agent_advertise_address": "",

@@ -32,7 +32,10 @@ class World:
         return self.planner.layout
 
     def layout_of(self, holding: Holding) -> Layout:
-        return self.layout if holding.layout == self.layout.hash else self.planner.others[holding.layout].layout
+        for own in (self.layout, self.planner.stored):
+            if own is not None and holding.layout == own.hash:
+                return own
+        return self.planner.others[holding.layout].layout
 
     def holdings(self, process: int) -> list[Holding]:
         return [

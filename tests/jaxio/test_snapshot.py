@@ -1,5 +1,6 @@
 """Snapshots hold the bytes of the moment they were taken, whatever happens to the state afterwards."""
 
+import dataclasses
 import threading
 
 import jax
@@ -124,3 +125,25 @@ def test_values_travel_beside_the_shards():
     state = {"step": 7, "lr": 0.1, "name": "run", "w": jnp.ones(1)}
     _, binder = parts(state)
     assert take_snapshot(binder, state).values == {"step": 7, "lr": 0.1, "name": "run"}
+
+
+def test_shards_that_the_layout_gives_to_others_are_not_read():
+    """Their arrays may be gone: nothing touches them, whether it views or copies."""
+    sharding = NamedSharding(mesh(), P("data"))
+    state = {f"w{i}": filled((8, 4), "float32", sharding, i) for i in range(4)}
+    whole = build_layout(state, Topology.single_process())
+    kept = tuple(i for i, shard in enumerate(whole.shards) if shard.leaf in ("w1", "w2"))[1:]
+    layout = dataclasses.replace(whole, process_shards=(kept,))
+    old = {name: np.array(leaf) for name, leaf in state.items()}
+    for platforms in ({"cpu"}, ()):
+        binder = StateBinder(state, layout, 0, platforms)
+        assert [buffer.shard for buffer in binder.bind(state).buffers] == list(kept)
+        lasting = {name: leaf if name in ("w1", "w2") else leaf.copy() for name, leaf in state.items()}
+        binder.bind(lasting)
+        for name in ("w0", "w3"):
+            lasting[name].delete()
+        found = written(take_snapshot(binder, lasting))
+        assert sorted(found) == list(kept)
+        for index, data in found.items():
+            shard = layout.shards[index]
+            assert data == old[shard.leaf][shard.box.slices()].tobytes()
