@@ -125,7 +125,7 @@ class Config(BaseModel):
     local_checkpoint_spread: bool = Field(
         False,
         description="Let slices that hold the same state share the work of keeping it: each stores only its "
-        "part on its ramdisks, so that every shard lies in local_checkpoint_copies slices and in no more. Slots "
+        "part on its ramdisks, so that every shard lies in local_checkpoint_copies slices and no more. Slots "
         "and the copy from the devices are smaller by that much; a restore fetches from other slices what the "
         "own one has not stored.",
     )

@@ -64,7 +64,8 @@ def slots_that_fit(
             f"{where} has no room for {least} slots of {_mib(slot_bytes)} each: {_mib(least * slot_bytes)} are "
             f"needed, {usable // MIB}Mi are available ({limit} is what limits). Ask for a ramdisk of at least "
             f"{_mib(int(wanted * slot_bytes * 1.15))} per host and process (then {wanted} slots fit, with a "
-            f"reserve of 15 %), or shard the state over more hosts."
+            f"reserve of 15 %), or shard the state over more hosts, or let several slices share what all of "
+            "them hold (local_checkpoint_spread=True)."
         )
     return int(fitting)
 

@@ -163,7 +163,8 @@ class Filling:
             return NONE  # It is no source any more.
         self._own = OwnPart(slot, shards & self._needed)
         self._described = _Described.by(slot.manifest)
-        self._count(OWN, [shard for shard in self._own.shards if shard not in self._done])
+        if fresh := [shard for shard in self._own.shards if shard not in self._done]:
+            self._count(OWN, fresh)
         self._done.update((shard, slot.checksums(shard)) for shard in self._own.shards)
         return NONE
 

@@ -50,17 +50,14 @@ def test_two_slices_that_share_the_state_restore_it_from_each_other(ramdisk: Pat
     state = first[0]["counters"]["saved_bytes"] + first[2]["counters"]["saved_bytes"]
     for here, there in ((0, 2), (1, 3)):
         both = [first[p]["counters"] for p in (here, there)]
-        assert sum(c["saved_bytes"] for c in both) == state, (
-            "between them the counterparts have each shard once"
-        )
+        assert sum(c["saved_bytes"] for c in both) == state, "each shard once"
         assert sum(c["survives_slice_losses"] for c in both) == 0
 
     for life in told["nothing lost"]:
         assert [said["start"] for said in life] == [14] * 4
-        restored, fetched = counted(life, "restored_bytes"), counted(life, "fetched_bytes")
-        # Each has its own part, and what it fetches is the other's.
-        assert [f % r for f, r in zip(fetched, restored, strict=True)] != [0.0] * 4
         assert "4 of 4 processes have 6 shards on their own ramdisk" in life[0]["reason"]
+    # Each has its own part, and what it fetches is the other's: the weights, or the other two leaves.
+    assert counted(told["nothing lost"][1], "fetched_bytes") == [9600, 9600, 92, 92]
     parts = [said["parts"] for said in told["nothing lost"][0]]
     assert parts == [["own slot"], ["own slot"], ["process 0"], ["process 1"]], "one slice has these leaves"
 
@@ -70,7 +67,10 @@ def test_two_slices_that_share_the_state_restore_it_from_each_other(ramdisk: Pat
 
     (lost,) = told["slice 1 is lost"]
     assert [said["start"] for said in lost] == [10] * 4
-    why = "have no survivor (2 shards, params.w[0:8, 0:300] the first); with local_checkpoint_spread each was in 1"
+    why = (
+        "have no survivor (2 shards, params.w[0:8, 0:300] the first); "
+        "with local_checkpoint_spread each was in 1 slice"
+    )
     assert why in lost[0]["reason"]
     (nothing,) = told["nothing is left"]
     for said in nothing:
@@ -92,10 +92,9 @@ def test_two_slices_that_share_the_state_restore_it_from_each_other(ramdisk: Pat
     assert [said["start"] for said in last] == [14] * 4, "what was trained since is on the ramdisks"
 
     # Jobs of another shape: one slice, in which nothing is shared, and back.
-    alone = run_job(train, 2, str(ramdisk / "trained"), 1, 14, SPREAD)
-    assert [said["start"] for said in alone] == [14] * 2
-    back = run_job(train, 4, str(ramdisk / "trained"), 2, 14, SPREAD)
-    assert [said["start"] for said in back] == [14] * 4
+    for slices in (1, 2):
+        other = run_job(train, 4, str(ramdisk / "trained"), slices, 14, SPREAD)
+        assert [said["start"] for said in other] == [14] * 4
 
 
 def test_three_slices_with_two_copies_survive_any_one_and_slots_are_as_small_as_that_allows(
