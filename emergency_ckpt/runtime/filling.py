@@ -11,14 +11,14 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from emergency_ckpt.agent.gather import Target, gather
+from emergency_ckpt.agent.gather import Course, Target, gather
 from emergency_ckpt.agent.slot_source import OwnSlot, SlotSource
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.core.part import Part
 from emergency_ckpt.core.placement import extras_keepers
 from emergency_ckpt.core.restore_plan import ProcessPlan, Take
 from emergency_ckpt.core.values import Value
-from emergency_ckpt.errors import CorruptDataError
+from emergency_ckpt.errors import CorruptDataError, LocalDirectoryError
 from emergency_ckpt.local.manifest import Manifest
 from emergency_ckpt.local.slot_views import SealedSlot
 from emergency_ckpt.persistent.reader import StepReader
@@ -49,6 +49,8 @@ class Filling:
         keepers = extras_keepers(job.topology.process_slice)
         self._wards = {process for process, by in enumerate(keepers) if job.process in by}
         self._read: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
+        self.from_persistent = False  # whether the persistent tier was read
+        self._is_abandoned = False
 
     @property
     def saved_by(self) -> Manifest | None:
@@ -80,12 +82,42 @@ class Filling:
                 takes.append(self._own_take(slot, missing))
         elif isinstance(self._room, Repair):
             self.close()  # Its own slot is no source any more.
+            self.forget()
         self._kept = None
-        setbacks = self._gather(takes)
+        return self._get(takes, plan, open_reader) or self._count_repaired()
+
+    def fetch_ahead(self, plan: ProcessPlan, open_reader: Callable[[], StepReader], course: Course) -> bool:
+        """Before a restore was called: gets what fits into the own slot or a free one, and seals nothing.
+
+        What fails is left to `carry_out`, which goes on from here. False where there is no such slot. Call
+        `close` or `abandon` once `course` was stopped. Raises what `carry_out` does.
+        """
+        if plan.in_place:
+            slot = self._job.local.sealed(self.step)
+            if slot is None or not self._missing_in(slot) or not self._repairs():
+                return False
+            self._described = _Described.by(slot.manifest)
+        else:
+            self._room = room = Hydration.begin_unasked(self._job, self.step, self._part)
+            if room is None or not room.has_slot():
+                return False
+        self._get(plan.takes, plan, open_reader, course)
+        return True
+
+    def _get(
+        self,
+        takes: Collection[Take],
+        plan: ProcessPlan,
+        open_reader: Callable[[], StepReader],
+        course: Course | None = None,
+    ) -> Setbacks:
+        setbacks = self._gather(takes, course)
         persistent = [s for s in plan.persistent if s in self._needed and s not in self._done]
-        if not setbacks and (persistent or self._described is None):
-            setbacks = self._read_persistent(persistent, open_reader)
-        return setbacks or self._count_repaired()
+        if setbacks or not (persistent or self._described is None):
+            return setbacks
+        if course is not None and course.is_stopped:
+            return setbacks
+        return self._read_persistent(persistent, open_reader, course)
 
     def finish(self, extras: Mapping[int, str]) -> Hydrated:
         """The step as a slot, with these extras of this process. Call when nothing is missing any more.
@@ -131,16 +163,27 @@ class Filling:
         elif room is not None:
             room.discard()
 
+    def abandon(self) -> None:
+        """Like `close`, where a thread that does not end may still write: a free slot gets other memory.
+
+        The own slot, of which missing shards are written, stays as it is until that thread calls `close`.
+        """
+        self._is_abandoned = True
+        room = self._room
+        if isinstance(room, Hydration):
+            self._room = None
+            room.discard(still_written=True)
+
     # The parts.
 
-    def _gather(self, takes: Collection[Take]) -> Setbacks:
+    def _gather(self, takes: Collection[Take], course: Course | None) -> Setbacks:
         wanted = self._needed - set(self._done)
         if isinstance(self._room, Repair):
             wanted &= set(self._room.missing)
         if not takes or not wanted:
             return NONE
         target = Target(self.step, self._job.layout, wanted, self._the_room().place)
-        gathered = gather(target, takes, self._open_source)
+        gathered = gather(target, takes, self._open_source, course=course)
         self._job.peers.forget(gathered.unreachable)
         self._done.update(gathered.checksums)
         for _, manifest in sorted(gathered.manifests.items()):
@@ -169,18 +212,24 @@ class Filling:
             return OwnSlot(job.process, slot)
         return open_peer_slot(job, self.step, take)
 
-    def _read_persistent(self, shards: Collection[int], open_reader: Callable[[], StepReader]) -> Setbacks:
+    def _read_persistent(
+        self, shards: Collection[int], open_reader: Callable[[], StepReader], course: Course | None
+    ) -> Setbacks:
         """Only what is proven to be damaged may cost a step; a store that fails is an error of the restore."""
         try:
             reader = open_reader()
+            self.from_persistent = True
             if self._described is None:
                 self._described = _Described.of_persistent(reader, self._part)
-            self._done.update(self._the_room().read_persistent(reader, shards))
+            is_stopped = None if course is None else lambda: course.is_stopped
+            self._done.update(self._the_room().read_persistent(reader, shards, is_stopped))
         except CorruptDataError as error:
             self._job.log.error("restore", self.step.step, str(error))
             return Setbacks.of(self.step, None, str(error))
         if shards:
-            self._count(PERSISTENT, shards)
+            nbytes = self._count(PERSISTENT, shards)
+            if course is not None:
+                course.arrived(nbytes)
         return NONE
 
     def _count_repaired(self) -> Setbacks:
@@ -211,8 +260,10 @@ class Filling:
         return True
 
     def _the_room(self) -> Hydration | Repair:
+        if self._is_abandoned:
+            raise LocalDirectoryError(f"{self.step} is not wanted any more")
         if self._room is None:
-            self._room = Hydration(self._job, self.step, self._part)
+            self._room = Hydration.begin(self._job, self.step, self._part)
         return self._room
 
     def _missing_in(self, slot: SealedSlot) -> set[int]:
@@ -226,9 +277,10 @@ class Filling:
         there = sorted(theirs.shard_index[ours.shards[shard]] for shard in self._needed - set(missing))
         return Take(self._job.process, manifest.layout, manifest.position, tuple(there))
 
-    def _count(self, source: str, shards: Collection[int]) -> None:
-        nbytes = self._job.layout.shard_nbytes
-        self._add(source, len(shards), sum(nbytes[shard] for shard in shards))
+    def _count(self, source: str, shards: Collection[int]) -> int:
+        nbytes = sum(self._job.layout.shard_nbytes[shard] for shard in shards)
+        self._add(source, len(shards), nbytes)
+        return nbytes
 
     def _add(self, source: str, shards: int, nbytes: int) -> None:
         self._read[source][0] += shards

@@ -7,7 +7,7 @@ wait in ordinary memory and move into a slot afterwards. A part of a step goes i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -26,41 +26,73 @@ from emergency_ckpt.local.store import LocalStore
 from emergency_ckpt.persistent.reader import BoxRequest, StepReader
 from emergency_ckpt.runtime.job import Job
 
+_STOPPABLE_BYTES = 1024**3
+
 
 class Hydration:
     """The slot, or the memory in its place, that receives one step. Close it with `seal` or `discard`."""
 
-    def __init__(self, job: Job, step: StepId, part: Part) -> None:
+    def __init__(self, job: Job, step: StepId, part: Part, slot: OpenSlot | None) -> None:
+        """`slot`: None for plain memory."""
         self._job = job
         self.step = step
         self._part = part
+        self._slot = slot
+        self._memory: np.ndarray | None = None
         self._still_written = False
-        # What may be here of this step is not to be used, but it may be all that is left of some shard.
-        here = job.local.sealed(step) is not None
-        takes_slot = part.is_whole and not here
-        self._slot = self._begin() if takes_slot else None
-        self.data = self._slot_memory() if self._slot is not None else self._plain_memory()
         self._entries = {entry.shard: entry for entry in job.layout.slot_entries(job.process)}
 
-    def _begin(self) -> OpenSlot | None:
+    @classmethod
+    def begin(cls, job: Job, step: StepId, part: Part) -> Hydration:
+        """In a slot if there is a free one."""
+        slot = None
         try:
-            return self._job.local.begin(self.step, timedelta(0))[0]
+            if _takes_slot(job, step, part):
+                slot, _ = job.local.begin(step, timedelta(0))
         except LocalDirectoryError as error:  # The state can be restored all the same.
-            self._job.log.warning("restore", self.step.step, str(error))
-            return None
+            job.log.warning("restore", step.step, str(error))
+        hydration = cls(job, step, part, slot)
+        hydration.prepare()
+        return hydration
 
-    def _slot_memory(self) -> np.ndarray:
-        assert self._slot is not None
+    @classmethod
+    def begin_unasked(cls, job: Job, step: StepId, part: Part) -> Hydration | None:
+        """Before anybody asked for it: in a slot that is free without a loss to anybody, or not at all."""
+        slot = None
         try:
-            self._slot.wait_ready()
-            return self._slot.data
+            if _takes_slot(job, step, part):
+                slot, _ = job.local.begin_unasked(step)
+        except LocalDirectoryError as error:
+            job.log.warning("restore", step.step, str(error))
+        return None if slot is None else cls(job, step, part, slot)
+
+    def has_slot(self) -> bool:
+        """Whether it is in a slot; waits until that has all its pages."""
+        slot = self._slot
+        if slot is None:
+            return False
+        try:
+            slot.wait_ready()
+            self._memory = slot.data
+            return True
         except LocalDirectoryError as error:
             self._job.log.warning("restore", self.step.step, str(error))
             self.discard()
-            return self._plain_memory()
+            return False
         except BaseException:
             self.discard()
             raise
+
+    def prepare(self) -> None:
+        """Makes the memory ready to be written."""
+        if self._memory is None and not self.has_slot():
+            self._memory = self._plain_memory()
+
+    @property
+    def data(self) -> np.ndarray:
+        """All of the memory, flat uint8."""
+        assert self._memory is not None, "prepare it first"
+        return self._memory
 
     def _plain_memory(self) -> np.ndarray:
         # Pages that nothing is written to, those between the leaves of a part, take no memory.
@@ -71,10 +103,13 @@ class Hydration:
         entry = self._entries[shard]
         return self.data[entry.offset : entry.offset + entry.nbytes]
 
-    def read_persistent(self, reader: StepReader, shards: Iterable[int]) -> dict[int, tuple[int, ...]]:
+    def read_persistent(
+        self, reader: StepReader, shards: Iterable[int], is_stopped: Callable[[], bool] | None
+    ) -> dict[int, tuple[int, ...]]:
         """Reads shards, verified where the step has checksums; returns their block checksums."""
         self._still_written = True  # A read whose time is over, or that was interrupted, may go on.
-        found = read_shards(self._job, self.step, reader, {shard: self.place(shard) for shard in shards})
+        places = {shard: self.place(shard) for shard in shards}
+        found = read_shards(self._job, self.step, reader, places, is_stopped)
         self._still_written = False
         return found
 
@@ -90,12 +125,13 @@ class Hydration:
         sealed = SealedSlot(self._slot.index, manifest, self._job.layout, self.data)
         return Hydrated(sealed, self._job.local)
 
-    def discard(self) -> None:
+    def discard(self, *, still_written: bool = False) -> None:
+        """Gives the slot back; `still_written`: somebody may go on writing there for a while."""
         slot, self._slot = self._slot, None
         if slot is None:
             return
         try:
-            self._job.local.discard(slot, still_written=self._still_written)
+            self._job.local.discard(slot, still_written=still_written or self._still_written)
         except LocalDirectoryError as error:  # What made this one useless is to be told, not that.
             self._job.log.warning("restore", self.step.step, str(error))
 
@@ -104,6 +140,11 @@ class Hydration:
         if not self._part.is_whole:
             return None
         return SealedSlot(-1, manifest, self._job.layout, self.data).find_damage()
+
+
+def _takes_slot(job: Job, step: StepId, part: Part) -> bool:
+    # What may be here of this step is not to be used, but it may be all that is left of some shard.
+    return part.is_whole and job.local.sealed(step) is None
 
 
 class Repair:
@@ -124,9 +165,11 @@ class Repair:
     def place(self, shard: int) -> np.ndarray:
         return self._slot.shard(self._theirs(shard))
 
-    def read_persistent(self, reader: StepReader, shards: Iterable[int]) -> dict[int, tuple[int, ...]]:
+    def read_persistent(
+        self, reader: StepReader, shards: Iterable[int], is_stopped: Callable[[], bool] | None
+    ) -> dict[int, tuple[int, ...]]:
         places = {shard: self.place(shard) for shard in shards}
-        return read_shards(self._job, self._slot.manifest.step, reader, places)
+        return read_shards(self._job, self._slot.manifest.step, reader, places, is_stopped)
 
     def count(self, shards: Mapping[int, tuple[int, ...]]) -> tuple[int, ...]:
         """Counts written shards (with the checksums of their source) as there.
@@ -147,14 +190,22 @@ class Repair:
 
 
 def read_shards(
-    job: Job, step: StepId, reader: StepReader, places: Mapping[int, np.ndarray]
+    job: Job,
+    step: StepId,
+    reader: StepReader,
+    places: Mapping[int, np.ndarray],
+    is_stopped: Callable[[], bool] | None,
 ) -> dict[int, tuple[int, ...]]:
     """Reads shards of the job's layout from the persistent tier into their places; their block checksums."""
     requests = [
         BoxRequest(job.layout.shards[shard].leaf, job.layout.shards[shard].box, job.layout.typed(shard, place))
         for shard, place in places.items()
     ]
-    reader.read_boxes(requests, job.settings.read_bytes, job.settings.drain_timeout.total_seconds())
+    # What may have to stop soon has less on its way.
+    read_bytes = (
+        job.settings.read_bytes if is_stopped is None else min(job.settings.read_bytes, _STOPPABLE_BYTES)
+    )
+    reader.read_boxes(requests, read_bytes, job.settings.drain_timeout.total_seconds(), is_stopped)
     return {
         shard: checksum_blocks(place, shard_seed(step.generation, job.layout, shard))
         for shard, place in places.items()

@@ -17,6 +17,7 @@ from emergency_ckpt.core.lineage import Activation, StepId
 from emergency_ckpt.core.restore_plan import PlanOfOne, Strike
 from emergency_ckpt.core.slots import Outcome
 from emergency_ckpt.errors import (
+    CoordinationTimeoutError,
     CorruptDataError,
     EmergencyCheckpointError,
     PersistentStoreError,
@@ -27,6 +28,7 @@ from emergency_ckpt.jaxio.broadcast import Transfer, broadcast_regions
 from emergency_ckpt.local.manifest import Manifest
 from emergency_ckpt.persistent.reader import StepReader
 from emergency_ckpt.runtime.agreement import agree
+from emergency_ckpt.runtime.early import EarlyHydration
 from emergency_ckpt.runtime.extras import ReceivedExtras
 from emergency_ckpt.runtime.extras_exchange import ExtrasExchange
 from emergency_ckpt.runtime.filling import Filling
@@ -57,14 +59,16 @@ class Attempt:
         plan: PlanOfOne,
         wanted: Wanted,
         filling: Filling,
+        begun: EarlyHydration | None,
         mesh: jax.sharding.Mesh,
         replica_axis: str,
     ) -> None:
-        """`filling`: what the rounds before have of this step."""
+        """`filling`: what the rounds before have of this step; `begun`: what may still be filling it."""
         self._job = job
         self._plan = plan
         self._wanted = wanted
         self._filling = filling
+        self._begun = begun
         self._mesh = mesh
         self._replica_axis = replica_axis
         self._whole: Hydrated | None = None
@@ -165,11 +169,14 @@ class Attempt:
             return Setbacks.of(step, None, str(error))
         if own.sender is not None:
             # Made before anybody enters the broadcast, so that an error here is agreed on first.
-            self._receiving = Hydration(job, step, self._wanted.part)
+            self._receiving = Hydration.begin(job, step, self._wanted.part)
             return NONE
-        setbacks = self._read_persistent(lambda: self._filling.carry_out(own, self._reader_for_slot))
+        self._await_begun()
+        setbacks = self._read_persistent(lambda: self._filling.carry_out(own, self._checked_reader))
         if setbacks:
             return setbacks
+        if self._filling.from_persistent and self._plan.common.extras_from[job.process] is None:
+            self._read_persistent(lambda: self._extras.take_persistent(self._checked_reader()))
         if self._filling.saved_by is not None:
             self._extras.note_saved_by(self._filling.saved_by)
         self._whole = self._filling.finish(self._extras.own)
@@ -177,11 +184,13 @@ class Attempt:
             job.coordinator.put(f"{key}/manifest/{job.process}", self._whole.slot.manifest.to_bytes())
         return NONE
 
-    def _reader_for_slot(self) -> StepReader:
-        reader = self._checked_reader()
-        if self._plan.common.extras_from[self._job.process] is None:
-            self._extras.take_persistent(reader)
-        return reader
+    def _await_begun(self) -> None:
+        limit = self._job.settings.drain_timeout
+        if self._begun is not None and not self._begun.wait(limit):
+            raise CoordinationTimeoutError(
+                f"what was begun to be fetched of {self._plan.step} when the manager was made has not ended "
+                f"within {limit.total_seconds():.0f} s: look whether the agents and the persistent tier answer"
+            )
 
     def _read_persistent(self, read: Callable[[], _Read]) -> _Read:
         for pause_seconds in _READ_PAUSES_SECONDS:

@@ -65,6 +65,9 @@ class Metric(enum.Enum):
         "slices of which any may be lost without losing a complete ramdisk step",
     )
     FETCHED_BYTES = MetricSpec("fetched_bytes", "counter", "bytes fetched from the slots of other processes")
+    EARLY_BYTES = MetricSpec(
+        "early_bytes", "counter", "bytes that had been fetched for a restore before it was called"
+    )
     LAST_RESTORE_SECONDS = MetricSpec("last_restore_seconds", "gauge", "duration of the last restore")
     LAST_RESTORED_STEP = MetricSpec("last_restored_step", "gauge", "step of the last restore")
     STEPS_REJECTED = MetricSpec("steps_rejected", "counter", "steps that could not be restored although listed")
