@@ -1,7 +1,8 @@
 """The memory in which a process makes a step whole: a slot, the missing parts of its own slot, or plain memory.
 
-Until all processes hold the restored state no sealed slot is given up for it: where no slot is free, the bytes
-wait in ordinary memory and move into a slot afterwards. A part of a step goes into memory only.
+Until all processes hold the restored state no sealed slot is given up for it: where no slot is free, and the bytes
+cannot be streamed to the devices, they wait in ordinary memory and move into a slot afterwards. A part of a step goes
+into memory only.
 """
 
 from __future__ import annotations
@@ -45,6 +46,13 @@ class Hydration:
     @classmethod
     def begin(cls, job: Job, step: StepId, part: Part) -> Hydration:
         """In a slot if there is a free one."""
+        hydration = cls.in_slot(job, step, part) or cls(job, step, part, None)
+        hydration.prepare()
+        return hydration
+
+    @classmethod
+    def in_slot(cls, job: Job, step: StepId, part: Part) -> Hydration | None:
+        """In a free slot, if there is one that has its memory."""
         slot = None
         try:
             if _takes_slot(job, step, part):
@@ -52,8 +60,7 @@ class Hydration:
         except LocalDirectoryError as error:  # The state can be restored all the same.
             job.log.warning("restore", step.step, str(error))
         hydration = cls(job, step, part, slot)
-        hydration.prepare()
-        return hydration
+        return hydration if hydration.has_slot() else None
 
     @classmethod
     def begin_unasked(cls, job: Job, step: StepId, part: Part) -> Hydration | None:
@@ -220,11 +227,12 @@ class Hydrated:
     local: LocalStore
     waits: bool = False
 
-    def settle(self) -> None:
+    def settle(self, leaves: Mapping[str, Any]) -> None:
         """Moves waiting bytes into a slot. Call when all processes hold the state and old steps are void.
 
         Raises what the ramdisk raises; the state is held all the same, and the next save is redundant again.
         """
+        del leaves  # The bytes are here.
         if not self.waits or not self.local.directory:
             return
         slot, _ = self.local.begin_anew(self.slot.manifest.step, timedelta(0))

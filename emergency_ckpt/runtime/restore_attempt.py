@@ -36,6 +36,7 @@ from emergency_ckpt.runtime.hydrate import Hydrated, Hydration, make_manifest
 from emergency_ckpt.runtime.job import Job
 from emergency_ckpt.runtime.loading import read_state
 from emergency_ckpt.runtime.setbacks import NONE, Setbacks
+from emergency_ckpt.runtime.streaming import Stream, Streamed
 from emergency_ckpt.runtime.wanted import Wanted
 
 _READ_PAUSES_SECONDS = (0.5, 2.0, 5.0)
@@ -71,7 +72,7 @@ class Attempt:
         self._begun = begun
         self._mesh = mesh
         self._replica_axis = replica_axis
-        self._whole: Hydrated | None = None
+        self._whole: Hydrated | Streamed | None = None
         self._receiving: Hydration | None = None
         self._boxes: Mapping[str, Any] = {}
         self._extras = ExtrasExchange(job, plan.common, wanted.beside)
@@ -92,7 +93,7 @@ class Attempt:
         if isinstance(held, Held):
             self._job.local.activate([activation])
             self._job.local.settle(self._plan.step, Outcome.COMPLETE)
-            self._settle()
+            self._settle(held.leaves)
         return held
 
     def hold(self, key: str, activation: Activation | None = None) -> Held | Setbacks:
@@ -117,11 +118,11 @@ class Attempt:
 
         return self._agree(key, mine, activation) or held[0]
 
-    def _settle(self) -> None:
+    def _settle(self, leaves: Mapping[str, Any]) -> None:
         """Everybody holds the state by now: that this ramdisk cannot take it is no reason to fail."""
         assert self._whole is not None
         try:
-            self._whole.settle()
+            self._whole.settle({name: leaves[name] for name in self._wanted.slots})
         except (EmergencyCheckpointError, OSError) as error:
             self._job.log.warning(
                 "restore", self._plan.step.step, f"not on this ramdisk until the next save: {error}"
@@ -172,7 +173,11 @@ class Attempt:
             self._receiving = Hydration.begin(job, step, self._wanted.part)
             return NONE
         self._await_begun()
-        setbacks = self._read_persistent(lambda: self._filling.carry_out(own, self._checked_reader))
+        sends = self._plan.common.sends_broadcast(job.process)
+        # Who sends needs the bytes, and so does a slot with copies, whose sources may be gone later.
+        keeps_copies = job.layout.process_shards[job.process] != job.device_layout.process_shards[job.process]
+        streams = None if sends or keeps_copies else self._make_stream
+        setbacks = self._read_persistent(lambda: self._filling.carry_out(own, self._checked_reader, streams))
         if setbacks:
             return setbacks
         if self._filling.from_persistent and self._plan.common.extras_from[job.process] is None:
@@ -180,9 +185,15 @@ class Attempt:
         if self._filling.saved_by is not None:
             self._extras.note_saved_by(self._filling.saved_by)
         self._whole = self._filling.finish(self._extras.own)
-        if self._plan.common.sends_broadcast(job.process):
+        if sends:
+            assert isinstance(self._whole, Hydrated)
             job.coordinator.put(f"{key}/manifest/{job.process}", self._whole.slot.manifest.to_bytes())
         return NONE
+
+    def _make_stream(self) -> Stream:
+        job, step = self._job, self._plan.step
+        job.log.info("restore", step.step, "no slot is free: shards go to the devices through a window")
+        return Stream(job, self._wanted.slots, step.generation)
 
     def _await_begun(self) -> None:
         limit = self._job.settings.drain_timeout
@@ -226,7 +237,7 @@ class Attempt:
     def _broadcast(self, key: str) -> Setbacks:
         """Sends or receives slot bytes over the device network; what arrives is verified before it counts."""
         hydration, self._receiving = self._receiving, None
-        sent = self._whole.slot.data if self._whole else None
+        sent = self._whole.slot.data if isinstance(self._whole, Hydrated) else None
         try:
             broadcast_regions(
                 self._mesh,
@@ -274,6 +285,8 @@ class Attempt:
 
     def _assemble(self) -> Mapping[str, Any]:
         assert self._whole is not None
+        if isinstance(self._whole, Streamed):
+            return dict(self._whole.stream.finish(self._whole.manifest.values))
         job, slot = self._job, self._whole.slot
         leaves = assemble(
             self._wanted.slots,
