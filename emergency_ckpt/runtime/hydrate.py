@@ -1,8 +1,8 @@
 """The memory in which a process makes a step whole: a slot, the missing parts of its own slot, or plain memory.
 
 Until all processes hold the restored state no sealed slot is given up for it: where no slot is free, and the
-bytes cannot be streamed to the devices, they wait in ordinary memory and move into a slot afterwards. A part of a
-step goes into memory only.
+bytes cannot be streamed to the devices, they wait in ordinary memory and move into a slot afterwards. A part of
+a step goes into memory only.
 """
 
 from __future__ import annotations
