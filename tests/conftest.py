@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import tempfile
@@ -31,12 +32,21 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 @pytest.fixture
 def ramdisk() -> Iterator[Path]:
-    """A fresh directory in memory where the machine has one (/dev/shm), removed afterwards."""
+    """A fresh directory in memory, removed afterwards."""
+    with fresh_ramdisk() as path:
+        yield path
+
+
+@contextlib.contextmanager
+def fresh_ramdisk() -> Iterator[Path]:
+    """A directory in memory where the machine has one (/dev/shm), removed in the end."""
     root = Path("/dev/shm")
     parent = root if root.is_dir() and os.access(root, os.W_OK) else None
     path = Path(tempfile.mkdtemp(prefix="emergency-ckpt-test-", dir=parent))
-    yield path
-    remove_tree(path)
+    try:
+        yield path
+    finally:
+        remove_tree(path)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -86,6 +86,10 @@ class PeerClient:
         with self._guard:
             self._connection.close()
 
+    def give_up(self) -> None:
+        """Ends what another thread is asking; every later call fails."""
+        self._connection.give_up()
+
     def __enter__(self) -> PeerClient:
         return self
 

@@ -195,6 +195,7 @@ class PeerConnection:
         self._context = _tls_context(endpoint) if endpoint.tls else None
         self._socket: _PlainSocket | _EncryptedSocket | None = None
         self._http: http.client.HTTPConnection | None = None
+        self._is_given_up = False
 
     def close(self) -> None:
         """Closes the connection; the next exchange opens another."""
@@ -217,6 +218,11 @@ class PeerConnection:
                 connection.shutdown(socket.SHUT_RDWR)
             except OSError:
                 return  # It ended by itself.
+
+    def give_up(self) -> None:
+        """Ends an exchange that another thread waits in; every later one fails."""
+        self._is_given_up = True
+        self.shut_down()
 
     def exchange(
         self,
@@ -241,7 +247,7 @@ class PeerConnection:
                 return self._exchange(method, address, read, body, answer_bytes)
             except PeerUnavailableError as error:
                 self.close()
-                if error.code != "busy" or time.monotonic() + pause > give_up:
+                if error.code != "busy" or self._is_given_up or time.monotonic() + pause > give_up:
                     raise
                 time.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
@@ -314,6 +320,8 @@ class PeerConnection:
                 reused = False  # It was closed while nobody used it: every request may be repeated.
 
     def _connect(self, answer_bytes: int) -> http.client.HTTPConnection:
+        if self._is_given_up:
+            raise ConnectionAbortedError("nobody wants the answer any more")
         if self._http is None or self._socket is None:
             plain = socket.create_connection((self._dial, self.endpoint.port), self._timeout)
             self._socket = connection = _PlainSocket(fileno=plain.detach())

@@ -45,6 +45,49 @@ class Target:
     place: Callable[[int], np.ndarray]
 
 
+class Course:
+    """A gathering on its way, as other threads see it: what has arrived, and a way to stop it."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._is_stopped = False
+        self._nbytes = 0
+        self._sources: list[SlotSource] = []
+
+    @property
+    def is_stopped(self) -> bool:
+        return self._is_stopped
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes have arrived and were verified."""
+        return self._nbytes
+
+    def stop(self) -> None:
+        """Nothing more is wanted: what is being read ends soon, and nothing else begins."""
+        with self._guard:
+            self._is_stopped = True
+            sources = list(self._sources)
+        for source in sources:
+            source.interrupt()
+
+    def arrived(self, nbytes: int) -> None:
+        with self._guard:
+            self._nbytes += nbytes
+
+    def opened(self, source: SlotSource) -> None:
+        """A source that is to be interrupted when all is stopped."""
+        with self._guard:
+            self._sources.append(source)
+            is_stopped = self._is_stopped
+        if is_stopped:
+            source.interrupt()
+
+    def closed(self, source: SlotSource) -> None:
+        with self._guard:
+            self._sources.remove(source)
+
+
 @dataclasses.dataclass(frozen=True)
 class Gathered:
     """What came of it.
@@ -101,24 +144,32 @@ class _Read:
 
 
 def gather(
-    target: Target, takes: Iterable[Take], open_source: Callable[[Take], SlotSource], streams: int = STREAMS
+    target: Target,
+    takes: Iterable[Take],
+    open_source: Callable[[Take], SlotSource],
+    streams: int = STREAMS,
+    course: Course | None = None,
 ) -> Gathered:
     """Carries out the takes of one process.
 
     Args:
       open_source: opens the slot that a take names; raises PeerUnavailableError or CorruptDataError.
       streams: how many requests run at a time.
+      course: lets others watch and stop it; what it says of sources is of no use once it was stopped.
 
     Nothing is raised for sources that fail: they are struck or unreachable, and their shards are missing.
     """
-    return _Gathering(target, open_source, streams).run(list(takes))
+    return _Gathering(target, open_source, streams, course or Course()).run(list(takes))
 
 
 class _Gathering:
-    def __init__(self, target: Target, open_source: Callable[[Take], SlotSource], streams: int) -> None:
+    def __init__(
+        self, target: Target, open_source: Callable[[Take], SlotSource], streams: int, course: Course
+    ) -> None:
         self._target = target
         self._open_source = open_source
         self._streams = streams
+        self._course = course
         self._guard = threading.Lock()
         self._strikes: dict[tuple[int, frozenset[int] | None], Strike] = {}
         self._dead: set[int] = set()
@@ -135,6 +186,7 @@ class _Gathering:
                     pass
             finally:
                 for source, _ in opened:
+                    self._course.closed(source)
                     source.close()
         checksums = self._checksums(reads)
         manifests = {take.process: source.manifest for source, take in opened}
@@ -143,8 +195,12 @@ class _Gathering:
         return Gathered(checksums, strikes, dict(sorted(self._unreachable.items())), manifests, sources)
 
     def _open(self, take: Take) -> tuple[SlotSource, Take] | None:
+        if self._course.is_stopped:
+            return None
         try:
-            return self._open_source(take), take
+            source = self._open_source(take)
+            self._course.opened(source)
+            return source, take
         except (PeerUnavailableError, CorruptDataError) as error:
             self._give_up(take.process, error)
             return None
@@ -179,7 +235,7 @@ class _Gathering:
 
     def _read(self, task: Sequence[_Read]) -> None:
         source = task[0].source
-        if source.process in self._dead:
+        if source.process in self._dead or self._course.is_stopped:
             self._lose(task)
             return
         memory = [self._memory(read) for read in task]
@@ -205,9 +261,11 @@ class _Gathering:
         self._lose([read for read in task if read.shard in bad])
         for read, data in good:
             self._copy(read, data)
+        nbytes = sum(read.nbytes for read, _ in good)
         with self._guard:
             self._sources[source.process][0] += len(good)
-            self._sources[source.process][1] += sum(read.nbytes for read, _ in good)
+            self._sources[source.process][1] += nbytes
+        self._course.arrived(nbytes)
 
     def _memory(self, read: _Read) -> np.ndarray:
         if read.direct is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import threading
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Protocol
@@ -44,6 +45,10 @@ class SlotSource(Protocol):
         Raises CorruptShardsError, naming all shards that are bad (the others are good), or
         PeerUnavailableError.
         """
+        ...
+
+    def interrupt(self) -> None:
+        """Ends what other threads fetch, soon, with PeerUnavailableError."""
         ...
 
     def close(self) -> None: ...
@@ -84,6 +89,9 @@ class OwnSlot:
                 tuple(sorted(bad)),
             )
 
+    def interrupt(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
@@ -108,6 +116,9 @@ class PeerSlot:
         self._id = slot
         self._timeout = timeout
         self._idle: queue.SimpleQueue[PeerClient] = queue.SimpleQueue()
+        self._guard = threading.Lock()
+        self._asking: set[PeerClient] = set()
+        self._is_interrupted = False
         with self._client() as client:
             self.layout = layout if layout is not None else client.layout(slot.layout)
             self.manifest = client.manifest(slot)
@@ -121,6 +132,13 @@ class PeerSlot:
         with self._client() as client:
             client.fetch_blocks(self._id, self.layout, self.manifest, wanted)
 
+    def interrupt(self) -> None:
+        with self._guard:
+            self._is_interrupted = True
+            asking = list(self._asking)
+        for client in asking:
+            client.give_up()
+
     def close(self) -> None:
         with contextlib.suppress(queue.Empty):
             while True:
@@ -133,9 +151,17 @@ class PeerSlot:
             client = self._idle.get_nowait()
         except queue.Empty:
             client = PeerClient(self._endpoint, self._timeout)
+        with self._guard:
+            self._asking.add(client)
+            is_interrupted = self._is_interrupted
         try:
+            if is_interrupted:
+                client.give_up()
             yield client
         except BaseException:
             client.close()
             raise
+        finally:
+            with self._guard:
+                self._asking.discard(client)
         self._idle.put(client)

@@ -71,6 +71,60 @@ def assemble(
     return jax.tree_util.tree_unflatten(flat.treedef, restored)
 
 
+class StreamedLeaves:
+    """The same, shard by shard: nothing but what is on its way lies in host memory.
+
+    Attributes:
+      shards: the shards of this process's devices, as indices into `layout.shards`, leaf by leaf.
+    """
+
+    def __init__(self, abstract_state: Any, layout: Layout, process_index: int, generation: int) -> None:
+        """As for `assemble`."""
+        self._flat = flatten(abstract_state)
+        self._layout = layout
+        self._process = process_index
+        self._generation = generation
+        self._wanted: dict[int, tuple[int, Box, Sequence[Device]]] = {}
+        self._placed: list[dict[Device, Any]] = [{} for _ in self._flat.leaves]
+        for number, leaf in enumerate(self._flat.leaves):
+            for box, devices in _destinations(leaf).items():
+                shard = layout.shard_index.get(Shard(leaf.name, box))
+                if shard is None:
+                    raise StateMismatchError(f"leaf {leaf.name!r}: the layout has no shard {box} of it")
+                self._wanted[shard] = number, box, devices
+        self.shards = tuple(self._wanted)
+
+    def put(self, stored: Mapping[int, StoredShard], *, threads: int = DEFAULT_THREADS) -> None:
+        """Verifies shards and puts them on their devices; their memory may be reused then.
+
+        Raises CorruptDataError and StateMismatchError, as `assemble` does.
+        """
+        source = _Source(self._layout, self._process, self._generation, stored.__getitem__)
+        placed: list[Any] = []
+        pool = ThreadPoolExecutor(threads, thread_name_prefix="emergency_ckpt-assemble")
+        try:
+            begun = [
+                (number, _begin_piece(self._flat.leaves[number], box, devices, source, pool))
+                for number, box, devices in (self._wanted[shard] for shard in stored)
+            ]
+            with jax.transfer_guard("allow"):
+                for number, piece in begun:
+                    found = _place(self._flat.leaves[number], [piece])
+                    placed += found.values()
+                    self._placed[number].update(found)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            jax.block_until_ready(placed)
+
+    def finish(self, values: Mapping[str, Value]) -> Any:
+        """The state, once every shard was put."""
+        restored = [
+            decode_value(leaf, values) if leaf.kind is LeafKind.VALUE else _join(leaf, placed)
+            for leaf, placed in zip(self._flat.leaves, self._placed, strict=True)
+        ]
+        return jax.tree_util.tree_unflatten(self._flat.treedef, restored)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Source:
     """Where shards come from, and what their bytes must be."""
@@ -122,18 +176,21 @@ class _Piece:
 
 def _begin(leaf: Leaf, source: _Source, pool: ThreadPoolExecutor) -> list[_Piece]:
     """Starts to verify, and where needed to copy, all shards of the leaf."""
-    pieces = []
-    for box, devices in _destinations(leaf).items():
-        stored, seed = source.find(leaf, box)
-        copied = leaf.kind is LeafKind.NUMPY or devices[0].platform == "cpu"
-        # One memory per device: where two arrays shared one, donating the first could change the second.
-        copies = [_private_memory(stored.data.nbytes) for _ in range(max(1, len(devices)))] if copied else []
-        verified = [
-            pool.submit(_verify_block, Shard(leaf.name, box), stored, block, at, length, seed, copies)
-            for block, (at, length) in enumerate(block_ranges(stored.data.nbytes))
-        ]
-        pieces.append(_Piece(box, devices, stored, copies, verified))
-    return pieces
+    return [_begin_piece(leaf, box, devices, source, pool) for box, devices in _destinations(leaf).items()]
+
+
+def _begin_piece(
+    leaf: Leaf, box: Box, devices: Sequence[Device], source: _Source, pool: ThreadPoolExecutor
+) -> _Piece:
+    stored, seed = source.find(leaf, box)
+    copied = leaf.kind is LeafKind.NUMPY or devices[0].platform == "cpu"
+    # One memory per device: where two arrays shared one, donating the first could change the second.
+    copies = [_private_memory(stored.data.nbytes) for _ in range(max(1, len(devices)))] if copied else []
+    verified = [
+        pool.submit(_verify_block, Shard(leaf.name, box), stored, block, at, length, seed, copies)
+        for block, (at, length) in enumerate(block_ranges(stored.data.nbytes))
+    ]
+    return _Piece(box, devices, stored, copies, verified)
 
 
 def _verify_block(
@@ -159,23 +216,41 @@ def _finish(leaf: Leaf, pieces: Sequence[_Piece], values: Mapping[str, Value]) -
     """The leaf, once its pieces are verified."""
     if leaf.kind is LeafKind.VALUE:
         return decode_value(leaf, values)
+    return _join(leaf, _place(leaf, pieces))
+
+
+def _place(leaf: Leaf, pieces: Sequence[_Piece]) -> dict[Device, Any]:
+    """Pieces of the leaf, once they are verified, on their devices; a numpy leaf is on none."""
     for piece in pieces:
         for verified in piece.verified:
             verified.result()
     dtype = dtype_of(leaf.dtype)
     if leaf.kind is LeafKind.NUMPY:
-        return pieces[0].host_bytes(0).view(dtype).reshape(leaf.shape)
+        return {None: pieces[0].host_bytes(0).view(dtype).reshape(leaf.shape)}
     parts = [
         (piece.host_bytes(position).view(dtype).reshape(piece.box.shape), device)
         for piece in pieces
         for position, device in enumerate(piece.devices)
     ]
-    if leaf.sharding is None or (leaf.is_process_local and not leaf.committed):
-        return _uncommitted(leaf, *parts[0])
+    if _may_move(leaf):
+        host, device = parts[0]
+        return {device: _uncommitted(leaf, host, device)}
+    assert leaf.sharding is not None
     kind = leaf.sharding.memory_kind
     places = [jax.sharding.SingleDeviceSharding(device, memory_kind=kind) for _, device in parts]
     arrays = jax.device_put([host for host, _ in parts], places)
-    on_device = {device: _typed(leaf, array) for (_, device), array in zip(parts, arrays, strict=True)}
+    return {device: _typed(leaf, array) for (_, device), array in zip(parts, arrays, strict=True)}
+
+
+def _may_move(leaf: Leaf) -> bool:
+    return leaf.sharding is None or (leaf.is_process_local and not leaf.committed)
+
+
+def _join(leaf: Leaf, on_device: Mapping[Device, Any]) -> Any:
+    """The leaf of all its pieces."""
+    if leaf.kind is LeafKind.NUMPY or _may_move(leaf):
+        return next(iter(on_device.values()))
+    assert leaf.sharding is not None
     # Typed keys are taken in the order of the sharding's devices; other arrays in any order.
     ordered = [on_device[d] for d in leaf.sharding.addressable_devices_indices_map(leaf.logical_shape)]
     array = jax.make_array_from_single_device_arrays(

@@ -36,14 +36,13 @@ def take_snapshot(binder: StateBinder, state: Any, *, window_bytes: int | None =
         if all(buffer.on_cpu for buffer in bound.buffers):
             return Snapshot([_hold(buffer) for buffer in bound.buffers], bound.values)
     if window_bytes is None:
-        window_bytes = default_window_bytes(bound.buffers)
+        window_bytes = default_window_bytes(sum(buffer.data.nbytes for buffer in bound.buffers))
     return Snapshot(bound.buffers, bound.values, window_bytes)
 
 
-def default_window_bytes(buffers: Iterable[ShardBuffer]) -> int:
+def default_window_bytes(nbytes: int) -> int:
     """5 % of all bytes; small states need some room all the same, and large ones gain nothing by more."""
-    part = sum(buffer.data.nbytes for buffer in buffers) // _WINDOW_PART
-    return min(max(part, _LEAST_WINDOW_BYTES), _MOST_WINDOW_BYTES)
+    return min(max(nbytes // _WINDOW_PART, _LEAST_WINDOW_BYTES), _MOST_WINDOW_BYTES)
 
 
 class Snapshot:

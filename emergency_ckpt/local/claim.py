@@ -48,6 +48,18 @@ class Claim:
         self.superseded = False
         self._fd = fd
         self._unsettled = 0
+        self._giving_way: list[Callable[[], None]] = []
+
+    def gives_way(self, end: Callable[[], None]) -> None:
+        """Something that nobody has asked for: `end` settles it when a newer manager wants the directory."""
+        with self.changed:
+            self._giving_way.append(end)
+
+    def stays(self, end: Callable[[], None]) -> None:
+        """It ended, or somebody asks for it now: a newer manager waits for it. Repeating it is fine."""
+        with self.changed:
+            if end in self._giving_way:
+                self._giving_way.remove(end)
 
     def count_unsettled(self, unsettled: int) -> None:
         """How many slots are being written or drained now. The caller holds `changed`."""
@@ -93,6 +105,10 @@ class Claim:
         with self.changed:
             self.superseded = True
             self.changed.notify_all()
+            giving_way = list(self._giving_way)
+        for end in giving_way:
+            end()
+        with self.changed:
             if not self.changed.wait_for(lambda: self._unsettled == 0, limit.total_seconds()):
                 self.superseded = False
                 raise LocalDirectoryError(

@@ -157,6 +157,25 @@ class LocalStore:
         """
         return self._begin(step, timeout, lambda unusable: self._held.table.begin_anew(step, unusable))
 
+    def begin_unasked(self, step: StepId) -> tuple[OpenSlot | None, str]:
+        """Like `begin`, for a step that nobody has asked for yet: never waits, and evicts no other run."""
+
+        def choose(unusable: Mapping[int, str]) -> _Choice:
+            foreign = {index: f"slot {index} holds another run's step" for index in self._held.foreign}
+            return self._held.table.begin(step, 0, {**unusable, **foreign})
+
+        return self._begin(step, timedelta(0), choose)
+
+    def gives_way(self, end: Callable[[], None]) -> None:
+        """`end` gives back what was taken unasked, when a newer manager of this process wants the directory."""
+        if self._held.claim:
+            self._held.claim.gives_way(end)
+
+    def stays(self, end: Callable[[], None]) -> None:
+        """What `gives_way` was told of has ended, or is asked for now. Repeating it is fine."""
+        if self._held.claim:
+            self._held.claim.stays(end)
+
     def _begin(
         self, step: StepId, timeout: timedelta, choose: Callable[[Mapping[int, str]], _Choice]
     ) -> tuple[OpenSlot | None, str]:

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import os
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -249,10 +249,12 @@ class StepReader:
         requests: Sequence[BoxRequest],
         concurrent_bytes: int = 1024**3,
         timeout_seconds: float = 1800.0,
+        is_stopped: Callable[[], bool] | None = None,
     ) -> None:
         """Reads boxes into their arrays, at most `concurrent_bytes` of them at a time (one at least).
 
-        When it raises, nothing in the arrays may be used; no read is left running but after a time-out.
+        When it raises, nothing in the arrays may be used; no read is left running but after a time-out. Once
+        `is_stopped` says so, no further read begins, and it raises PersistentStoreError.
 
         Raises StateMismatchError when an array does not fit its leaf, CorruptDataError for a box that is
         missing or does not verify, PersistentStoreError when the store fails or the time is over.
@@ -267,6 +269,8 @@ class StepReader:
         failure: EmergencyCheckpointError | None = None
         waiting = collections.deque(requests)
         while running or (waiting and failure is None):
+            if failure is None and is_stopped is not None and is_stopped():
+                failure = PersistentStoreError(f"reading {self.path} was stopped: nobody wants it any more")
             fits = bool(waiting) and running_bytes + waiting[0].out.nbytes <= concurrent_bytes
             if waiting and failure is None and (fits or not running):
                 request = waiting.popleft()

@@ -71,6 +71,7 @@ class Engine:
         self._errors: list[EmergencyCheckpointError] = []
         self._closed = False
         self._start_workers()
+        self._restorer.begin_early(self.survey, "start")
 
     # What there is. Local.
 
@@ -156,6 +157,7 @@ class Engine:
             current = StepId(self.job.generation.number, step)
         if not self._began and not self._begin_without_restore():
             return False
+        self._restorer.end_early()  # Training goes on without that step: the slot is wanted.
         self._requested = current
         self._asked_for = Due(
             self._asked_for.local or due.local, self._asked_for.persistent or due.persistent, "asked for"
@@ -400,10 +402,13 @@ class Engine:
         key = self._call("reload")
         self._wait_together(key)
         self._look_again(key)
+        if self._survey_is_fresh:
+            self._restorer.begin_early(self.survey, key)
 
     def delete(self, step: int) -> None:
         """Deletes `step` on all tiers. Collective. Raises NoRestorableStepError when it is on none."""
         self._check_open()
+        self._restorer.end_early()
         key = self._call("delete")
         self._wait_together(key)
 
@@ -498,6 +503,7 @@ class Engine:
             return
         self._closed = True
         try:
+            self._restorer.end_early()
             self.wait()
         finally:
             self._workers.close()

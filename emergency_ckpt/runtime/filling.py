@@ -13,20 +13,29 @@ from typing import Any
 
 import numpy as np
 
-from emergency_ckpt.agent.gather import Target, gather
+from emergency_ckpt.agent.gather import Course, Target, gather
 from emergency_ckpt.agent.slot_source import OwnSlot, SlotSource
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.core.part import Part
 from emergency_ckpt.core.placement import extras_keepers
 from emergency_ckpt.core.restore_plan import ProcessPlan, Strike, Take
 from emergency_ckpt.core.values import Value
-from emergency_ckpt.errors import CorruptDataError
+from emergency_ckpt.errors import CorruptDataError, LocalDirectoryError
 from emergency_ckpt.local.manifest import Manifest
 from emergency_ckpt.local.slot_views import SealedSlot
 from emergency_ckpt.persistent.reader import StepReader
-from emergency_ckpt.runtime.hydrate import Hydrated, Hydration, OwnPart, Repair, fitted, make_manifest
+from emergency_ckpt.runtime.hydrate import (
+    Hydrated,
+    Hydration,
+    OwnPart,
+    Repair,
+    fitted,
+    make_manifest,
+    read_shards,
+)
 from emergency_ckpt.runtime.job import Job, open_peer_slot
 from emergency_ckpt.runtime.setbacks import NONE, Setbacks
+from emergency_ckpt.runtime.streaming import Stream, Streamed
 from emergency_ckpt.telemetry.events import SourceBytes
 from emergency_ckpt.telemetry.metrics import Metric
 
@@ -42,6 +51,7 @@ class Filling:
         self._part = part
         self._needed = {entry.shard for entry in part.entries(job.process)}
         self._room: Hydration | Repair | None = None
+        self._stream: Stream | None = None  # in place of a room
         # Block checksums by shard. Of shards without elements there is nothing to get.
         nbytes = job.needed_layout.shard_nbytes
         self._done: dict[int, tuple[int, ...]] = {shard: () for shard in self._needed if not nbytes[shard]}
@@ -52,6 +62,8 @@ class Filling:
         keepers = extras_keepers(job.topology.process_slice)
         self._wards = {process for process, by in enumerate(keepers) if job.process in by}
         self._read: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
+        self.from_persistent = False  # whether the persistent tier was read
+        self._is_abandoned = False
 
     @property
     def saved_by(self) -> Manifest | None:
@@ -63,12 +75,20 @@ class Filling:
         """How many shards and bytes came from where."""
         return tuple(SourceBytes(name, shards, nbytes) for name, (shards, nbytes) in self._read.items())
 
-    def carry_out(self, plan: ProcessPlan, open_reader: Callable[[], StepReader]) -> Setbacks:
+    def carry_out(
+        self,
+        plan: ProcessPlan,
+        open_reader: Callable[[], StepReader],
+        streams: Callable[[], Stream] | None = None,
+    ) -> Setbacks:
         """Gets what the plan says and this process does not have yet; returns the sources that failed.
 
+        `streams`: makes the way to the devices that is taken where no slot is free; None: plain memory is used.
         Raises PersistentStoreError, StateMismatchError; CorruptDataError of the persistent tier is a strike.
         """
         takes = list(plan.takes)
+        if self._stream is not None and (streams is None or plan.in_place):
+            self.forget()
         if plan.in_place:
             slot = self._job.local.sealed(self.step)
             if slot is None:
@@ -83,45 +103,107 @@ class Filling:
                 takes.append(self._own_take(slot, missing))
         elif isinstance(self._room, Repair):
             self.close()  # Its own slot is no source any more.
+            self.forget()
         self._kept = None
-        setbacks = self._keep_own(plan.takes) or self._gather(self._to_be_copied(takes))
-        persistent = [s for s in plan.persistent if s in self._needed and s not in self._done]
-        if not setbacks and (persistent or self._described is None):
-            setbacks = self._read_persistent(persistent, open_reader)
+        streams_whole = self._part.is_whole and self._job.stores_all
+        if self._room is None and self._stream is None and streams is not None and streams_whole:
+            self._room = Hydration.in_slot(self._job, self.step, self._part)
+            if self._room is None:
+                self._stream = streams()
+        if self._stream is not None:
+            return self._get_in_windows(self._stream, takes, plan, open_reader)
+        setbacks = self._keep_own(plan.takes) or self._get(self._to_be_copied(takes), plan, open_reader)
         return setbacks or self._count_repaired() or self._repair_own()
 
-    def finish(self, extras: Mapping[int, str], *, sends: bool = False) -> Hydrated:
-        """The step as a slot, with these extras of this process. Call when nothing is missing any more.
+    def fetch_ahead(self, plan: ProcessPlan, open_reader: Callable[[], StepReader], course: Course) -> bool:
+        """Before a restore was called: gets what fits into the own slot or a free one, and seals nothing.
+
+        What fails is left to `carry_out`, which goes on from here. False where there is no such slot, and where
+        slots hold a part of the state only. Call `close` or `abandon` once `course` was stopped. Raises what
+        `carry_out` does.
+        """
+        if not self._job.stores_all:
+            return False
+        if plan.in_place:
+            slot = self._job.local.sealed(self.step)
+            if slot is None or not self._missing_in(slot) or not self._repairs():
+                return False
+            self._described = _Described.by(slot.manifest)
+        else:
+            self._room = room = Hydration.begin_unasked(self._job, self.step, self._part)
+            if room is None or not room.has_slot():
+                return False
+        self._get(plan.takes, plan, open_reader, course)
+        return True
+
+    def _get_in_windows(
+        self, stream: Stream, takes: Collection[Take], plan: ProcessPlan, open_reader: Callable[[], StepReader]
+    ) -> Setbacks:
+        """All that can be got now, whatever fails on the way."""
+        readers: list[StepReader] = []
+
+        def reader() -> StepReader:
+            if not readers:
+                readers.append(open_reader())
+            return readers[0]
+
+        found = NONE
+        for places in stream.windows(self._needed - stream.placed):
+            left = [take for take in takes if not found.names(take.process)]
+            setbacks = self._gather(left, None, places)
+            persistent = [s for s in plan.persistent if s in places and s not in self._done]
+            if persistent and not found.names(None):
+                setbacks = setbacks.joined(self._read_persistent(persistent, reader, None, places))
+            found = found.joined(setbacks)
+            there = {shard: self._done[shard] for shard in places if shard in self._done}
+            try:
+                stream.put(places, there)
+            except CorruptDataError as error:
+                self._job.log.error("restore", self.step.step, str(error))
+                self._done = {s: sums for s, sums in self._done.items() if not sums or s not in there}
+                why = f"what it gathered was damaged in its own memory: {error}"
+                return found.joined(Setbacks.of(self.step, self._job.process, why))
+        if not found and self._described is None:
+            found = self._read_persistent([], reader, None, {})
+        return found
+
+    def _get(
+        self,
+        takes: Collection[Take],
+        plan: ProcessPlan,
+        open_reader: Callable[[], StepReader],
+        course: Course | None = None,
+    ) -> Setbacks:
+        setbacks = self._gather(takes, course)
+        persistent = [s for s in plan.persistent if s in self._needed and s not in self._done]
+        if setbacks or not (persistent or self._described is None):
+            return setbacks
+        if course is not None and course.is_stopped:
+            return setbacks
+        return self._read_persistent(persistent, open_reader, course)
+
+    def finish(self, extras: Mapping[int, str], *, sends: bool = False) -> Hydrated | Streamed:
+        """The step as a slot, or on the devices, with these extras of this process.
 
         `sends`: all of it is to lie in one memory, to be sent to others.
 
-        Raises LocalDirectoryError; CorruptDataError where something is missing all the same.
+        Call when nothing is missing any more. Raises LocalDirectoryError; CorruptDataError where something is
+        missing all the same.
         """
         job, layout, process = self._job, self._job.needed_layout, self._job.process
         if isinstance(self._room, Repair):
             self._room.end()
             self._kept = job.local.sealed(self.step)
+        if self._stream is not None:
+            return Streamed(job, self._stream, self._manifest(extras))
         if self._kept is not None:
             return Hydrated(fitted(self._kept, layout, process), job.local)
-        lacking = sorted(self._needed - set(self._done))
-        if lacking or self._described is None:
-            named = ", ".join(str(layout.shards[shard]) for shard in lacking[:5])
-            raise CorruptDataError(f"the plan for {self.step} gave process {process} no {named or 'values'}")
+        manifest = self._manifest(extras)
         room = self._the_room()
         assert isinstance(room, Hydration)
         if sends and self._own is not None:
             for shard in self._own.shards:
                 np.copyto(room.place(shard), self._own.slot.shard(shard))
-        checksums = tuple(self._done.get(entry.shard, ()) for entry in layout.slot_entries(process))
-        described = self._described
-        manifest = make_manifest(
-            job,
-            self.step,
-            checksums,
-            described.values,
-            {**self._kept_extras, **extras},
-            described.metadata,
-        )
         sealed = room.seal(manifest, self._own)
         self._room = None
         return sealed
@@ -131,18 +213,41 @@ class Filling:
         """Whether some of it stayed in the own slot, which has a part of what is needed."""
         return self._own is not None
 
+    def _manifest(self, extras: Mapping[int, str]) -> Manifest:
+        job, layout, process, described = self._job, self._job.needed_layout, self._job.process, self._described
+        lacking = sorted(self._needed - set(self._done))
+        if lacking or described is None:
+            named = ", ".join(str(layout.shards[shard]) for shard in lacking[:5])
+            raise CorruptDataError(f"the plan for {self.step} gave process {process} no {named or 'values'}")
+        checksums = tuple(self._done.get(entry.shard, ()) for entry in layout.slot_entries(process))
+        kept = {**self._kept_extras, **extras}
+        return make_manifest(job, self.step, checksums, described.values, kept, described.metadata)
+
     def forget(self) -> None:
         """What was gathered cannot be relied on."""
+        self._stream = None
         self._done = {shard: checksums for shard, checksums in self._done.items() if not checksums}
         self._kept = self._described = self._own = None
 
     def close(self) -> None:
         """Gives back the memory of what was not finished. Repeating it is fine."""
+        self._stream = None
         room, self._room = self._room, None
         if isinstance(room, Repair):
             room.end()
         elif room is not None:
             room.discard()
+
+    def abandon(self) -> None:
+        """Like `close`, where a thread that does not end may still write: a free slot gets other memory.
+
+        The own slot, of which missing shards are written, stays as it is until that thread calls `close`.
+        """
+        self._is_abandoned = True
+        room = self._room
+        if isinstance(room, Hydration):
+            self._room = None
+            room.discard(still_written=True)
 
     # The parts.
 
@@ -200,14 +305,23 @@ class Filling:
         self.forget()
         return Setbacks.of(self.step, self._job.process, f"its slot cannot be repaired: {named}")
 
-    def _gather(self, takes: Collection[Take]) -> Setbacks:
+    def _gather(
+        self,
+        takes: Collection[Take],
+        course: Course | None = None,
+        places: Mapping[int, np.ndarray] | None = None,
+    ) -> Setbacks:
+        """Into these places, those of the room by default."""
         wanted = self._needed - set(self._done)
+        if places is not None:
+            wanted &= {shard for shard, place in places.items() if place.nbytes}
         if isinstance(self._room, Repair):
             wanted &= set(self._room.missing)
         if not takes or not wanted:
             return NONE
-        target = Target(self.step, self._job.needed_layout, wanted, self._the_room().place)
-        gathered = gather(target, takes, self._open_source)
+        place = self._the_room().place if places is None else places.__getitem__
+        target = Target(self.step, self._job.needed_layout, wanted, place)
+        gathered = gather(target, takes, self._open_source, course=course)
         self._job.peers.forget(gathered.unreachable)
         self._done.update(gathered.checksums)
         for _, manifest in sorted(gathered.manifests.items()):
@@ -236,18 +350,32 @@ class Filling:
             return OwnSlot(job.process, slot)
         return open_peer_slot(job, self.step, take)
 
-    def _read_persistent(self, shards: Collection[int], open_reader: Callable[[], StepReader]) -> Setbacks:
+    def _read_persistent(
+        self,
+        shards: Collection[int],
+        open_reader: Callable[[], StepReader],
+        course: Course | None,
+        places: Mapping[int, np.ndarray] | None = None,
+    ) -> Setbacks:
         """Only what is proven to be damaged may cost a step; a store that fails is an error of the restore."""
         try:
             reader = open_reader()
+            self.from_persistent = True
             if self._described is None:
                 self._described = _Described.of_persistent(reader, self._part)
-            self._done.update(self._the_room().read_persistent(reader, shards))
+            is_stopped = None if course is None else lambda: course.is_stopped
+            if places is None:
+                self._done.update(self._the_room().read_persistent(reader, shards, is_stopped))
+            else:
+                wanted = {shard: places[shard] for shard in shards}
+                self._done.update(read_shards(self._job, self.step, reader, wanted, is_stopped))
         except CorruptDataError as error:
             self._job.log.error("restore", self.step.step, str(error))
             return Setbacks.of(self.step, None, str(error))
         if shards:
-            self._count(PERSISTENT, shards)
+            nbytes = self._count(PERSISTENT, shards)
+            if course is not None:
+                course.arrived(nbytes)
         return NONE
 
     def _count_repaired(self) -> Setbacks:
@@ -276,8 +404,10 @@ class Filling:
         return True
 
     def _the_room(self) -> Hydration | Repair:
+        if self._is_abandoned:
+            raise LocalDirectoryError(f"{self.step} is not wanted any more")
         if self._room is None:
-            self._room = Hydration(self._job, self.step, self._part)
+            self._room = Hydration.begin(self._job, self.step, self._part)
         return self._room
 
     def _missing_in(self, slot: SealedSlot) -> set[int]:
@@ -291,9 +421,10 @@ class Filling:
         there = sorted(theirs.shard_index[ours.shards[shard]] for shard in self._needed - set(missing))
         return Take(self._job.process, manifest.layout, manifest.position, tuple(there))
 
-    def _count(self, source: str, shards: Collection[int]) -> None:
-        nbytes = self._job.layout.shard_nbytes
-        self._add(source, len(shards), sum(nbytes[shard] for shard in shards))
+    def _count(self, source: str, shards: Collection[int]) -> int:
+        nbytes = sum(self._job.layout.shard_nbytes[shard] for shard in shards)
+        self._add(source, len(shards), nbytes)
+        return nbytes
 
     def _add(self, source: str, shards: int, nbytes: int) -> None:
         self._read[source][0] += shards

@@ -1,14 +1,14 @@
 """The memory in which a process makes a step whole: a slot, the missing parts of its own slot, or plain memory.
 
-Until all processes hold the restored state no sealed slot is given up for it: where no slot is free, the bytes
-wait in ordinary memory and move into a slot afterwards. A part of a step goes into memory only, and so does a
-step of which slots hold a part: that is stored from there.
+Until all processes hold the restored state no sealed slot is given up for it: where no slot is free, and the
+bytes cannot be streamed to the devices, they wait in ordinary memory and move into a slot afterwards. A part of
+a step goes into memory only, and so does a step of which slots hold a part: that is stored from there.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -27,41 +27,79 @@ from emergency_ckpt.local.store import LocalStore
 from emergency_ckpt.persistent.reader import BoxRequest, StepReader
 from emergency_ckpt.runtime.job import Job
 
+_STOPPABLE_BYTES = 1024**3
+
 
 class Hydration:
     """The slot, or the memory in its place, that receives one step. Close it with `seal` or `discard`."""
 
-    def __init__(self, job: Job, step: StepId, part: Part) -> None:
+    def __init__(self, job: Job, step: StepId, part: Part, slot: OpenSlot | None) -> None:
+        """`slot`: None for plain memory."""
         self._job = job
         self.step = step
         self._part = part
+        self._slot = slot
+        self._memory: np.ndarray | None = None
         self._still_written = False
-        # What may be here of this step is not to be used, but it may be all that is left of some shard.
-        here = job.local.sealed(step) is not None
-        takes_slot = part.is_whole and not here and job.stores_all
-        self._slot = self._begin() if takes_slot else None
-        self.data = self._slot_memory() if self._slot is not None else self._plain_memory()
         self._entries = {entry.shard: entry for entry in job.needed_layout.slot_entries(job.process)}
 
-    def _begin(self) -> OpenSlot | None:
-        try:
-            return self._job.local.begin(self.step, timedelta(0))[0]
-        except LocalDirectoryError as error:  # The state can be restored all the same.
-            self._job.log.warning("restore", self.step.step, str(error))
-            return None
+    @classmethod
+    def begin(cls, job: Job, step: StepId, part: Part) -> Hydration:
+        """In a slot if there is a free one."""
+        hydration = cls.in_slot(job, step, part) or cls(job, step, part, None)
+        hydration.prepare()
+        return hydration
 
-    def _slot_memory(self) -> np.ndarray:
-        assert self._slot is not None
+    @classmethod
+    def in_slot(cls, job: Job, step: StepId, part: Part) -> Hydration | None:
+        """In a free slot, if there is one that has its memory."""
+        slot = None
         try:
-            self._slot.wait_ready()
-            return self._slot.data
+            if _takes_slot(job, step, part):
+                slot, _ = job.local.begin(step, timedelta(0))
+        except LocalDirectoryError as error:  # The state can be restored all the same.
+            job.log.warning("restore", step.step, str(error))
+        hydration = cls(job, step, part, slot)
+        return hydration if hydration.has_slot() else None
+
+    @classmethod
+    def begin_unasked(cls, job: Job, step: StepId, part: Part) -> Hydration | None:
+        """Before anybody asked for it: in a slot that is free without a loss to anybody, or not at all."""
+        slot = None
+        try:
+            if _takes_slot(job, step, part):
+                slot, _ = job.local.begin_unasked(step)
+        except LocalDirectoryError as error:
+            job.log.warning("restore", step.step, str(error))
+        return None if slot is None else cls(job, step, part, slot)
+
+    def has_slot(self) -> bool:
+        """Whether it is in a slot; waits until that has all its pages."""
+        slot = self._slot
+        if slot is None:
+            return False
+        try:
+            slot.wait_ready()
+            self._memory = slot.data
+            return True
         except LocalDirectoryError as error:
             self._job.log.warning("restore", self.step.step, str(error))
             self.discard()
-            return self._plain_memory()
+            return False
         except BaseException:
             self.discard()
             raise
+
+    def prepare(self) -> None:
+        """Makes the memory ready to be written."""
+        if self._memory is None and not self.has_slot():
+            self._memory = self._plain_memory()
+
+    @property
+    def data(self) -> np.ndarray:
+        """All of the memory, flat uint8."""
+        assert self._memory is not None, "prepare it first"
+        return self._memory
 
     def _plain_memory(self) -> np.ndarray:
         # Pages that nothing is written to take no memory: those between the leaves of a part, and those
@@ -73,10 +111,13 @@ class Hydration:
         entry = self._entries[shard]
         return self.data[entry.offset : entry.offset + entry.nbytes]
 
-    def read_persistent(self, reader: StepReader, shards: Iterable[int]) -> dict[int, tuple[int, ...]]:
+    def read_persistent(
+        self, reader: StepReader, shards: Iterable[int], is_stopped: Callable[[], bool] | None
+    ) -> dict[int, tuple[int, ...]]:
         """Reads shards, verified where the step has checksums; returns their block checksums."""
         self._still_written = True  # A read whose time is over, or that was interrupted, may go on.
-        found = read_shards(self._job, self.step, reader, {shard: self.place(shard) for shard in shards})
+        places = {shard: self.place(shard) for shard in shards}
+        found = read_shards(self._job, self.step, reader, places, is_stopped)
         self._still_written = False
         return found
 
@@ -99,20 +140,24 @@ class Hydration:
         waiting = Hydrated(sealed, job.local, waits=(job.layout, job.process))
         if job.stores_all or not self._part.is_whole or not job.local.directory:
             return waiting
-        if job.local.sealed(self.step) is None and (slot := self._begin()) is not None:
-            try:
+        if job.local.sealed(self.step) is not None:
+            return waiting
+        try:
+            slot, _ = job.local.begin(self.step, timedelta(0))
+            if slot is not None:
                 waiting.store(slot)
                 return dataclasses.replace(waiting, waits=None)
-            except LocalDirectoryError as error:
-                job.log.warning("restore", self.step.step, str(error))
+        except LocalDirectoryError as error:
+            job.log.warning("restore", self.step.step, str(error))
         return waiting
 
-    def discard(self) -> None:
+    def discard(self, *, still_written: bool = False) -> None:
+        """Gives the slot back; `still_written`: somebody may go on writing there for a while."""
         slot, self._slot = self._slot, None
         if slot is None:
             return
         try:
-            self._job.local.discard(slot, still_written=self._still_written)
+            self._job.local.discard(slot, still_written=still_written or self._still_written)
         except LocalDirectoryError as error:  # What made this one useless is to be told, not that.
             self._job.log.warning("restore", self.step.step, str(error))
 
@@ -121,6 +166,11 @@ class Hydration:
         if not self._part.is_whole:
             return None
         return SealedSlot(-1, manifest, self._job.needed_layout, self.data).find_damage()
+
+
+def _takes_slot(job: Job, step: StepId, part: Part) -> bool:
+    # What may be here of this step is not to be used, but it may be all that is left of some shard.
+    return part.is_whole and job.local.sealed(step) is None and job.stores_all
 
 
 class Repair:
@@ -141,9 +191,11 @@ class Repair:
     def place(self, shard: int) -> np.ndarray:
         return self._slot.shard(self._theirs(shard))
 
-    def read_persistent(self, reader: StepReader, shards: Iterable[int]) -> dict[int, tuple[int, ...]]:
+    def read_persistent(
+        self, reader: StepReader, shards: Iterable[int], is_stopped: Callable[[], bool] | None
+    ) -> dict[int, tuple[int, ...]]:
         places = {shard: self.place(shard) for shard in shards}
-        return read_shards(self._job, self._slot.manifest.step, reader, places)
+        return read_shards(self._job, self._slot.manifest.step, reader, places, is_stopped)
 
     def count(self, shards: Mapping[int, tuple[int, ...]]) -> tuple[int, ...]:
         """Counts written shards (with the checksums of their source) as there.
@@ -164,14 +216,22 @@ class Repair:
 
 
 def read_shards(
-    job: Job, step: StepId, reader: StepReader, places: Mapping[int, np.ndarray]
+    job: Job,
+    step: StepId,
+    reader: StepReader,
+    places: Mapping[int, np.ndarray],
+    is_stopped: Callable[[], bool] | None,
 ) -> dict[int, tuple[int, ...]]:
     """Reads shards of the job's layout from the persistent tier into their places; their block checksums."""
     requests = [
         BoxRequest(job.layout.shards[shard].leaf, job.layout.shards[shard].box, job.layout.typed(shard, place))
         for shard, place in places.items()
     ]
-    reader.read_boxes(requests, job.settings.read_bytes, job.settings.drain_timeout.total_seconds())
+    # What may have to stop soon has less on its way.
+    read_bytes = (
+        job.settings.read_bytes if is_stopped is None else min(job.settings.read_bytes, _STOPPABLE_BYTES)
+    )
+    reader.read_boxes(requests, read_bytes, job.settings.drain_timeout.total_seconds(), is_stopped)
     return {
         shard: checksum_blocks(place, shard_seed(step.generation, job.layout, shard))
         for shard, place in places.items()
@@ -205,11 +265,12 @@ class Hydrated:
         """Where a shard lies."""
         return self.own.slot if self.own is not None and shard in self.own.shards else self.slot
 
-    def settle(self) -> None:
+    def settle(self, leaves: Mapping[str, Any]) -> None:
         """Moves waiting bytes into a slot. Call when all processes hold the state and old steps are void.
 
         Raises what the ramdisk raises; the state is held all the same, and the next save is redundant again.
         """
+        del leaves  # The bytes are here.
         if self.waits is None or not self.local.directory:
             return
         slot, _ = self.local.begin_anew(self.slot.manifest.step, timedelta(0))

@@ -17,6 +17,7 @@ from emergency_ckpt.core.lineage import Activation, StepId
 from emergency_ckpt.core.restore_plan import PlanOfOne, Strike
 from emergency_ckpt.core.slots import Outcome
 from emergency_ckpt.errors import (
+    CoordinationTimeoutError,
     CorruptDataError,
     EmergencyCheckpointError,
     PersistentStoreError,
@@ -27,6 +28,7 @@ from emergency_ckpt.jaxio.broadcast import Transfer, broadcast_regions
 from emergency_ckpt.local.manifest import Manifest
 from emergency_ckpt.persistent.reader import StepReader
 from emergency_ckpt.runtime.agreement import agree
+from emergency_ckpt.runtime.early import EarlyHydration
 from emergency_ckpt.runtime.extras import ReceivedExtras
 from emergency_ckpt.runtime.extras_exchange import ExtrasExchange
 from emergency_ckpt.runtime.filling import Filling
@@ -34,6 +36,7 @@ from emergency_ckpt.runtime.hydrate import Hydrated, Hydration, make_manifest
 from emergency_ckpt.runtime.job import Job
 from emergency_ckpt.runtime.loading import read_state
 from emergency_ckpt.runtime.setbacks import NONE, Setbacks
+from emergency_ckpt.runtime.streaming import Stream, Streamed
 from emergency_ckpt.runtime.wanted import Wanted
 
 _READ_PAUSES_SECONDS = (0.5, 2.0, 5.0)
@@ -57,17 +60,19 @@ class Attempt:
         plan: PlanOfOne,
         wanted: Wanted,
         filling: Filling,
+        begun: EarlyHydration | None,
         mesh: jax.sharding.Mesh,
         replica_axis: str,
     ) -> None:
-        """`filling`: what the rounds before have of this step."""
+        """`filling`: what the rounds before have of this step; `begun`: what may still be filling it."""
         self._job = job
         self._plan = plan
         self._wanted = wanted
         self._filling = filling
+        self._begun = begun
         self._mesh = mesh
         self._replica_axis = replica_axis
-        self._whole: Hydrated | None = None
+        self._whole: Hydrated | Streamed | None = None
         self._receiving: Hydration | None = None
         self._boxes: Mapping[str, Any] = {}
         self._extras = ExtrasExchange(job, plan.common, wanted.beside)
@@ -88,7 +93,7 @@ class Attempt:
         if isinstance(held, Held):
             self._job.local.activate([activation])
             self._job.local.settle(self._plan.step, Outcome.COMPLETE)
-            self._settle()
+            self._settle(held.leaves)
         return held
 
     def hold(self, key: str, activation: Activation | None = None) -> Held | Setbacks:
@@ -113,11 +118,11 @@ class Attempt:
 
         return self._agree(key, mine, activation) or held[0]
 
-    def _settle(self) -> None:
+    def _settle(self, leaves: Mapping[str, Any]) -> None:
         """Everybody holds the state by now: that this ramdisk cannot take it is no reason to fail."""
         assert self._whole is not None
         try:
-            self._whole.settle()
+            self._whole.settle({name: leaves[name] for name in self._wanted.slots})
         except (EmergencyCheckpointError, OSError) as error:
             self._job.log.warning(
                 "restore", self._plan.step.step, f"not on this ramdisk until the next save: {error}"
@@ -165,24 +170,38 @@ class Attempt:
             return Setbacks.of(step, None, str(error))
         if own.sender is not None:
             # Made before anybody enters the broadcast, so that an error here is agreed on first.
-            self._receiving = Hydration(job, step, self._wanted.part)
+            self._receiving = Hydration.begin(job, step, self._wanted.part)
             return NONE
-        setbacks = self._read_persistent(lambda: self._filling.carry_out(own, self._reader_for_slot))
+        self._await_begun()
+        sends = self._plan.common.sends_broadcast(job.process)
+        # Who sends needs the bytes, and so does a slot with copies, whose sources may be gone later.
+        keeps_copies = job.layout.process_shards[job.process] != job.device_layout.process_shards[job.process]
+        streams = None if sends or keeps_copies else self._make_stream
+        setbacks = self._read_persistent(lambda: self._filling.carry_out(own, self._checked_reader, streams))
         if setbacks:
             return setbacks
+        if self._filling.from_persistent and self._plan.common.extras_from[job.process] is None:
+            self._read_persistent(lambda: self._extras.take_persistent(self._checked_reader()))
         if self._filling.saved_by is not None:
             self._extras.note_saved_by(self._filling.saved_by)
-        sends = self._plan.common.sends_broadcast(job.process)
         self._whole = self._filling.finish(self._extras.own, sends=sends)
         if sends:
+            assert isinstance(self._whole, Hydrated)
             job.coordinator.put(f"{key}/manifest/{job.process}", self._whole.slot.manifest.to_bytes())
         return NONE
 
-    def _reader_for_slot(self) -> StepReader:
-        reader = self._checked_reader()
-        if self._plan.common.extras_from[self._job.process] is None:
-            self._extras.take_persistent(reader)
-        return reader
+    def _make_stream(self) -> Stream:
+        job, step = self._job, self._plan.step
+        job.log.info("restore", step.step, "no slot is free: shards go to the devices through a window")
+        return Stream(job, self._wanted.slots, step.generation)
+
+    def _await_begun(self) -> None:
+        limit = self._job.settings.drain_timeout
+        if self._begun is not None and not self._begun.wait(limit):
+            raise CoordinationTimeoutError(
+                f"what was begun to be fetched of {self._plan.step} when the manager was made has not ended "
+                f"within {limit.total_seconds():.0f} s: look whether the agents and the persistent tier answer"
+            )
 
     def _read_persistent(self, read: Callable[[], _Read]) -> _Read:
         for pause_seconds in _READ_PAUSES_SECONDS:
@@ -218,7 +237,7 @@ class Attempt:
     def _broadcast(self, key: str) -> Setbacks:
         """Sends or receives slot bytes over the device network; what arrives is verified before it counts."""
         hydration, self._receiving = self._receiving, None
-        sent = self._whole.slot.data if self._whole else None
+        sent = self._whole.slot.data if isinstance(self._whole, Hydrated) else None
         try:
             broadcast_regions(
                 self._mesh,
@@ -266,6 +285,8 @@ class Attempt:
 
     def _assemble(self) -> Mapping[str, Any]:
         assert self._whole is not None
+        if isinstance(self._whole, Streamed):
+            return dict(self._whole.stream.finish(self._whole.manifest.values))
         job, whole = self._job, self._whole
 
         def stored(shard: int) -> StoredShard:

@@ -25,6 +25,7 @@ from emergency_ckpt.core.restore_plan import PlanOfOne, RestorePlan, Strike
 from emergency_ckpt.errors import CorruptDataError, NoRestorableStepError, StateMismatchError
 from emergency_ckpt.persistent.store import Generation
 from emergency_ckpt.runtime.agreement import agree
+from emergency_ckpt.runtime.early import EarlyHydration
 from emergency_ckpt.runtime.extras import ReceivedExtras, WantedExtras
 from emergency_ckpt.runtime.filling import PEER, PERSISTENT, Filling
 from emergency_ckpt.runtime.job import Job
@@ -78,9 +79,12 @@ class Restorer:
         self._replica_axis = str(axis if isinstance(axis, str) else mesh.axis_names[axis])
         self._told_differing: set[StepId] = set()
         self.remaining: tuple[StepId, ...] = ()  # what the last failed restore left restorable, oldest first
+        self._plan_of_newest: RestorePlan | None = None  # on process 0, until it was told
+        self.early: EarlyHydration | None = None  # what is fetched before a restore asks for it
 
     def survey(self, call: str) -> Survey:
         """Finds out what can be restored now. Collective; `call` names it and is the same on all processes."""
+        self.end_early()
         job, timeout = self._job, self._job.settings.coordination_timeout
         key = f"{call}/survey"
         surveyed: list[Survey] = []
@@ -104,9 +108,29 @@ class Restorer:
 
         answer = agree(job.coordinator, key, mine, decide, timeout)
         survey = Survey.from_json(answer, surveyed[0].planner if surveyed else None)
+        self._plan_of_newest = surveyed[0].plan if surveyed else None
         job.local.activate(survey.activations)
         job.local.learn_restorable(survey.restorable)
         return survey
+
+    def begin_early(self, survey: Survey, call: str) -> None:
+        """Begins to fetch, in the background, what a restore of the newest step will need. Local.
+
+        Where this process needs nothing from elsewhere nothing is begun. All processes call it with the survey
+        that `call` made, or none does.
+        """
+        step, who = survey.newest, survey.fetching
+        plan, self._plan_of_newest = self._plan_of_newest, None
+        if step is None or not who or not (self._job.leads or self._job.process in who):
+            return
+        whole = whole_state(self._abstract_state, self._job.layout, WantedExtras())
+        self.early = EarlyHydration(self._job, whole, step, call, who, plan)
+
+    def end_early(self) -> None:
+        """Gives up what was begun early, within a second, and gives its slot back. Local."""
+        early, self.early = self.early, None
+        if early is not None:
+            early.end()
 
     def restore(
         self, survey: Survey, wanted: int | None, begins: Generation | None, beside: WantedExtras, call: str
@@ -164,6 +188,10 @@ class Restorer:
         strikes: set[Strike] = set()
         unreachable: dict[int, str] = {}
         filling: Filling | None = None
+        begun: EarlyHydration | None = None
+        if wanted.part.is_whole:
+            begun, self.early = self.early, None
+        ready_bytes = begun.ready_bytes if begun is not None else 0
         try:
             for round_number in itertools.count():
                 key = f"{call}/{round_number}"
@@ -171,8 +199,12 @@ class Restorer:
                 if filling is None or filling.step != plan.step:
                     if filling is not None:
                         filling.close()
-                    filling = Filling(job, plan.step, wanted.part)
-                attempt = Attempt(job, plan, wanted, filling, self._mesh, self._replica_axis)
+                    if begun is not None and begun.step == plan.step and filling is None:
+                        filling = begun.adopt(ready_bytes)
+                    else:
+                        begun = _ended(begun)
+                        filling = Filling(job, plan.step, wanted.part)
+                attempt = Attempt(job, plan, wanted, filling, begun, self._mesh, self._replica_axis)
                 try:
                     found = attempt.run(key)
                     if not found:
@@ -191,6 +223,7 @@ class Restorer:
                 unreachable |= found.unreachable
                 self._tell(found)
         finally:
+            _ended(begun)
             if filling is not None:
                 filling.close()
         raise AssertionError("unreachable: every round restores, raises or learns of a source that failed")
@@ -311,6 +344,11 @@ class Restorer:
             sources=report.sources,
             seconds=report.seconds,
         )
+
+
+def _ended(begun: EarlyHydration | None) -> None:
+    if begun is not None:
+        begun.end()
 
 
 def _with_persistent_copy(planner: Planner, strikes: set[Strike]) -> Planner:

@@ -30,6 +30,16 @@ class Setbacks:
         """All of one source: a process's slot for the step, or the persistent step (None)."""
         return cls((Strike(step, process, None, why),))
 
+    def names(self, process: int | None) -> bool:
+        """Whether nothing more is to be taken from a process's slot, or from the persistent tier (None)."""
+        struck = any(strike.process == process and strike.shards is None for strike in self.strikes)
+        return struck or process in self.unreachable
+
+    def joined(self, other: Setbacks) -> Setbacks:
+        """Both; what is named twice is so once."""
+        strikes = tuple(dict.fromkeys((*self.strikes, *other.strikes)))
+        return Setbacks(strikes, {**other.unreachable, **self.unreachable})
+
     def to_json(self) -> Any:
         return {
             "strikes": [strike.to_json() for strike in self.strikes],

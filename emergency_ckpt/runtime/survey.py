@@ -6,11 +6,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from emergency_ckpt.core.index_runs import runs_from_json, runs_to_json
 from emergency_ckpt.core.inventory import Inventory
 from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.lineage import Activation, StepId, begun_from, newest_promised
 from emergency_ckpt.core.other_layouts import OtherLayout, Unusable
 from emergency_ckpt.core.planner import Planner
+from emergency_ckpt.core.restore_plan import RestorePlan
 from emergency_ckpt.jaxio.topology import Topology
 from emergency_ckpt.local.store import LocalStore
 from emergency_ckpt.persistent.store import PersistentStore
@@ -29,7 +31,9 @@ class Survey:
       lost: the newest step that was complete once, where nothing is restorable any more.
       unusable: a step newer than all of these that the ramdisks hold whole and this job cannot use.
       persistent: steps of the persistent tier, void ones included, oldest first.
+      fetching: the processes that get something from elsewhere when the newest of the restorable is restored.
       planner: on process 0 only, for planning the restore.
+      plan: of the newest step, only where the survey was taken.
     """
 
     activations: tuple[Activation, ...]
@@ -39,7 +43,9 @@ class Survey:
     lost: StepId | None
     unusable: Unusable | None = None
     persistent: tuple[StepId, ...] = ()
+    fetching: tuple[int, ...] = ()
     planner: Planner | None = None
+    plan: RestorePlan | None = None
 
     @property
     def newest(self) -> StepId | None:
@@ -54,6 +60,7 @@ class Survey:
             "lost": [self.lost.generation, self.lost.step] if self.lost else None,
             "unusable": _unusable_json(self.unusable) if self.unusable else None,
             "persistent": [[s.generation, s.step] for s in self.persistent],
+            "fetching": runs_to_json(self.fetching),
         }
 
     @classmethod
@@ -66,6 +73,7 @@ class Survey:
             StepId(*raw["lost"]) if raw["lost"] else None,
             _parse_unusable(raw["unusable"]) if raw["unusable"] else None,
             tuple(StepId(g, s) for g, s in raw["persistent"]),
+            runs_from_json(raw["fetching"]),
             planner,
         )
 
@@ -114,7 +122,7 @@ def take_survey(
         served,
         stored,
     )
-    _, reason = planner.plan()
+    plan, reason = planner.plan()
     generations = [i.highest_generation for i in inventories] + [s.generation for s in steps]
     restorable = tuple(planner.restorable())
     promises = [i.promised for i in inventories if i.promised]
@@ -130,8 +138,15 @@ def take_survey(
         lost,
         planner.unusable(),
         steps,
+        fetching(plan) if plan is not None and restorable[-1:] == (plan.step,) else (),
         planner,
+        plan,
     )
+
+
+def fetching(plan: RestorePlan) -> tuple[int, ...]:
+    """The processes that get something from elsewhere, ascending; those that a broadcast reaches do not."""
+    return tuple(p for p, own in enumerate(plan.processes) if own.takes or own.persistent)
 
 
 def restore_groups(layout: Layout, topology: Topology) -> tuple[tuple[int, ...], ...]:

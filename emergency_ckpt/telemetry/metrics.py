@@ -65,6 +65,12 @@ class Metric(enum.Enum):
         "slices of which any may be lost without losing a complete ramdisk step",
     )
     FETCHED_BYTES = MetricSpec("fetched_bytes", "counter", "bytes fetched from the slots of other processes")
+    EARLY_BYTES = MetricSpec(
+        "early_bytes", "counter", "bytes that had been fetched for a restore before it was called"
+    )
+    RESTORE_WINDOW_BYTES = MetricSpec(
+        "restore_window_bytes", "gauge", "most host memory that a restore without a slot used on its way"
+    )
     LAST_RESTORE_SECONDS = MetricSpec("last_restore_seconds", "gauge", "duration of the last restore")
     LAST_RESTORED_STEP = MetricSpec("last_restored_step", "gauge", "step of the last restore")
     STEPS_REJECTED = MetricSpec("steps_rejected", "counter", "steps that could not be restored although listed")

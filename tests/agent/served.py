@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import psutil
@@ -213,12 +214,18 @@ class CuttingProxy:
     def __init__(self, endpoint: Endpoint, cut_after: int) -> None:
         self._target = (endpoint.host, endpoint.port)
         self._cut_after = cut_after
-        self._listening = socket.create_server(("127.0.0.1", 0))
+        self._listening = self._listen()
         self.endpoint = dataclasses.replace(endpoint, port=self._listening.getsockname()[1])
         self._thread = threading.Thread(target=self._serve)
         self._thread.start()
 
-    def __enter__(self) -> CuttingProxy:
+    def _listen(self) -> socket.socket:
+        return socket.create_server(("127.0.0.1", 0))
+
+    def _cut(self) -> None:
+        """Called when an answer has reached its limit, before the connection is cut."""
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -246,6 +253,8 @@ class CuttingProxy:
             while left and (data := target.recv(min(left, 65536))):
                 connection.sendall(data)
                 left -= len(data)
+            if not left:
+                self._cut()
         finally:
             connection.shutdown(socket.SHUT_RDWR)
             asking.join(30)

@@ -77,13 +77,18 @@ def test_a_loss_of_all_copies_of_a_shard_falls_back_to_the_persistent_step(ramdi
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [((2, 2), (1, 2)), ((1, 2), (2, 2)), ((2, 2), (1, 4)), ((1, 4), (2, 2))]
+    ("before", "after", "copies"),
+    [((2, 2), (1, 2), 1), ((1, 2), (2, 2), 1), ((2, 2), (1, 4), 2), ((1, 4), (2, 2), 1)],
 )
 def test_ramdisks_restore_a_job_of_another_shape(
-    ramdisk: Path, before: tuple[int, int], after: tuple[int, int]
+    ramdisk: Path, before: tuple[int, int], after: tuple[int, int], copies: int
 ) -> None:
     """Fewer and more slices, processes and pieces; nothing but step 1 is in the persistent tier."""
-    flags = {"checkpoint_period": 1000, "save_checkpoint_on_completion": False}
+    flags = {
+        "checkpoint_period": 1000,
+        "save_checkpoint_on_completion": False,
+        "local_checkpoint_copies": copies,
+    }
     run_job(train, before[0] * before[1], str(ramdisk), before[0], 14, flags)
     for _ in range(2):
         lives = run_job(train, after[0] * after[1], str(ramdisk), after[0], 14, flags)

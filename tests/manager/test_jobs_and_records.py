@@ -111,6 +111,30 @@ def test_a_second_job_on_the_same_ramdisk_too_is_the_only_one_that_saves(
         assert_same(third.restore(None)["state"], make_state(mesh, 8))
 
 
+def test_what_was_fetched_early_gives_way_to_a_newer_manager_of_the_process(
+    mesh: Mesh, ramdisk: Path, tmp_path: Path
+) -> None:
+    def started() -> CheckpointManager:
+        return CheckpointManager(ramdisk, tmp_path / "bucket", mesh, make_state(mesh, 0), options=OPTIONS)
+
+    with started() as saving:
+        save_all(saving, mesh, range(5, 11))
+    for path in ramdisk.glob("emergency_ckpt/*/slot_*"):
+        path.unlink()
+    with started() as first:
+        early = first._engine._restorer.early
+        assert early is not None
+        assert early.wait(timedelta(seconds=60))
+        assert early.ready_bytes > 0
+        with started() as second:
+            again = second._engine._restorer.early
+            assert again is not None
+            assert again.wait(timedelta(seconds=60))
+            assert second.restore_or_init(dict).step == 10
+            assert second.metrics_snapshot()["early_bytes"] == early.ready_bytes
+            assert save_all(second, mesh, range(11, 13)) == [12]
+
+
 def test_a_run_name_used_again_after_the_bucket_was_wiped_takes_nothing_of_the_old_run(
     opened: Opener, mesh: Mesh, tmp_path: Path
 ) -> None:

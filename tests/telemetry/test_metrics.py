@@ -63,6 +63,7 @@ def test_events_are_counted_by_what_became_of_them() -> None:
         "restored_bytes": 0,
         "copied_bytes": 0,
         "fetched_bytes": 0,
+        "early_bytes": 0,
         "steps_rejected": 1,
         "replica_divergences": 1,
         "last_divergent_step": 10,
