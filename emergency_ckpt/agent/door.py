@@ -9,12 +9,15 @@ import asyncio
 import hmac
 import json
 import ssl
+from collections.abc import Callable
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 BY_OWNER = "emergency_ckpt by owner"
 """Set in a request that carries the key of this host instead of the token."""
+REFUSAL = "emergency_ckpt refusal"
+"""Set in an answer that refuses something: the code that says why."""
 _OPEN_TO_ALL = "/healthz"
 _REFUSAL_SECONDS = 1.0
 _MAX_REFUSALS = 256
@@ -23,7 +26,9 @@ _BACKLOG = 1024
 
 def refuse(status: int, code: str, message: str) -> web.Response:
     """An answer that says in JSON why there is no other."""
-    return web.json_response({"error": code, "message": message}, status=status)
+    response = web.json_response({"error": code, "message": message}, status=status)
+    response[REFUSAL] = code
+    return response
 
 
 def guard(token: str, owner: str) -> Middleware:
@@ -56,7 +61,7 @@ class Door:
         self._silent: set[asyncio.Protocol] = set()
         self._refusals = 0
         self._listening: asyncio.Server | None = None
-        self.refused = 0
+        self.refused: Callable[[], None] = lambda: None
 
     async def open(self, host: str, port: int, context: ssl.SSLContext | None) -> int:
         """Listens; returns the port (another one where 0 was asked for). Raises OSError."""
@@ -81,7 +86,7 @@ class Door:
 
     def _accept(self) -> asyncio.Protocol:
         if self.connections >= self._connections:
-            self.refused += 1
+            self.refused()
             return _Refusal(self)
         connection = self._server()
         self._silent.add(connection)

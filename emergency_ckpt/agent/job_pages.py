@@ -39,7 +39,11 @@ _T = TypeVar("_T")
 class JobPages:
     """The pages, for one event loop."""
 
-    def __init__(self, trainers: Trainers, drains: Drains, request_seconds: float) -> None:
+    def __init__(
+        self, trainers: Trainers, drains: Drains, request_seconds: float, remember: Callable[[], None]
+    ) -> None:
+        """`remember`: called in a thread before a trainer hears that what it said was taken."""
+        self._remember = remember
         self._trainers = trainers
         self._drains = drains
         self._request_seconds = request_seconds
@@ -74,12 +78,15 @@ class JobPages:
             return refuse(400, "malformed", str(error))
         if not is_trainer_id(trainer) or not self._trainers.register(trainer, registration):
             return refuse(409, "not_attached", "only a trainer that is attached can say what it works on")
+        self._drains.forget_left(registration.life, registration.process)
+        await self._on_disk(self._remember)
         return web.json_response({"registered": True})
 
     async def _say_goodbye(self, request: web.Request) -> web.Response:
         if (refusal := _only_owner(request)) is not None:
             return refusal
         self._trainers.leave(request.match_info["trainer"])
+        await self._on_disk(self._remember)
         return web.json_response({"left": True})
 
     async def _drain(self, request: web.Request) -> web.Response:
@@ -93,7 +100,7 @@ class JobPages:
             destination, share = await self._parsed(request, _order)
         except ValueError as error:
             return refuse(400, "malformed", str(error))
-        return await self._begin(destination, share)
+        return await self._begin(destination, share, ordered=True)
 
     async def _look(self, request: web.Request) -> web.Response:
         try:
@@ -144,10 +151,11 @@ class JobPages:
 
     # Of both.
 
-    async def _begin(self, destination: Destination, share: Share) -> web.Response:
+    async def _begin(self, destination: Destination, share: Share, *, ordered: bool = False) -> web.Response:
+        begin = functools.partial(self._drains.begin, destination, share, ordered=ordered)
         try:
             with self._trainers.in_use():
-                drain = await self._on_disk(lambda: self._drains.begin(destination, share))
+                drain = await self._on_disk(begin)
         except SlotNotHereError as error:
             return refuse(404, "slot_not_here", str(error))
         except TooManyDrainsError as error:

@@ -293,6 +293,7 @@ def run_python(code: str, *words: str) -> subprocess.Popen[str]:
     """A fresh interpreter that sees this package; its standard output is a pipe."""
     return subprocess.Popen(
         [sys.executable, "-c", code, *words],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": os.getcwd()},

@@ -125,7 +125,7 @@ def test_the_server_counts_what_it_did(disk: Ramdisk) -> None:
         families = text_string_to_metric_families(answer.read().decode())
     samples = {sample.name: sample.value for family in families for sample in family.samples}
     total = sum(place.nbytes for _, place in places)
-    assert samples["emergency_ckpt_agent_bytes_served_total"] == status["bytes_served"] == total
+    assert samples["emergency_ckpt_agent_served_bytes_total"] == status["bytes_served"] == total
     assert samples["emergency_ckpt_agent_trainers"] == 0
 
 
