@@ -60,8 +60,12 @@ def open_store(destination: Destination) -> PersistentStore:
 
 
 def check_life(store: PersistentStore, destination: Destination) -> None:
-    """Raises StaleGenerationError where the run has a later life."""
+    """Raises StaleGenerationError where the run has a later life, PersistentStoreError where nothing tells."""
     life = destination.life
+    if store.newest_generation() is None:
+        raise PersistentStoreError(
+            f"{destination.root} has no record of any life of the run: it was emptied, or is not mounted here"
+        )
     store.check_generation(Attempt(Generation(life.generation, life.nonce), 0, destination.item))
 
 

@@ -17,7 +17,7 @@ from emergency_ckpt.agent.orders import Destination, Registration, Share, regist
 from emergency_ckpt.agent.record import LOG, AgentRecord, agent_directory, read_record
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.persistent.arrays import WriteOptions
-from emergency_ckpt.persistent.store import Generation, PersistentStore
+from emergency_ckpt.persistent.store import PersistentStore
 from tests.agent.served import RUN, Ramdisk, run_python, start
 
 WAIT = timedelta(seconds=5)
@@ -100,14 +100,14 @@ class Job:
             time.sleep(0.02)
 
 
-def make_job(disk: Ramdisk, bucket: Path, generation: Generation | None = None) -> Job:
-    """The next life of the run, or the one that is given."""
+def make_job(disk: Ramdisk, bucket: Path, *, tidies: bool = True) -> Job:
+    """The next life of the run."""
     store = PersistentStore(bucket)
     with contextlib.suppress(FileExistsError):
         store.files.create("emergency_ckpt/run_id", f"{RUN}\n".encode())
     newest = store.newest_generation()
-    minted = generation or store.mint_generation(newest.number if newest else 0, None)
+    minted = store.mint_generation(newest.number if newest else 0, None)
     destination = destination_of(
-        store, RUN, minted, "default", WriteOptions(), 30.0, tidies=True, max_to_keep=2
+        store, RUN, minted, "default", WriteOptions(), 30.0, tidies=tidies, max_to_keep=2
     )
     return Job(disk, store, destination)
