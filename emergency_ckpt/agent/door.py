@@ -8,10 +8,12 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import logging
 import ssl
 from collections.abc import Callable
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler, Middleware
 
 BY_OWNER = "emergency_ckpt by owner"
@@ -22,6 +24,21 @@ _OPEN_TO_ALL = "/healthz"
 _REFUSAL_SECONDS = 1.0
 _MAX_REFUSALS = 256
 _BACKLOG = 1024
+
+
+class MalformedRequests(logging.Filter):
+    """Keeps what is no HTTP, and comes from whoever reaches the port, out of the log; it is counted instead."""
+
+    def __init__(self, count: Callable[[], None]) -> None:
+        super().__init__()
+        self._count = count
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
+        if not isinstance(error, HttpProcessingError):
+            return True
+        self._count()
+        return False
 
 
 def refuse(status: int, code: str, message: str) -> web.Response:
@@ -41,7 +58,9 @@ def guard(token: str, owner: str) -> Middleware:
             said = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
             request[BY_OWNER] = hmac.compare_digest(said, by_owner)
             if not request[BY_OWNER] and not hmac.compare_digest(said, expected):
-                return refuse(401, "unauthorized", "this agent lets in only who has its token")
+                refusal = refuse(401, "unauthorized", "this agent lets in only who has its token")
+                refusal.force_close()  # Whoever has none keeps no connection from those who have one.
+                return refusal
         try:
             return await handler(request)
         except web.HTTPException as error:
@@ -58,7 +77,7 @@ class Door:
         self._server = server
         self._connections = connections
         self._silence_seconds = silence_seconds
-        self._silent: set[asyncio.Protocol] = set()
+        self._silent: set[web.RequestHandler] = set()
         self._refusals = 0
         self._listening: asyncio.Server | None = None
         self.refused: Callable[[], None] = lambda: None
@@ -67,7 +86,13 @@ class Door:
         """Listens; returns the port (another one where 0 was asked for). Raises OSError."""
         loop = asyncio.get_running_loop()
         self._listening = await loop.create_server(
-            self._accept, host, port, ssl=context, backlog=_BACKLOG, reuse_address=True
+            self._accept,
+            host,
+            port,
+            ssl=context,
+            ssl_handshake_timeout=None if context is None else self._silence_seconds,
+            backlog=_BACKLOG,
+            reuse_address=True,
         )
         return self._listening.sockets[0].getsockname()[1]
 
@@ -78,7 +103,8 @@ class Door:
 
     @property
     def connections(self) -> int:
-        return len(self._server.connections)
+        """Those that are not set up yet (in their TLS handshake, say) are among them."""
+        return len(self._server.connections) + sum(each.transport is None for each in self._silent)
 
     def hear(self, request: web.Request) -> None:
         """Notes that a connection has said something."""

@@ -31,6 +31,9 @@ from emergency_ckpt.agent.trainers import Trainers, is_trainer_id
 from emergency_ckpt.errors import EmergencyCheckpointError
 
 _LONGEST_WAIT_SECONDS = 5.0
+# Of what other hosts ask: parsed, JSON takes many times its length.
+_MAX_LIFE_BYTES = 64 * 1024
+_MAX_SHARE_BYTES = 1024 * 1024
 _THREADS = 4
 _WAITING_THREADS = 64
 _T = TypeVar("_T")
@@ -114,7 +117,7 @@ class JobPages:
 
     async def _give_up(self, request: web.Request) -> web.Response:
         try:
-            reason = await self._parsed(request, lambda raw: str(raw["reason"])[:2000])
+            reason = await self._parsed(request, lambda raw: str(raw["reason"])[:2000], _MAX_LIFE_BYTES)
         except (ValueError, KeyError) as error:
             return refuse(400, "malformed", str(error))
         if not self._drains.give_up(request.match_info["drain"], reason):
@@ -125,7 +128,7 @@ class JobPages:
 
     async def _look_at_life(self, request: web.Request) -> web.Response:
         try:
-            life = await self._parsed(request, life_from_json)
+            life = await self._parsed(request, life_from_json, _MAX_LIFE_BYTES)
         except ValueError as error:
             return refuse(400, "malformed", str(error))
         states = self._trainers.states(life)
@@ -139,7 +142,7 @@ class JobPages:
 
     async def _drain_of_life(self, request: web.Request) -> web.Response:
         try:
-            life, share = await self._parsed(request, _order_of_life)
+            life, share = await self._parsed(request, _order_of_life, _MAX_SHARE_BYTES)
         except ValueError as error:
             return refuse(400, "malformed", str(error))
         registration = self._trainers.find(life)
@@ -164,14 +167,16 @@ class JobPages:
             return refuse(409, "cannot_drain", str(error))
         return web.json_response({"drain": drain}, status=202)
 
-    async def _parsed(self, request: web.Request, parse: Callable[[Any], _T]) -> _T:
+    async def _parsed(
+        self, request: web.Request, parse: Callable[[Any], _T], most_bytes: int = MAX_ORDER_BYTES
+    ) -> _T:
         """What a body says. Raises ValueError for one that is too long, too slow or not understood."""
         data = bytearray()
         try:
             async with asyncio.timeout(self._request_seconds):
                 async for chunk in request.content.iter_chunked(1 << 16):
                     data += chunk
-                    if len(data) > MAX_ORDER_BYTES:
+                    if len(data) > most_bytes:
                         raise ValueError("the request is too long")
         except TimeoutError as error:
             raise ValueError("the request did not arrive in time") from error

@@ -49,7 +49,7 @@ def run_agent(
     options: AgentOptions,
     ready: Callable[[], None] = lambda: None,
 ) -> None:
-    """Serves `root` until it is asked to leave (SIGTERM, SIGINT, `POST /v1/leave`) or nobody needs it.
+    """Serves `root` until it is asked to leave (SIGTERM, SIGINT, SIGHUP, `POST /v1/leave`) or nobody needs it.
 
     A signal lets drains that are running end, for a while; a second one, and being asked, does not.
 
@@ -106,6 +106,8 @@ class _Life:
         record = AgentRecord(endpoint, addresses.dial, os.getpid(), package, owner)
 
         def remember() -> None:
+            if not self._lock.is_current():
+                return  # What lies there now is another agent's.
             memory.keep(port, token, server.trainers.registered(), server.drains.orders)
             sweep(self._directory)
 
@@ -240,7 +242,7 @@ class _Life:
             server.left.set()
 
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.add_signal_handler(number, leave, number.name)
 
 

@@ -128,7 +128,15 @@ class AgentLock:
     def _open(self) -> int:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            owner = self._path.parent.stat().st_uid
+            if owner not in (0, os.geteuid()):
+                raise LocalDirectoryError(
+                    f"{self._path.parent} belongs to user {owner}, not to this one ({os.geteuid()}), and "
+                    "may put anything into it: remove it, or run the agent and the job as the user whose it is"
+                )
             return os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except LocalDirectoryError:
+            raise
         except OSError as error:
             raise LocalDirectoryError(
                 f"the agent cannot open {self._path}: {error.strerror}. Check the owner of the local "

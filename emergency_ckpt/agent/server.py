@@ -11,8 +11,10 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import io
+import logging
 import os
 import ssl
+import stat
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from importlib import metadata
@@ -25,7 +27,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from emergency_ckpt.agent.block_ranges import MAX_ANSWER_BYTES, MAX_REQUEST_BYTES, BlockRange, decode_ranges
 from emergency_ckpt.agent.counters import Counters
-from emergency_ckpt.agent.door import REFUSAL, Door, guard, refuse
+from emergency_ckpt.agent.door import BY_OWNER, REFUSAL, Door, MalformedRequests, guard, refuse
 from emergency_ckpt.agent.drains import Drains
 from emergency_ckpt.agent.endpoint import FORMAT_VERSION
 from emergency_ckpt.agent.job_pages import JobPages
@@ -119,8 +121,11 @@ class ShardServer:
                 *self._pages.routes(),
             ]
         )
+        log = logging.getLogger("emergency_ckpt.agent.http")
+        log.addFilter(MalformedRequests(self.counters.refusals.labels("no_http").inc))
         self._runner = web.AppRunner(
             self._app,
+            logger=log,
             access_log=None,
             handle_signals=False,
             handler_cancellation=True,
@@ -225,6 +230,8 @@ class ShardServer:
         return response
 
     async def _leave(self, request: web.Request) -> web.Response:
+        if not request.get(BY_OWNER):
+            return refuse(403, "not_of_this_host", "only who has the key of this host may end its agent")
         self.left.set()
         return web.json_response({"leaving": True}, status=202)
 
@@ -322,7 +329,11 @@ class ShardServer:
             return None
         pieces = _pieces(ranges, entries)
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-        return Body(io.FileIO(os.open(slot.data, flags)), pieces, slot.is_current)
+        descriptor = os.open(slot.data, flags)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            return None
+        return Body(io.FileIO(descriptor), pieces, slot.is_current)
 
     # How requests are handled.
 

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import psutil
@@ -207,67 +208,23 @@ def raw(endpoint: Endpoint, head: str, body: bytes = b"", token: str | None = No
         return status, {}
 
 
-class CuttingProxy:
-    """Passes one connection at a time on to an agent, and cuts the answer after a number of bytes."""
+class AcceptingServer:
+    """Listens on a port of its own and deals with one connection at a time, until it is left."""
 
-    def __init__(self, endpoint: Endpoint, cut_after: int) -> None:
-        self._target = (endpoint.host, endpoint.port)
-        self._cut_after = cut_after
+    def __init__(self) -> None:
         self._listening = socket.create_server(("127.0.0.1", 0))
-        self.endpoint = dataclasses.replace(endpoint, port=self._listening.getsockname()[1])
         self._thread = threading.Thread(target=self._serve)
         self._thread.start()
 
-    def __enter__(self) -> CuttingProxy:
-        return self
+    @property
+    def port(self) -> int:
+        return self._listening.getsockname()[1]
 
-    def __exit__(self, *_: object) -> None:
-        self._listening.shutdown(socket.SHUT_RDWR)
-        self._listening.close()
-        self._thread.join(30)
+    def deal_with(self, connection: socket.socket) -> None:
+        """What becomes of one connection, which may fail at any time and is closed afterwards."""
+        raise NotImplementedError
 
-    def _serve(self) -> None:
-        while True:
-            try:
-                connection, _ = self._listening.accept()
-            except OSError:
-                return
-            with connection, socket.create_connection(self._target) as target:
-                connection.settimeout(30)
-                target.settimeout(30)
-                with contextlib.suppress(OSError):
-                    self._pass_on(connection, target)
-
-    def _pass_on(self, connection: socket.socket, target: socket.socket) -> None:
-        asking = threading.Thread(target=self._ask, args=(connection, target))
-        asking.start()
-        try:
-            left = self._cut_after
-            while left and (data := target.recv(min(left, 65536))):
-                connection.sendall(data)
-                left -= len(data)
-        finally:
-            connection.shutdown(socket.SHUT_RDWR)
-            asking.join(30)
-
-    def _ask(self, connection: socket.socket, target: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while data := connection.recv(65536):
-                target.sendall(data)
-            target.shutdown(socket.SHUT_RDWR)
-
-
-class SayingServer:
-    """Answers every connection with the same bytes, whatever it asks."""
-
-    def __init__(self, answer: bytes, token: str = "t" * 16) -> None:
-        self._answer = answer
-        self._listening = socket.create_server(("127.0.0.1", 0))
-        self.endpoint = Endpoint("127.0.0.1", self._listening.getsockname()[1], token)
-        self._thread = threading.Thread(target=self._serve)
-        self._thread.start()
-
-    def __enter__(self) -> SayingServer:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -283,10 +240,51 @@ class SayingServer:
                 return
             with connection, contextlib.suppress(OSError):
                 connection.settimeout(30)
-                connection.recv(65536)
-                connection.sendall(self._answer)
-                connection.shutdown(socket.SHUT_WR)
-                connection.recv(65536)
+                self.deal_with(connection)
+
+
+class CuttingProxy(AcceptingServer):
+    """Passes one connection at a time on to an agent, and cuts the answer after a number of bytes."""
+
+    def __init__(self, endpoint: Endpoint, cut_after: int) -> None:
+        self._target = (endpoint.host, endpoint.port)
+        self._cut_after = cut_after
+        super().__init__()
+        self.endpoint = dataclasses.replace(endpoint, port=self.port)
+
+    def deal_with(self, connection: socket.socket) -> None:
+        with socket.create_connection(self._target, 30) as target:
+            asking = threading.Thread(target=self._ask, args=(connection, target))
+            asking.start()
+            try:
+                left = self._cut_after
+                while left and (data := target.recv(min(left, 65536))):
+                    connection.sendall(data)
+                    left -= len(data)
+            finally:
+                connection.shutdown(socket.SHUT_RDWR)
+                asking.join(30)
+
+    def _ask(self, connection: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := connection.recv(65536):
+                target.sendall(data)
+            target.shutdown(socket.SHUT_RDWR)
+
+
+class SayingServer(AcceptingServer):
+    """Answers every connection with the same bytes, whatever it asks."""
+
+    def __init__(self, answer: bytes, token: str = "t" * 16) -> None:
+        self._answer = answer
+        super().__init__()
+        self.endpoint = Endpoint("127.0.0.1", self.port, token)
+
+    def deal_with(self, connection: socket.socket) -> None:
+        connection.recv(65536)
+        connection.sendall(self._answer)
+        connection.shutdown(socket.SHUT_WR)
+        connection.recv(65536)
 
 
 def run_python(code: str, *words: str) -> subprocess.Popen[str]:
