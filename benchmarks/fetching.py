@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.samples import Samples, Spread
-from emergency_ckpt.agent.client import PeerClient
+from emergency_ckpt.agent.ending import end_agent
 from emergency_ckpt.agent.endpoint import Endpoint
 from emergency_ckpt.agent.gather import STREAMS, Target, gather
 from emergency_ckpt.agent.options import AgentOptions
@@ -99,8 +99,7 @@ def served_slot(root: Path, layout: Layout) -> Iterator[tuple[Endpoint, Path]]:
         try:
             yield endpoint, store.directory / f"slot_{sealed.index}.data"
         finally:
-            with PeerClient(endpoint) as client:
-                client.leave()
+            end_agent(root, 10.0)
     finally:
         store.close()
 

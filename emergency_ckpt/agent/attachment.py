@@ -5,7 +5,9 @@ The agent knows by it that somebody needs it; the trainer learns by it that the 
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from datetime import timedelta
 from types import TracebackType
 
@@ -16,6 +18,7 @@ from emergency_ckpt.errors import PeerUnavailableError
 # The agent says something every two seconds.
 _SILENCE_LIMIT = timedelta(seconds=20)
 _JOIN_SECONDS = 10.0
+_open: weakref.WeakSet[Attachment] = weakref.WeakSet()
 
 
 class Attachment:
@@ -37,6 +40,7 @@ class Attachment:
         self._attached = False
         self._closed = False
         self._lost: PeerUnavailableError | None = None
+        _open.add(self)
         self._thread = threading.Thread(target=self._hold, name="emergency_ckpt attach", daemon=True)
         self._thread.start()
         with self._changed:
@@ -60,6 +64,10 @@ class Attachment:
         self._closed = True
         self._connection.shut_down()
         self._thread.join(_JOIN_SECONDS)
+
+    def let_go_in_child(self) -> None:
+        """In a forked child: the request would outlive the parent here, who would seem to live."""
+        self._connection.abandon()
 
     def __enter__(self) -> Attachment:
         return self
@@ -107,3 +115,11 @@ def attach(
     works on. Raises PeerUnavailableError.
     """
     return Attachment(endpoint, timeout, dial, trainer)
+
+
+def _let_go_in_child() -> None:
+    for attachment in list(_open):
+        attachment.let_go_in_child()
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)

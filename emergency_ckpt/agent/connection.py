@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import socket
 import ssl
 import struct
@@ -204,6 +205,12 @@ class PeerConnection:
         if self._socket is not None:
             self._socket.close()
         self._http = self._socket = None
+
+    def abandon(self) -> None:
+        """Closes this process's hold on the connection, and says nothing to the other side."""
+        connection = self._socket
+        if connection is not None and (descriptor := connection.detach()) >= 0:
+            os.close(descriptor)
 
     def extend(self) -> None:
         """Begins the time limit of the exchange anew, for an answer that goes on and on."""

@@ -8,22 +8,44 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import logging
 import ssl
+from collections.abc import Callable
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler, Middleware
 
 BY_OWNER = "emergency_ckpt by owner"
 """Set in a request that carries the key of this host instead of the token."""
+REFUSAL = "emergency_ckpt refusal"
+"""Set in an answer that refuses something: the code that says why."""
 _OPEN_TO_ALL = "/healthz"
 _REFUSAL_SECONDS = 1.0
 _MAX_REFUSALS = 256
 _BACKLOG = 1024
 
 
+class MalformedRequests(logging.Filter):
+    """Keeps what is no HTTP, and comes from whoever reaches the port, out of the log; it is counted instead."""
+
+    def __init__(self, count: Callable[[], None]) -> None:
+        super().__init__()
+        self._count = count
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
+        if not isinstance(error, HttpProcessingError):
+            return True
+        self._count()
+        return False
+
+
 def refuse(status: int, code: str, message: str) -> web.Response:
     """An answer that says in JSON why there is no other."""
-    return web.json_response({"error": code, "message": message}, status=status)
+    response = web.json_response({"error": code, "message": message}, status=status)
+    response[REFUSAL] = code
+    return response
 
 
 def guard(token: str, owner: str) -> Middleware:
@@ -36,7 +58,9 @@ def guard(token: str, owner: str) -> Middleware:
             said = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
             request[BY_OWNER] = hmac.compare_digest(said, by_owner)
             if not request[BY_OWNER] and not hmac.compare_digest(said, expected):
-                return refuse(401, "unauthorized", "this agent lets in only who has its token")
+                refusal = refuse(401, "unauthorized", "this agent lets in only who has its token")
+                refusal.force_close()  # Whoever has none keeps no connection from those who have one.
+                return refusal
         try:
             return await handler(request)
         except web.HTTPException as error:
@@ -53,16 +77,22 @@ class Door:
         self._server = server
         self._connections = connections
         self._silence_seconds = silence_seconds
-        self._silent: set[asyncio.Protocol] = set()
+        self._silent: set[web.RequestHandler] = set()
         self._refusals = 0
         self._listening: asyncio.Server | None = None
-        self.refused = 0
+        self.refused: Callable[[], None] = lambda: None
 
     async def open(self, host: str, port: int, context: ssl.SSLContext | None) -> int:
         """Listens; returns the port (another one where 0 was asked for). Raises OSError."""
         loop = asyncio.get_running_loop()
         self._listening = await loop.create_server(
-            self._accept, host, port, ssl=context, backlog=_BACKLOG, reuse_address=True
+            self._accept,
+            host,
+            port,
+            ssl=context,
+            ssl_handshake_timeout=None if context is None else self._silence_seconds,
+            backlog=_BACKLOG,
+            reuse_address=True,
         )
         return self._listening.sockets[0].getsockname()[1]
 
@@ -73,7 +103,8 @@ class Door:
 
     @property
     def connections(self) -> int:
-        return len(self._server.connections)
+        """Those that are not set up yet (in their TLS handshake, say) are among them."""
+        return len(self._server.connections) + sum(each.transport is None for each in self._silent)
 
     def hear(self, request: web.Request) -> None:
         """Notes that a connection has said something."""
@@ -81,7 +112,7 @@ class Door:
 
     def _accept(self) -> asyncio.Protocol:
         if self.connections >= self._connections:
-            self.refused += 1
+            self.refused()
             return _Refusal(self)
         connection = self._server()
         self._silent.add(connection)

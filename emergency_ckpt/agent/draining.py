@@ -18,7 +18,7 @@ from emergency_ckpt.local.slot_views import SealedSlot
 from emergency_ckpt.persistent.arrays import WriteOptions
 from emergency_ckpt.persistent.committer import StepContent, commit
 from emergency_ckpt.persistent.store import Attempt, Generation, PersistentStore, StepNames
-from emergency_ckpt.persistent.writer import PartReport, report_failure, wait_for_parts, write_part
+from emergency_ckpt.persistent.writer import PartReport, read_part, report_failure, wait_for_parts, write_part
 
 Stop = Callable[[], str | None]
 """Asked while others are waited for: a reason to give up, None to go on."""
@@ -31,6 +31,10 @@ def destination_of(
     item: str,
     options: WriteOptions,
     timeout_seconds: float,
+    *,
+    tidies: bool = False,
+    max_to_keep: int | None = None,
+    keep_period: int | None = None,
 ) -> Destination:
     """Where a trainer's steps are drained to, in the words that an agent understands."""
     return Destination(
@@ -44,6 +48,9 @@ def destination_of(
         compression=options.compression,
         target_data_file_bytes=options.target_data_file_bytes,
         timeout_seconds=timeout_seconds,
+        tidies=tidies,
+        max_to_keep=max_to_keep,
+        keep_period=keep_period,
     )
 
 
@@ -53,13 +60,23 @@ def open_store(destination: Destination) -> PersistentStore:
 
 
 def check_life(store: PersistentStore, destination: Destination) -> None:
-    """Raises StaleGenerationError where the run has a later life."""
-    store.check_generation(_attempt(destination, 0, 0))
-
-
-def _attempt(destination: Destination, step: int, ordinal: int) -> Attempt:
+    """Raises StaleGenerationError where the run has a later life, PersistentStoreError where nothing tells."""
     life = destination.life
-    return Attempt(Generation(life.generation, life.nonce), step, destination.item, ordinal)
+    if store.newest_generation() is None:
+        raise PersistentStoreError(
+            f"{destination.root} has no record of any life of the run: it was emptied, or is not mounted here"
+        )
+    store.check_generation(Attempt(Generation(life.generation, life.nonce), 0, destination.item))
+
+
+def _attempt(destination: Destination, share: Share) -> Attempt:
+    life, of = destination.life, share.of
+    own = Generation(life.generation, life.nonce)
+    if of is None:
+        return Attempt(own, share.step, destination.item, share.ordinal)
+    if of.run != life.run or of.generation >= life.generation:
+        raise PersistentStoreError(f"{life} does not drain steps of {of}")
+    return Attempt(Generation(of.generation, of.nonce), share.step, destination.item, share.ordinal, own)
 
 
 def carry_out(
@@ -69,20 +86,29 @@ def carry_out(
     slot: SealedSlot,
     stop: Stop = lambda: None,
     waiting: Callable[[bool], None] = lambda _: None,
+    *,
+    resumed: bool = False,
+    resumable: Callable[[], bool] = lambda: False,
 ) -> int:
     """Writes a part from `slot`, which is pinned, and commits where that is asked for; returns its bytes.
 
-    `waiting` is told when a wait for others begins, and when they are all there.
+    `waiting` is told when a wait for others begins, and when they are all there. `resumed`: somebody who is
+    dead may have written the part already. `resumable`: whether somebody goes on after a failure, so that
+    nothing is taken back.
 
     Raises StaleGenerationError where the run has a newer life, CorruptDataError, PersistentStoreError. Others
     hear of a failure through the store, as far as that still takes anything.
     """
-    attempt = _attempt(destination, share.step, share.ordinal)
+    attempt = _attempt(destination, share)
     try:
         store.check_generation(attempt)
         if store.is_committed(attempt):
             return 0  # By an agent that died before it could say so, or by one that took over.
-        report = _write(store, destination, share, attempt, slot)
+        report = _written(store, share, attempt) if resumed else None
+        if report is None and resumed and not share.commits and store.is_claimed(attempt):
+            return 0  # All parts were there when the commit began.
+        if report is None:
+            report = _write(store, destination, share, attempt, slot)
         if share.commits:
             timeout = destination.timeout_seconds
             waiting(True)
@@ -94,19 +120,31 @@ def carry_out(
         # What was written so far is invisible and of no use; where even this fails, the next life of the run
         # removes it.
         with contextlib.suppress(PersistentStoreError, OSError):
-            if share.commits:
+            if resumable():
+                pass
+            elif share.commits:
                 store.abandon(attempt)
             else:
                 report_failure(store, attempt, share.position, str(error))
         raise
 
 
+def _written(store: PersistentStore, share: Share, attempt: Attempt) -> PartReport | None:
+    """The part, where it is there already."""
+    try:
+        return read_part(store, attempt, share.position)
+    except (FileNotFoundError, CorruptDataError):
+        return None
+
+
 def _write(
     store: PersistentStore, destination: Destination, share: Share, attempt: Attempt, slot: SealedSlot
 ) -> PartReport:
     manifest, layout = slot.manifest, slot.layout
-    expected = (attempt.step_id, destination.life.nonce, share.layout, share.position)
-    if (manifest.step, manifest.nonce, manifest.layout, manifest.position) != expected:
+    expected = (attempt.step_id, share.layout, share.position)
+    # A slot that was restored from others carries the nonce of the life that restored it.
+    stranger = share.of is None and manifest.nonce != destination.life.nonce
+    if stranger or (manifest.step, manifest.layout, manifest.position) != expected:
         raise CorruptDataError(f"the slot of {attempt} holds {manifest.step} of position {manifest.position}")
     plan = assign_uploads(layout, share.holders)
     if plan.shards is None:

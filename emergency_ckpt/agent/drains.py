@@ -1,7 +1,8 @@
 """The drains of an agent: asked for by the trainer of this host, or by agents of a life whose trainers died.
 
 A slot is pinned before the asker is answered, and stays so until its share is done. Each drain has a thread of
-its own, whatever becomes of whoever asked for it.
+its own, whatever becomes of whoever asked for it. What a trainer asked for is an order until it has ended: an
+agent that begins after this one gets to know of it (`memory`).
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ import re
 import secrets
 import threading
 import time
+from collections.abc import Callable, Iterable
 from typing import Literal
 
+from emergency_ckpt.agent.counters import CountedEnding, Counters
+from emergency_ckpt.agent.memory import Order
 from emergency_ckpt.agent.orders import Destination, Life, Share
 from emergency_ckpt.agent.slot_id import SlotId
 from emergency_ckpt.agent.slots_on_disk import SlotsOnDisk
@@ -26,6 +30,8 @@ from emergency_ckpt.local.pins import SlotPin, pin_slot
 MOST_AT_A_TIME = 64
 _KEPT = 256
 _SLOT_NUMBER = re.compile(r"slot_(\d+)\.manifest")
+# Attempts that take the place of one whose committer died are numbered apart from all others.
+_FIRST_NEW_ORDINAL = 2**32
 _log = logging.getLogger("emergency_ckpt.agent")
 
 Ending = Literal["done", "superseded", "corrupt", "failed"]
@@ -45,6 +51,7 @@ class DrainState:
     ending: Ending | None = None
     nbytes: int = 0
     reason: str = ""
+    order: Order | None = None
     give_up: str | None = None
     begun: float = dataclasses.field(default_factory=time.monotonic)
 
@@ -58,10 +65,16 @@ class TooManyDrainsError(EmergencyCheckpointError):
 
 
 class Drains:
-    """All drains of one agent. Safe to use from any thread."""
+    """All drains of one agent. Safe to use from any thread.
 
-    def __init__(self, slots: SlotsOnDisk) -> None:
+    `orders_changed` is called, in any thread, when there is another order, or one less.
+    """
+
+    def __init__(self, slots: SlotsOnDisk, counters: Counters | None = None) -> None:
         self._slots = slots
+        self._counters = counters or Counters()
+        self.orders_changed: Callable[[], None] = lambda: None
+        self._left: list[Order] = []  # by an agent before this one, and not begun again
         self._changed = threading.Condition()
         self._states: dict[str, DrainState] = {}
         self._closed: str | None = None
@@ -70,9 +83,40 @@ class Drains:
 
     @property
     def running(self) -> int:
-        """How many have not ended."""
+        """How many have not ended; those that an agent before this one left are among them."""
         with self._changed:
-            return sum(state.ending is None for state in self._states.values())
+            return sum(state.ending is None for state in self._states.values()) + len(self._left)
+
+    @property
+    def orders(self) -> list[Order]:
+        """What trainers of this host asked for and has not ended."""
+        with self._changed:
+            return [*self._left, *(state.order for state in self._states.values() if state.order)]
+
+    def recall(self, orders: Iterable[Order]) -> None:
+        """What an agent before this one was asked for; `resume` begins it."""
+        with self._changed:
+            self._left.extend(orders)
+
+    def resume(self, wanted: Callable[[Order], bool]) -> None:
+        """Begins what an agent before this one left, as far as it is `wanted` now."""
+        with self._changed:
+            chosen = [order for order in self._left if wanted(order)]
+        for order in chosen:
+            try:
+                self._begin(order, resumed=True)
+            except TooManyDrainsError:
+                return  # They are still there at the next look.
+            except EmergencyCheckpointError as error:
+                _log.warning("a drain that was asked for before this agent began is given up: %s", error)
+            with self._changed:
+                self._left = [left for left in self._left if left is not order]
+            self.orders_changed()
+
+    def forget_left(self, life: Life, process: int) -> None:
+        """The trainer of this process sees to what an agent before this one left."""
+        with self._changed:
+            self._left = [o for o in self._left if (o.destination.life, o.share.position) != (life, process)]
 
     @property
     def writing(self) -> int:
@@ -87,26 +131,35 @@ class Drains:
                 if state.life == life and state.waiting:
                     state.give_up = state.give_up or reason
 
-    def begin(self, destination: Destination, share: Share) -> str:
-        """Pins the slot and begins; returns the id of the drain.
+    def begin(self, destination: Destination, share: Share, *, ordered: bool = False) -> str:
+        """Pins the slot and begins; returns the id of the drain. `ordered`: by a trainer of this host.
 
         Raises SlotNotHereError, TooManyDrainsError, CorruptDataError for a layout that is missing or damaged,
         LocalDirectoryError for files that cannot be read.
         """
+        return self._begin(Order(destination, share), ordered=ordered)
+
+    def _begin(self, order: Order, *, ordered: bool = False, resumed: bool = False) -> str:
+        destination, share = order.destination, order.share
         life = destination.life
-        step = StepId(life.generation, share.step)
+        step = StepId((share.of or life).generation, share.step)
         wanted = SlotId(life.run, step, share.layout, share.position)
         with self._changed:
             running = sum(state.ending is None for state in self._states.values())
             if self._closed is not None or running >= MOST_AT_A_TIME:
                 raise TooManyDrainsError(self._closed or f"{running} drains are running here")
-        pin = self._pin(wanted, life.nonce)
+        # A slot of an earlier life may have been restored from others, by whatever life came after it.
+        pin = self._pin(wanted, None if share.of else life.nonce)
         try:
             layout = self._layout(share.layout)
             state = DrainState(secrets.token_hex(16), f"{step} of run {life.run}, part {share.position}", life)
+            state.order = order if ordered or resumed else None
+            if resumed and share.holders == (share.position,):
+                # Nobody else knows of the attempt: a new one is not in the way of what is left of it.
+                share = dataclasses.replace(share, ordinal=_FIRST_NEW_ORDINAL + secrets.randbelow(2**32))
             thread = threading.Thread(
                 target=self._run,
-                args=(state, destination, share, pin, layout),
+                args=(state, destination, share, pin, layout, resumed),
                 name=f"emergency_ckpt drain {share.step}",
                 # A store that hangs must not keep an agent that was told to leave.
                 daemon=True,
@@ -115,6 +168,8 @@ class Drains:
                 self._states[state.id] = state
                 for old in [s.id for s in self._states.values() if s.ending is not None][:-_KEPT]:
                     del self._states[old]
+            if ordered:
+                self.orders_changed()  # Before anybody is told that it has begun.
             thread.start()
         except BaseException:
             pin.close()
@@ -146,7 +201,10 @@ class Drains:
             )
 
     def close(self, reason: str) -> None:
-        """Takes on nothing more, ends those that wait for others, and answers whoever waits for one."""
+        """Takes on nothing more, ends those that wait for others, and answers whoever waits for one.
+
+        Orders that have not ended remain, for an agent that begins after this one.
+        """
         with self._changed:
             self._closed = reason
             self._over = True
@@ -160,13 +218,20 @@ class Drains:
             self._closed = reason
 
     def _run(
-        self, state: DrainState, destination: Destination, share: Share, pin: SlotPin, layout: Layout
+        self,
+        state: DrainState,
+        destination: Destination,
+        share: Share,
+        pin: SlotPin,
+        layout: Layout,
+        resumed: bool,
     ) -> None:
         # Only agents that drain pay for the libraries of the persistent tier.
         from emergency_ckpt.agent.draining import carry_out, open_store
 
-        _log.info("draining %s to %s", state.what, destination.root)
+        _log.info("draining %s to %s%s", state.what, destination.root, ", once more" * resumed)
         ending: Ending = "failed"
+        counted: CountedEnding = "failed"
         reason = ""
         try:
             with pin:
@@ -178,17 +243,21 @@ class Drains:
                     slot,
                     stop=lambda: state.give_up,
                     waiting=lambda waits: self._note_waiting(state, waits),
+                    resumed=resumed,
+                    resumable=lambda: self._over and state.order is not None,
                 )
-            ending = "done"
+            ending, counted = "done", "committed" if share.commits else "part_written"
         except StaleGenerationError as error:
-            ending, reason = "superseded", str(error)
+            ending, counted, reason = "superseded", "superseded", str(error)
         except CorruptDataError as error:
-            ending, reason = "corrupt", str(error)
+            ending, counted, reason = "corrupt", "corrupt", str(error)
         except EmergencyCheckpointError as error:
+            counted = "abandoned" if state.give_up is not None else "store_failed"
             reason = str(error)
         except Exception as error:  # Whoever asked waits for an answer, whatever it was.
             _log.exception("draining %s failed", state.what)
             reason = f"{type(error).__name__}: {error}"
+        self._counters.count_drain(counted, state.nbytes, time.monotonic() - state.begun)
         _log.info(
             "the drain of %s ended after %.2f s: %s%s",
             state.what,
@@ -198,22 +267,27 @@ class Drains:
         )
         with self._changed:
             state.ending, state.reason = ending, reason
+            left = self._over and ending == "failed"
+            state.order = state.order if left else None
             self._changed.notify_all()
+        if not left:
+            self.orders_changed()
 
     def _note_waiting(self, state: DrainState, waits: bool) -> None:
         with self._changed:
             state.waiting = waits
 
-    def _pin(self, wanted: SlotId, nonce: str) -> SlotPin:
+    def _pin(self, wanted: SlotId, nonce: str | None) -> SlotPin:
         for slot in self._slots.all():
             number = _SLOT_NUMBER.fullmatch(slot.manifest.name)
-            if slot.id != wanted or slot.nonce != nonce or number is None:
+            if slot.id != wanted or nonce not in (None, slot.nonce) or number is None:
                 continue
             pin = pin_slot(slot.manifest.parent, int(number[1]), wanted.run, wanted.step)
             if pin is None:
                 continue
             found = pin.manifest
-            if (found.nonce, found.layout, found.position) == (nonce, wanted.layout, wanted.position):
+            fits = (found.layout, found.position) == (wanted.layout, wanted.position)
+            if fits and nonce in (None, found.nonce):
                 return pin
             pin.close()
         raise SlotNotHereError(f"{wanted} is not sealed here, or about to be overwritten")

@@ -15,7 +15,10 @@ from datetime import timedelta
 from pathlib import Path
 
 from emergency_ckpt.agent.client import PeerClient
+from emergency_ckpt.agent.memory import MEMORY
+from emergency_ckpt.agent.options import AgentOptions
 from emergency_ckpt.agent.record import AgentRecord, agent_directory, agent_lives, read_record
+from emergency_ckpt.agent.starting import IDLE_SECONDS, ensure_agent
 from emergency_ckpt.errors import AgentStartError, CorruptDataError, LocalDirectoryError, PeerUnavailableError
 
 _POLL_SECONDS = 0.1
@@ -43,6 +46,18 @@ def work_left(root: Path) -> str:
         except PeerUnavailableError as error:
             last = error
     return f"the agent of {root} does not answer ({last})" if _living(root) is not None else ""
+
+
+def begin_again(root: Path) -> bool:
+    """Starts an agent where one was killed that had work left; False where that is not so.
+
+    Raises AgentStartError, LocalDirectoryError.
+    """
+    directory = agent_directory(root)
+    if not (directory / MEMORY).exists() or agent_lives(directory):
+        return False
+    ensure_agent(root, AgentOptions(idle_seconds=IDLE_SECONDS))
+    return True
 
 
 def wait_until_idle(roots: Iterable[Path], seconds: float, hurry: Callable[[], bool] = lambda: False) -> str:

@@ -1,8 +1,10 @@
 """What agents do together when the trainers of a life are gone: the newest step that they hold is drained.
 
 The agent of the lowest process that is left leads: it asks all for what they hold, chooses (`core.flush`), and
-asks those that hold the step for their parts. Every agent drains to where its own trainer said. A later life of
-the run, here or in the store, ends it, and so does everything that is done already.
+asks those that hold the step for their parts; then it deletes older steps by the rule of its trainer. Every
+agent drains to where its own trainer said. The step may be one of an earlier life: where the last one ended
+before it saved anything, that is the newest. A later life of the run, here or in the store, ends it, and so
+does everything that is done already.
 """
 
 from __future__ import annotations
@@ -12,23 +14,28 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 from emergency_ckpt.agent.client import PeerClient
+from emergency_ckpt.agent.counters import CountedFlush
 from emergency_ckpt.agent.endpoint import Endpoint
 from emergency_ckpt.agent.order_client import DrainReport, LifeReport, OrderClient
-from emergency_ckpt.agent.orders import Registration, Share
+from emergency_ckpt.agent.orders import Life, Registration, Share
 from emergency_ckpt.agent.trainers import State, Trainers
 from emergency_ckpt.core.flush import Copy, Flush, choose_flush
 from emergency_ckpt.core.layout import Layout
-from emergency_ckpt.core.lineage import StepId
+from emergency_ckpt.core.lineage import Activation, StepId
 from emergency_ckpt.errors import (
     CorruptDataError,
     PeerUnavailableError,
     PersistentStoreError,
     StaleGenerationError,
 )
+
+if TYPE_CHECKING:
+    from emergency_ckpt.persistent.store import PersistentStore
 
 # Attempts of flushes are numbered apart from those of trainers, and apart from each other's.
 _FIRST_ORDINAL = 1_000_000_000
@@ -57,6 +64,15 @@ class FlushTimes:
     patience: float = 180.0
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class FlushResult:
+    """What came of a flush, as it is counted, and in words; the steps that retention deleted afterwards."""
+
+    ending: CountedFlush
+    reason: str
+    deleted: tuple[StepId, ...] = ()
+
+
 class FlushSession:
     """One agent's part in the flush of one life, from the death of a trainer on. For a thread of its own."""
 
@@ -80,9 +96,11 @@ class FlushSession:
         self._times = times
         self._quiet_since = time.monotonic()
         self._lost: dict[Endpoint, str] = {}  # agents that cannot be reached
+        self._store_error = ""
+        self._earlier: dict[int, Life | None] = {}  # lives of the run by generation, as the store knows them
         self._pool = concurrent.futures.ThreadPoolExecutor(_ASKED_AT_ONCE, "emergency_ckpt flush")
 
-    def run(self) -> str:
+    def run(self) -> FlushResult:
         """Sees to it that the newest step is drained; says what came of it.
 
         Raises PersistentStoreError, PeerUnavailableError, CorruptDataError.
@@ -92,9 +110,10 @@ class FlushSession:
         finally:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _run(self) -> str:
+    def _run(self) -> FlushResult:
         # Only agents that drain pay for the libraries of the persistent tier.
         from emergency_ckpt.agent.draining import check_life, open_store
+        from emergency_ckpt.persistent.store import without_void
 
         times, destination = self._times, self._registration.destination
         store = open_store(destination)
@@ -103,28 +122,41 @@ class FlushSession:
         give_up = patience + 2 * destination.timeout_seconds
         while not self._stopped.is_set():
             if not self._trainers.is_gone(self._trainer):
-                return "nothing is done, a trainer has taken over"
+                return _stands_down("a trainer has taken over")
             now = time.monotonic()
             if now > give_up:
-                return "given up: others were not done in time"
+                return _stands_down("others were not done in time")
             if self._trainers.others_than(self._life):
                 if now > patience:
-                    return "nothing is done, a later trainer lives here"
+                    return _stands_down("a later trainer lives here")
             else:
                 lower = self._lower()
                 if lower == "done":
-                    return "done by the agent of a lower process"
+                    return _stands_down("it was done by the agent of a lower process")
                 if lower is None and not self._busy(now < patience):
                     try:
                         check_life(store, destination)
+                        steps, activations = store.steps(), store.activations()
                     except StaleGenerationError as error:
-                        return f"nothing is done: {error}"
-                    committed = [s.step_id for s in store.steps() if s.nonce == self._life.nonce]
-                    return self._lead(max(committed, default=None))
+                        return _stands_down(str(error))
+                    except PersistentStoreError as error:
+                        if now > patience:
+                            raise
+                        self._wait_for_store(error)
+                        continue
+                    newest = max((s.step_id for s in without_void(steps, activations)), default=None)
+                    result = self._lead(store, newest, activations)
+                    return dataclasses.replace(result, deleted=self._tidy(store))
                 if lower == "alive" and now > patience:
-                    return "nothing is done: the trainer of a lower process lives"
+                    return _stands_down("the trainer of a lower process lives")
             self._stopped.wait(times.poll)
-        return "nothing is done: the agent leaves"
+        return _stands_down("the agent leaves")
+
+    def _wait_for_store(self, error: PersistentStoreError) -> None:
+        if self._store_error != str(error):
+            self._store_error = str(error)
+            _log.warning("the flush waits for the persistent tier: %s", error)
+        self._stopped.wait(self._times.poll)
 
     # Who leads.
 
@@ -177,23 +209,25 @@ class FlushSession:
 
     # Leading.
 
-    def _lead(self, committed: StepId | None) -> str:
+    def _lead(
+        self, store: PersistentStore, committed: StepId | None, activations: Collection[Activation]
+    ) -> FlushResult:
         struck: set[tuple[int, StepId]] = set()
         layouts: dict[str, Layout] = {}
         for attempt in range(_TRIES):
-            copies, layouts = self._gather(layouts)
+            copies, layouts = self._gather(layouts, store)
             usable = [copy for copy in copies if (copy.process, copy.step) not in struck]
-            flush, reason = choose_flush(usable, layouts, committed)
+            flush, reason = choose_flush(usable, layouts, committed, activations)
             if flush is None:
-                return f"nothing is left to be drained: {reason}"
+                return FlushResult("nothing_left", f"nothing is left to be drained: {reason}")
             _log.info("flushing %s", reason)
             ordinal = _FIRST_ORDINAL + _ORDINALS_PER_PROCESS * self._registration.process + attempt
             ended = self._carry_out(flush, ordinal)
             report = ended[flush.committer]
             if report.ending == "done":
-                return f"{flush.step} was committed: {reason}"
+                return FlushResult("committed", f"{flush.step} was committed: {reason}")
             if report.ending == "superseded":
-                return f"nothing is done: {report.reason}"
+                return _stands_down(report.reason)
             bad = {(copy.process, flush.step) for copy, said in ended.items() if said.ending == "corrupt"}
             bad |= {(copy.process, flush.step) for copy, said in ended.items() if said.ending is None}
             if not bad or self._stopped.is_set():
@@ -202,8 +236,20 @@ class FlushSession:
             struck |= bad
         raise PersistentStoreError(f"{_TRIES} tries came to nothing")
 
-    def _gather(self, known: Mapping[str, Layout]) -> tuple[list[Copy], dict[str, Layout]]:
-        """What all agents hold of this life, and the layouts of that."""
+    def _tidy(self, store: PersistentStore) -> tuple[StepId, ...]:
+        """Retention, which no trainer is left to do. Steps that stay do no harm: a failure is logged."""
+        from emergency_ckpt.agent.retention import apply_retention
+
+        try:
+            return tuple(apply_retention(store, self._registration.destination))
+        except (PersistentStoreError, CorruptDataError, OSError) as error:
+            _log.warning("older steps stay for now: %s", error)
+            return ()
+
+    def _gather(
+        self, known: Mapping[str, Layout], store: PersistentStore
+    ) -> tuple[list[Copy], dict[str, Layout]]:
+        """What all agents hold of this life and earlier ones, and the layouts of that."""
         layouts = dict(known)
         process_of: dict[Endpoint, int] = {}
         for process, endpoint in enumerate(self._registration.agents):
@@ -213,6 +259,8 @@ class FlushSession:
         agents = self._agents()
         for endpoint, held in zip(agents, self._pool.map(self._inventory, agents), strict=True):
             for copy in held:
+                if not self._saved_by(copy.step, store):
+                    continue
                 copies.append(dataclasses.replace(copy, process=process_of[endpoint]))
                 if copy.layout not in layouts:
                     try:
@@ -221,6 +269,19 @@ class FlushSession:
                     except (PeerUnavailableError, CorruptDataError) as error:
                         _log.warning("the layout %s cannot be had: %s", copy.layout, error)
         return copies, layouts
+
+    def _saved_by(self, step: StepId, store: PersistentStore) -> Life | None:
+        """The life that saved a step; None where the store does not know it."""
+        number = step.generation
+        if number == self._life.generation:
+            return self._life
+        if number not in self._earlier:
+            found = store.generation(number)
+            life = None if found is None else Life(self._life.run, found.number, found.nonce)
+            self._earlier[number] = life
+            if life is None:
+                _log.warning("steps of generation %d are left alone: the store has no record of it", number)
+        return self._earlier[number]
 
     def _inventory(self, endpoint: Endpoint) -> list[Copy]:
         """The slots of one agent; its process is filled in later."""
@@ -236,7 +297,7 @@ class FlushSession:
         return [
             Copy(0, h.id.step, h.id.layout, h.id.position, h.digest, h.missing == 0, h.extras_of)
             for h in held
-            if (h.id.run, h.id.step.generation, h.nonce) == (life.run, life.generation, life.nonce)
+            if h.id.run == life.run and _is_of(h.id.step.generation, h.nonce, life)
         ]
 
     def _peer(self, endpoint: Endpoint) -> PeerClient:
@@ -246,6 +307,7 @@ class FlushSession:
         """Lets all who hold the step drain their parts; how each ended. Ending None: its agent is gone."""
 
         def begin(copy: Copy) -> str | DrainReport:
+            of = self._earlier.get(flush.step.generation)
             share = Share(
                 step=flush.step.step,
                 ordinal=ordinal,
@@ -253,6 +315,7 @@ class FlushSession:
                 position=copy.position,
                 holders=flush.holders,
                 commits=copy == flush.committer,
+                of=of,
             )
             try:
                 return self._of(copy).begin_of_life(self._life, share)
@@ -306,3 +369,12 @@ class FlushSession:
         endpoint = self._registration.agents[copy.process]
         assert endpoint is not None
         return self._orders(endpoint)
+
+
+def _is_of(generation: int, nonce: str, life: Life) -> bool:
+    """Whether a slot is of this life, or of an earlier one: those have the nonce of whoever restored them."""
+    return generation < life.generation or (generation, nonce) == (life.generation, life.nonce)
+
+
+def _stands_down(why: str) -> FlushResult:
+    return FlushResult("stood_down", f"nothing is done: {why}")

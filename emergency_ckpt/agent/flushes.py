@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 
+from emergency_ckpt.agent.counters import CountedFlush, Counters
 from emergency_ckpt.agent.endpoint import Endpoint
 from emergency_ckpt.agent.flush import FlushSession
 from emergency_ckpt.agent.orders import Registration
@@ -22,15 +24,25 @@ class Flushes:
     """The flushes of one agent. `begin` comes first, in the event loop; then trainers may die."""
 
     def __init__(self) -> None:
+        self._counters = Counters()
+        self._settled: Callable[[], None] = lambda: None
         self._stopped = threading.Event()
         self._guard = threading.Lock()
         self._threads: dict[str, threading.Thread] = {}
         self._trainers: Trainers | None = None
         self._own: tuple[Endpoint, str] | None = None
 
-    def begin(self, trainers: Trainers, own: Endpoint, dial: str) -> None:
-        """`own`: where this agent is reached; `dial`: its address for itself."""
+    def begin(
+        self,
+        trainers: Trainers,
+        own: Endpoint,
+        dial: str,
+        counters: Counters,
+        settled: Callable[[], None],
+    ) -> None:
+        """`own`: where this agent is reached; `dial`: its address for itself; `settled`: called after each."""
         self._trainers, self._own = trainers, (own, dial)
+        self._counters, self._settled = counters, settled
 
     @property
     def pending(self) -> int:
@@ -46,7 +58,9 @@ class Flushes:
         _log.warning("the trainer of process %d of %s died", registration.process, life)
         if not registration.flush:
             self._trainers.settle(trainer)
+            self._settled()
             return
+        self._counters.flushes_begun.inc()
         session = FlushSession(trainer, registration, self._trainers, *self._own, self._stopped)
         thread = threading.Thread(
             target=self._run, args=(session, trainer), name="emergency_ckpt flush", daemon=True
@@ -69,11 +83,20 @@ class Flushes:
 
     def _run(self, session: FlushSession, trainer: str) -> None:
         assert self._trainers is not None
+        ending: CountedFlush = "failed"
         try:
-            _log.info("flush after the end of its trainer: %s", session.run())
+            result = session.run()
+            ending = result.ending
+            _log.info("flush after the end of its trainer: %s", result.reason)
+            for step in result.deleted:
+                _log.info("deleted the persistent %s: newer ones are kept, or a restore left it behind", step)
+            self._counters.deleted_steps.inc(len(result.deleted))
         except EmergencyCheckpointError as error:
             _log.error("the newest step could not be drained after the end of its trainer: %s", error)
         except Exception:
             _log.exception("the newest step could not be drained after the end of its trainer")
         finally:
-            self._trainers.settle(trainer)
+            self._counters.count_flush(ending)
+            if not self._stopped.is_set():  # Otherwise it is left to an agent that begins after this one.
+                self._trainers.settle(trainer)
+                self._settled()

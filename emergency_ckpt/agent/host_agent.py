@@ -19,11 +19,13 @@ from emergency_ckpt.agent.endpoint import Endpoint
 from emergency_ckpt.agent.options import AgentOptions
 from emergency_ckpt.agent.order_client import OrderClient
 from emergency_ckpt.agent.orders import Destination, Registration, Share
+from emergency_ckpt.agent.presence import Presence
 from emergency_ckpt.agent.record import AgentRecord, agent_directory, read_record
 from emergency_ckpt.agent.starting import ensure_agent
 from emergency_ckpt.errors import (
     AgentStartError,
     CorruptDataError,
+    LocalDirectoryError,
     PeerUnavailableError,
     PersistentStoreError,
     StaleGenerationError,
@@ -47,6 +49,7 @@ class HostAgent:
         self._attachment: Attachment | None = None
         self._record: AgentRecord | None = None
         self._registration: Registration | None = None
+        self._presence: Presence | None = None
         self._closed = False
 
     def connect(self) -> Endpoint:
@@ -89,13 +92,20 @@ class HostAgent:
         with self._guard:
             self._closed = True
             attachment, self._attachment = self._attachment, None
-            if attachment is None:
-                return
-            if self._record is not None and self._registration is not None:
-                # An agent that is gone needs no goodbye.
-                with contextlib.suppress(PeerUnavailableError):
-                    OrderClient.of_this_host(self._record).say_goodbye(self._trainer)
-            attachment.close()
+            told = self._registration is None or self._say_goodbye()
+            if attachment is not None:
+                attachment.close()
+            if self._presence is not None:
+                self._presence.close(told=told)
+
+    def _say_goodbye(self) -> bool:
+        """To the agent that runs now, which may be another one; False where none heard it."""
+        with contextlib.suppress(PeerUnavailableError, CorruptDataError, LocalDirectoryError):
+            record = read_record(agent_directory(self._root))
+            if record is not None:
+                OrderClient.of_this_host(record).say_goodbye(self._trainer)
+                return True
+        return False
 
     def _connected(self) -> AgentRecord:
         if self._closed:
@@ -118,6 +128,10 @@ class HostAgent:
             raise AgentStartError(str(error)) from error
         if record is None or record.endpoint != endpoint:
             raise AgentStartError(f"the agent of {self._root} was replaced while it was looked for")
+        if self._presence is None or not self._presence.is_current():
+            if self._presence is not None:
+                self._presence.close()
+            self._presence = Presence(agent_directory(self._root), self._trainer)
         try:
             self._attachment = attach(endpoint, dial=record.dial, trainer=self._trainer)
         except PeerUnavailableError:

@@ -31,6 +31,9 @@ from emergency_ckpt.agent.trainers import Trainers, is_trainer_id
 from emergency_ckpt.errors import EmergencyCheckpointError
 
 _LONGEST_WAIT_SECONDS = 5.0
+# Of what other hosts ask: parsed, JSON takes many times its length.
+_MAX_LIFE_BYTES = 64 * 1024
+_MAX_SHARE_BYTES = 1024 * 1024
 _THREADS = 4
 _WAITING_THREADS = 64
 _T = TypeVar("_T")
@@ -39,7 +42,11 @@ _T = TypeVar("_T")
 class JobPages:
     """The pages, for one event loop."""
 
-    def __init__(self, trainers: Trainers, drains: Drains, request_seconds: float) -> None:
+    def __init__(
+        self, trainers: Trainers, drains: Drains, request_seconds: float, remember: Callable[[], None]
+    ) -> None:
+        """`remember`: called in a thread before a trainer hears that what it said was taken."""
+        self._remember = remember
         self._trainers = trainers
         self._drains = drains
         self._request_seconds = request_seconds
@@ -74,12 +81,15 @@ class JobPages:
             return refuse(400, "malformed", str(error))
         if not is_trainer_id(trainer) or not self._trainers.register(trainer, registration):
             return refuse(409, "not_attached", "only a trainer that is attached can say what it works on")
+        self._drains.forget_left(registration.life, registration.process)
+        await self._on_disk(self._remember)
         return web.json_response({"registered": True})
 
     async def _say_goodbye(self, request: web.Request) -> web.Response:
         if (refusal := _only_owner(request)) is not None:
             return refusal
         self._trainers.leave(request.match_info["trainer"])
+        await self._on_disk(self._remember)
         return web.json_response({"left": True})
 
     async def _drain(self, request: web.Request) -> web.Response:
@@ -93,7 +103,7 @@ class JobPages:
             destination, share = await self._parsed(request, _order)
         except ValueError as error:
             return refuse(400, "malformed", str(error))
-        return await self._begin(destination, share)
+        return await self._begin(destination, share, ordered=True)
 
     async def _look(self, request: web.Request) -> web.Response:
         try:
@@ -107,7 +117,7 @@ class JobPages:
 
     async def _give_up(self, request: web.Request) -> web.Response:
         try:
-            reason = await self._parsed(request, lambda raw: str(raw["reason"])[:2000])
+            reason = await self._parsed(request, lambda raw: str(raw["reason"])[:2000], _MAX_LIFE_BYTES)
         except (ValueError, KeyError) as error:
             return refuse(400, "malformed", str(error))
         if not self._drains.give_up(request.match_info["drain"], reason):
@@ -118,7 +128,7 @@ class JobPages:
 
     async def _look_at_life(self, request: web.Request) -> web.Response:
         try:
-            life = await self._parsed(request, life_from_json)
+            life = await self._parsed(request, life_from_json, _MAX_LIFE_BYTES)
         except ValueError as error:
             return refuse(400, "malformed", str(error))
         states = self._trainers.states(life)
@@ -132,7 +142,7 @@ class JobPages:
 
     async def _drain_of_life(self, request: web.Request) -> web.Response:
         try:
-            life, share = await self._parsed(request, _order_of_life)
+            life, share = await self._parsed(request, _order_of_life, _MAX_SHARE_BYTES)
         except ValueError as error:
             return refuse(400, "malformed", str(error))
         registration = self._trainers.find(life)
@@ -144,10 +154,11 @@ class JobPages:
 
     # Of both.
 
-    async def _begin(self, destination: Destination, share: Share) -> web.Response:
+    async def _begin(self, destination: Destination, share: Share, *, ordered: bool = False) -> web.Response:
+        begin = functools.partial(self._drains.begin, destination, share, ordered=ordered)
         try:
             with self._trainers.in_use():
-                drain = await self._on_disk(lambda: self._drains.begin(destination, share))
+                drain = await self._on_disk(begin)
         except SlotNotHereError as error:
             return refuse(404, "slot_not_here", str(error))
         except TooManyDrainsError as error:
@@ -156,14 +167,16 @@ class JobPages:
             return refuse(409, "cannot_drain", str(error))
         return web.json_response({"drain": drain}, status=202)
 
-    async def _parsed(self, request: web.Request, parse: Callable[[Any], _T]) -> _T:
+    async def _parsed(
+        self, request: web.Request, parse: Callable[[Any], _T], most_bytes: int = MAX_ORDER_BYTES
+    ) -> _T:
         """What a body says. Raises ValueError for one that is too long, too slow or not understood."""
         data = bytearray()
         try:
             async with asyncio.timeout(self._request_seconds):
                 async for chunk in request.content.iter_chunked(1 << 16):
                     data += chunk
-                    if len(data) > MAX_ORDER_BYTES:
+                    if len(data) > most_bytes:
                         raise ValueError("the request is too long")
         except TimeoutError as error:
             raise ValueError("the request did not arrive in time") from error

@@ -33,7 +33,7 @@ class Life:
     nonce: str
 
     def __post_init__(self) -> None:
-        SlotId(self.run, StepId(_number(self.generation), 0), "0" * 32, 0)
+        SlotId(_typed(self.run, str), StepId(_number(self.generation), 0), "0" * 32, 0)
         if self.generation < 1 or not _NONCE.fullmatch(_typed(self.nonce, str)):
             raise ValueError(f"no life of a run has number {self.generation} and nonce {self.nonce!r:.80}")
 
@@ -51,6 +51,8 @@ class Destination:
       prefix, digits: how steps are called (`persistent.store.StepNames`).
       concurrent_bytes, max_chunk_bytes, compression, target_data_file_bytes: as in `WriteOptions`.
       timeout_seconds: for each wait of a drain: for the store, and for the parts of others.
+      tidies: whether agents delete older steps when no trainer is left to do it; False where a policy of the
+        trainer decides. max_to_keep, keep_period: which ones stay (`core.retention.superseded_steps`).
     """
 
     life: Life
@@ -63,6 +65,9 @@ class Destination:
     compression: str
     target_data_file_bytes: int | None
     timeout_seconds: float
+    tidies: bool = False
+    max_to_keep: int | None = None
+    keep_period: int | None = None
 
     def __post_init__(self) -> None:
         root = _typed(self.root, str)
@@ -70,12 +75,16 @@ class Destination:
             raise ValueError(f"the persistent directory is no absolute path without detours: {root!r:.200}")
         if not _NAME.fullmatch(_typed(self.item, str)):
             raise ValueError(f"no name of an item: {self.item!r:.80}")
-        if self.prefix is not None and (not _typed(self.prefix, str) or "/" in self.prefix):
+        if self.prefix is not None and (not _typed(self.prefix, str) or set(self.prefix) & set("/\0")):
             raise ValueError(f"no prefix of step directories: {self.prefix!r:.80}")
-        for number in (self.digits, self.target_data_file_bytes, self.concurrent_bytes, self.max_chunk_bytes):
+        for number in (self.digits, self.target_data_file_bytes, self.max_to_keep, self.keep_period):
             if number is not None:
                 _number(number)
-        if not 0 < float(self.timeout_seconds) < 1e9:
+        _number(self.concurrent_bytes)
+        _number(self.max_chunk_bytes)
+        _typed(self.compression, str)
+        _typed(self.tidies, bool)
+        if type(self.timeout_seconds) not in (int, float) or not 0 < self.timeout_seconds < 1e9:
             raise ValueError(f"no time limit: {self.timeout_seconds!r:.40}")
 
 
@@ -88,6 +97,7 @@ class Share:
       layout, position: the slot, of `step`; `position` is the number of the part as well.
       holders: the positions that write a part, ascending: the whole step, each shard once.
       commits: whether this one commits.
+      of: the life that saved the step, where that is an earlier one than the one that drains it.
     """
 
     step: int
@@ -96,6 +106,7 @@ class Share:
     position: int
     holders: tuple[int, ...]
     commits: bool
+    of: Life | None = None
 
     def __post_init__(self) -> None:
         SlotId("r", StepId(0, _number(self.step)), _typed(self.layout, str), _number(self.position))
@@ -152,7 +163,8 @@ def share_to_json(share: Share) -> dict[str, Any]:
 
 def share_from_json(raw: Any) -> Share:
     fields = _fields(Share, raw)
-    return Share(**{**fields, "holders": tuple(_typed(fields["holders"], list))})
+    of = None if fields["of"] is None else life_from_json(fields["of"])
+    return Share(**{**fields, "holders": tuple(_typed(fields["holders"], list)), "of": of})
 
 
 def registration_to_json(registration: Registration) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import functools
 import logging
 import os
 import re
@@ -23,9 +25,12 @@ from pathlib import Path
 from emergency_ckpt.agent.addresses import choose_addresses
 from emergency_ckpt.agent.endpoint import FORMAT_VERSION, Endpoint
 from emergency_ckpt.agent.flushes import Flushes
+from emergency_ckpt.agent.memory import Memory, Remembered
 from emergency_ckpt.agent.options import TOKEN_VARIABLE, AgentOptions
+from emergency_ckpt.agent.presence import condition_of, sweep, trainer_lives
 from emergency_ckpt.agent.record import AgentLock, AgentRecord, agent_directory, read_record
 from emergency_ckpt.agent.server import ServerLimits, ShardServer
+from emergency_ckpt.agent.trainers import Registered
 from emergency_ckpt.errors import AgentStartError, ConfigError, EmergencyCheckpointError
 from emergency_ckpt.local.claim import check_root
 
@@ -44,7 +49,7 @@ def run_agent(
     options: AgentOptions,
     ready: Callable[[], None] = lambda: None,
 ) -> None:
-    """Serves `root` until it is asked to leave (SIGTERM, SIGINT, `POST /v1/leave`) or nobody needs it.
+    """Serves `root` until it is asked to leave (SIGTERM, SIGINT, SIGHUP, `POST /v1/leave`) or nobody needs it.
 
     A signal lets drains that are running end, for a while; a second one, and being asked, does not.
 
@@ -76,7 +81,7 @@ class _Life:
         self._signalled: str | None = None
         self._hurry = asyncio.Event()
 
-    async def live(self, token: str, context: ssl.SSLContext | None, ready: Callable[[], None]) -> None:
+    async def live(self, given: str | None, context: ssl.SSLContext | None, ready: Callable[[], None]) -> None:
         options = self._options
         addresses = choose_addresses(options.bind, options.advertise, options.reach)
         limits = ServerLimits(
@@ -85,26 +90,35 @@ class _Life:
             stall_seconds=options.stall_seconds,
         )
         owner = secrets.token_urlsafe(32)
+        memory = Memory(self._directory)
+        before = memory.recall()
+        token = given or (before.token if before else secrets.token_urlsafe(32))
         flushes = Flushes()
-        server = ShardServer(self._root, token, owner, limits, flushes.trainer_died)
+        condition = functools.partial(condition_of, self._directory)
+        server = ShardServer(self._root, token, owner, limits, flushes.trainer_died, condition)
         server.flushes = lambda: flushes.pending
         server.is_current = self._lock.is_current
         self._catch_signals(server)
-        try:
-            port = await server.start(addresses.bind, options.port, context)
-        except OSError as error:
-            await server.stop()
-            raise AgentStartError(
-                f"the agent cannot listen on {addresses.bind} port {options.port}: {error.strerror or error}. "
-                "Choose another port (0 takes a free one) or an address of this host."
-            ) from error
+        port = await self._listen(server, addresses.bind, before.port if before else 0, context)
         ca_file = str(options.tls_ca.absolute()) if options.tls_ca else None
         endpoint = Endpoint(addresses.advertise, port, token, context is not None, ca_file)
         package = metadata.version("emergency_ckpt")
         record = AgentRecord(endpoint, addresses.dial, os.getpid(), package, owner)
-        flushes.begin(server.trainers, endpoint, addresses.dial)
+
+        def remember() -> None:
+            if not self._lock.is_current():
+                return  # What lies there now is another agent's.
+            memory.keep(port, token, server.trainers.registered(), server.drains.orders)
+            sweep(self._directory)
+
+        server.remember = remember
+        flushes.begin(server.trainers, endpoint, addresses.dial, server.counters, remember)
         try:
             record.write(self._directory)
+            if before is not None:
+                self._recall(server, before, endpoint)
+            server.trainers.look()
+            remember()
             _log.info(
                 "agent %s (format %d, pid %d) serves %s on %s port %d and advertises %s: %s",
                 record.package,
@@ -129,6 +143,49 @@ class _Life:
             await server.stop()
             flushes.join()
 
+    async def _listen(
+        self, server: ShardServer, bind: str, earlier: int, context: ssl.SSLContext | None
+    ) -> int:
+        """Listens where it was told to, else where others knew the agent before, else on a free port."""
+        given = self._options.port
+        try:
+            port = await server.start(bind, [given] if given else [earlier, 0] if earlier else [0], context)
+        except OSError as error:
+            await server.stop()
+            raise AgentStartError(
+                f"the agent cannot listen on {bind} port {given}: {error.strerror or error}. "
+                "Choose another port (0 takes a free one) or an address of this host."
+            ) from error
+        if earlier and port != earlier:
+            _log.warning(
+                "the agent before was reached on port %d, this one is on port %d: agents of other hosts do not "
+                "find it until their trainers start anew",
+                earlier,
+                port,
+            )
+        return port
+
+    def _recall(self, server: ShardServer, before: Remembered, endpoint: Endpoint) -> None:
+        """Takes over what the agent before this one was told, as far as its run is still here."""
+        runs = server.slot_runs()
+        known: dict[str, Registered] = {}
+        for trainer, each in before.trainers.items():
+            registration = each.registration
+            if registration.life.run not in runs and not trainer_lives(self._directory, trainer):
+                _log.info("%s is forgotten: the slots here hold nothing of it", registration.life)
+                continue
+            agents = list(registration.agents)
+            agents[registration.process] = endpoint
+            known[trainer] = Registered(dataclasses.replace(registration, agents=tuple(agents)), each.state)
+        server.trainers.recall(known)
+        orders = [order for order in before.orders if order.destination.life.run in runs]
+        server.drains.recall(orders)
+        if known or orders:
+            told = ", ".join(sorted({str(each.registration.life) for each in known.values()}))
+            _log.info(
+                "the agent before left %d trainers (%s) and %d drains", len(known), told or "none", len(orders)
+            )
+
     async def _finish_drains(self, server: ShardServer) -> None:
         """Lets drains end that are running, for a while or until the second signal."""
         server.drains.refuse("the agent leaves")
@@ -147,6 +204,7 @@ class _Life:
         idle = self._options.idle_seconds
         period = _WATCH_SECONDS if idle is None else max(0.05, min(_WATCH_SECONDS, idle / 4))
         while True:
+            await server.look_around()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(period):
                     await server.left.wait()
@@ -157,7 +215,7 @@ class _Life:
             if not self._lock.is_current():
                 return f"{self._directory} was emptied or replaced, and what is there now is not this agent's"
             self._keep_record(record)
-            busy = server.drains.running > 0 or flushes.pending > 0
+            busy = server.drains.running > 0 or flushes.pending > 0 or server.trainers.apart > 0
             quiet = server.trainers.idle_seconds()
             if idle is not None and not busy and server.trainers.over and quiet >= min(idle, _LINGER_SECONDS):
                 return "its trainer said goodbye, and there are no other hosts"
@@ -184,11 +242,12 @@ class _Life:
             server.left.set()
 
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.add_signal_handler(number, leave, number.name)
 
 
-def _token(options: AgentOptions) -> str:
+def _token(options: AgentOptions) -> str | None:
+    """The token that was given; None where none was."""
     if options.token_file is not None:
         try:
             token, origin = options.token_file.read_text().strip(), f"the file {options.token_file}"
@@ -197,7 +256,7 @@ def _token(options: AgentOptions) -> str:
     elif (given := os.environ.get(TOKEN_VARIABLE)) is not None:
         token, origin = given.strip(), f"the variable {TOKEN_VARIABLE}"
     else:
-        return secrets.token_urlsafe(32)
+        return None
     if not _TOKEN.fullmatch(token):
         raise ConfigError(
             f"{origin} has no usable token: 16 to 512 letters, digits or any of ._~+/=- are expected"

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from emergency_ckpt.agent.endpoint import FORMAT_VERSION, Endpoint
+from emergency_ckpt.agent.private_files import read_private, write_private
 from emergency_ckpt.errors import AgentStartError, CorruptDataError, LocalDirectoryError
 from emergency_ckpt.local.claim import SUBDIRECTORY
-from emergency_ckpt.local.small_files import read_file
 
 RECORD = "agent.json"
 LOCK = "agent.lock"
@@ -55,21 +55,7 @@ class AgentRecord:
 
     def write(self, directory: Path) -> None:
         """Puts the record in place by rename, readable by its owner only. Raises LocalDirectoryError."""
-        path = directory / RECORD
-        temporary = path.with_suffix(f".{self.pid}.tmp")
-        try:
-            temporary.unlink(missing_ok=True)
-            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            with os.fdopen(fd, "wb") as file:
-                file.write(json.dumps(self._to_json()).encode())
-            os.replace(temporary, path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise LocalDirectoryError(
-                f"the agent cannot write {path}: {error.strerror}. Check the owner of the local checkpoint "
-                "directory, its room, and that it is not mounted read-only."
-            ) from error
+        write_private(directory / RECORD, json.dumps(self._to_json()).encode())
 
     def remove(self, directory: Path) -> None:
         """Removes the record, if it is this one."""
@@ -95,15 +81,9 @@ def read_record(directory: Path) -> AgentRecord | None:
     else's.
     """
     path = directory / RECORD
-    data = read_file(path, "record of an agent", _MAX_RECORD_BYTES)
+    data = read_private(path, "record of an agent", _MAX_RECORD_BYTES)
     if data is None:
         return None
-    with contextlib.suppress(FileNotFoundError):
-        if (owner := path.stat().st_uid) not in (0, os.geteuid()):
-            raise LocalDirectoryError(
-                f"{path} belongs to user {owner}, not to this one ({os.geteuid()}): run the agent and the job "
-                "as one user, or remove what is not yours from the ramdisk"
-            )
     try:
         raw: Any = json.loads(data)
         numbers = [raw["format"], raw["pid"]]
@@ -148,7 +128,15 @@ class AgentLock:
     def _open(self) -> int:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            owner = self._path.parent.stat().st_uid
+            if owner not in (0, os.geteuid()):
+                raise LocalDirectoryError(
+                    f"{self._path.parent} belongs to user {owner}, not to this one ({os.geteuid()}), and "
+                    "may put anything into it: remove it, or run the agent and the job as the user whose it is"
+                )
             return os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except LocalDirectoryError:
+            raise
         except OSError as error:
             raise LocalDirectoryError(
                 f"the agent cannot open {self._path}: {error.strerror}. Check the owner of the local "

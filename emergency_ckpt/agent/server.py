@@ -11,10 +11,12 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import io
+import logging
 import os
 import ssl
+import stat
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,11 +27,13 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from emergency_ckpt.agent.block_ranges import MAX_ANSWER_BYTES, MAX_REQUEST_BYTES, BlockRange, decode_ranges
 from emergency_ckpt.agent.counters import Counters
-from emergency_ckpt.agent.door import Door, guard, refuse
+from emergency_ckpt.agent.door import BY_OWNER, REFUSAL, Door, MalformedRequests, guard, refuse
 from emergency_ckpt.agent.drains import Drains
 from emergency_ckpt.agent.endpoint import FORMAT_VERSION
 from emergency_ckpt.agent.job_pages import JobPages
+from emergency_ckpt.agent.memory import Order
 from emergency_ckpt.agent.orders import Registration
+from emergency_ckpt.agent.presence import Condition
 from emergency_ckpt.agent.sending import Body, Sender
 from emergency_ckpt.agent.slot_id import SlotId, is_layout_hash
 from emergency_ckpt.agent.slots_on_disk import SlotOnDisk, SlotsOnDisk
@@ -69,7 +73,8 @@ class ShardServer:
     """Serves the slots below one ramdisk directory. All methods are of one event loop.
 
     `left` is set when somebody asked this agent to leave; `flushes` counts what is left of dead trainers,
-    `is_current` says whether its directory is still there.
+    `is_current` says whether its directory is still there, `remember` puts down what is left to do (in any
+    thread).
     """
 
     def __init__(
@@ -79,18 +84,21 @@ class ShardServer:
         owner: str,
         limits: ServerLimits,
         on_death: Callable[[str, Registration], None] = lambda _, __: None,
+        condition: Callable[[str], Condition] = lambda _: "gone",
     ) -> None:
-        """`owner`: the key of this host. `on_death`: see `Trainers`."""
-        self.trainers = Trainers(on_death)
+        """`owner`: the key of this host. `on_death`, `condition`: see `Trainers`."""
+        self.counters = Counters()
+        self.trainers = Trainers(on_death, condition)
         self.left = asyncio.Event()
         self._root = root
         self._limits = limits
         self._slots = SlotsOnDisk(root)
-        self.drains = Drains(self._slots)
+        self.drains = Drains(self._slots, self.counters)
+        self.drains.orders_changed = lambda: self.remember()
+        self.remember: Callable[[], None] = lambda: None
         self.flushes: Callable[[], int] = lambda: 0
         self.is_current: Callable[[], bool] = lambda: True
-        self._pages = JobPages(self.trainers, self.drains, limits.request_seconds)
-        self._counters = Counters()
+        self._pages = JobPages(self.trainers, self.drains, limits.request_seconds, lambda: self.remember())
         self._started = time.time()
         self._sender = Sender(limits.answers, limits.stall_seconds)
         self._places = asyncio.Semaphore(limits.answers)
@@ -113,8 +121,11 @@ class ShardServer:
                 *self._pages.routes(),
             ]
         )
+        log = logging.getLogger("emergency_ckpt.agent.http")
+        log.addFilter(MalformedRequests(self.counters.refusals.labels("no_http").inc))
         self._runner = web.AppRunner(
             self._app,
+            logger=log,
             access_log=None,
             handle_signals=False,
             handler_cancellation=True,
@@ -124,16 +135,37 @@ class ShardServer:
         )
         self._door: Door | None = None
 
-    async def start(self, host: str, port: int, context: ssl.SSLContext | None) -> int:
-        """Listens and serves from now on; returns the port. Raises OSError where it cannot listen."""
+    async def start(self, host: str, ports: Sequence[int], context: ssl.SSLContext | None) -> int:
+        """Listens on the first of these ports that can be had (0: any free one) and serves from now on.
+
+        Returns the port. Raises OSError where it cannot listen on any.
+        """
         await self._runner.setup()
         assert self._runner.server is not None
         self._door = Door(self._runner.server, self._limits.connections, self._limits.request_seconds)
-        self._counters.watch("trainers", "trainers that are attached", lambda: self.trainers.count)
-        self._counters.watch("drains", "drains that are running", lambda: self.drains.running)
-        self._counters.watch("connections", "open connections", lambda: self._connections.connections)
-        self._counters.watch("refused", "connections refused so far", lambda: self._connections.refused)
-        return await self._door.open(host, port, context)
+        self.counters.watch("trainers", "trainers that live", lambda: self.trainers.count)
+        self.counters.watch("running_drains", "drains that have not ended", lambda: self.drains.running)
+        self.counters.watch("running_flushes", "flushes that have not ended", lambda: self.flushes())
+        self.counters.watch("connections", "open connections", lambda: self._connections.connections)
+        self._door.refused = self.counters.refused_connections.inc
+        for port in ports[:-1]:
+            with contextlib.suppress(OSError):
+                return await self._door.open(host, port, context)
+        return await self._door.open(host, ports[-1], context)
+
+    async def look_around(self) -> None:
+        """Deals with trainers that died unattached, and with what an agent before this one was asked for."""
+        self.trainers.look()
+
+        def is_left_alone(order: Order) -> bool:
+            """A trainer that lives does it itself, or asks again."""
+            return self.trainers.states(order.destination.life).get(order.share.position) != "alive"
+
+        await self._on_disk(lambda: self.drains.resume(is_left_alone))
+
+    def slot_runs(self) -> set[str]:
+        """The runs whose slots lie here. Reads the disk."""
+        return {slot.id.run for slot in self._slots.all()}
 
     async def stop(self) -> None:
         """Accepts nothing more, lets what is being sent end for a while, then cuts it."""
@@ -158,7 +190,7 @@ class ShardServer:
         return web.json_response({"status": "ok"})
 
     async def _metrics(self, request: web.Request) -> web.Response:
-        return web.Response(body=self._counters.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        return web.Response(body=self.counters.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def _status(self, request: web.Request) -> web.Response:
         # Whoever asks is about to use this agent.
@@ -176,7 +208,7 @@ class ShardServer:
                 "drains": self.drains.running,
                 "flushes": self.flushes(),
                 "connections": self._connections.connections,
-                "bytes_served": self._counters.bytes_served_total,
+                "bytes_served": self.counters.bytes_served_total,
                 "leaving": self.left.is_set() or not self.is_current(),
             }
         )
@@ -198,6 +230,8 @@ class ShardServer:
         return response
 
     async def _leave(self, request: web.Request) -> web.Response:
+        if not request.get(BY_OWNER):
+            return refuse(403, "not_of_this_host", "only who has the key of this host may end its agent")
         self.left.set()
         return web.json_response({"leaving": True}, status=202)
 
@@ -279,7 +313,8 @@ class ShardServer:
             # The client went away: the thread that sends notices by itself, and has the place until then.
             await asyncio.wait([sending])
             raise
-        self._counters.count_answer(ending, body.nbytes, time.monotonic() - began)
+        seconds = time.monotonic() - began
+        self.counters.count_answer(ending, len(body.pieces), body.nbytes, seconds)
         return response
 
     def _body(self, wanted: SlotId, asked: bytes) -> Body | None:
@@ -294,7 +329,11 @@ class ShardServer:
             return None
         pieces = _pieces(ranges, entries)
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-        return Body(io.FileIO(os.open(slot.data, flags)), pieces, slot.is_current)
+        descriptor = os.open(slot.data, flags)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            return None
+        return Body(io.FileIO(descriptor), pieces, slot.is_current)
 
     # How requests are handled.
 
@@ -310,7 +349,9 @@ class ShardServer:
             response = refuse(400, "client_gone", "the client closed the connection")
         resource = request.match_info.route.resource
         page = resource.canonical if resource is not None else "other"
-        self._counters.requests.labels(page, str(response.status)).inc()
+        self.counters.requests.labels(page, str(response.status)).inc()
+        if (code := response.get(REFUSAL)) is not None:
+            self.counters.refusals.labels(code).inc()
         return response
 
     @contextlib.asynccontextmanager

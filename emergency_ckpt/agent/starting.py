@@ -5,6 +5,7 @@ However many processes ask at once, one agent is there afterwards, and all get i
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import select
 import subprocess
@@ -69,9 +70,10 @@ def _running(directory: Path) -> tuple[Endpoint | None, str]:
         return None, "an agent holds the lock, but has not written where it listens"
     last: PeerUnavailableError | None = None
     # In another network namespace it is reached as from other hosts.
+    of_host = dataclasses.replace(record.endpoint, token=record.owner or record.endpoint.token)
     for dial in dict.fromkeys((record.dial, record.endpoint.host)):
         try:
-            with PeerClient(record.endpoint, _ASK_LIMIT, dial) as client:
+            with PeerClient(of_host, _ASK_LIMIT, dial) as client:
                 return _asked(client, record)
         except PeerUnavailableError as error:
             last = error

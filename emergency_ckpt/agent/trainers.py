@@ -1,35 +1,34 @@
 """The trainers of an agent, told by the requests that they hold open, and what they said of themselves.
 
-Held requests work across containers, where pids mean nothing: a trainer that dies lets go of its request. One
-that says goodbye before has left; one that does not has died, and what it was working on is not over.
+Held requests work across containers, where pids mean nothing: a trainer that dies lets go of its request. Of
+one that is not connected, because the agent began after it, a lock tells (`presence`). One that says goodbye
+before has left; one that does not has died, and what it was working on is not over.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
 
 from emergency_ckpt.agent.orders import Life, Registration
+from emergency_ckpt.agent.presence import Condition, is_trainer_id
+
+__all__ = ["Registered", "State", "Trainers", "is_trainer_id"]
 
 State = Literal["alive", "gone", "left", "done"]
 """Of the trainer of a process: it lives; it died; it said goodbye; it died and what was left to do is done."""
 
-_TRAINER = re.compile(r"[0-9a-f]{32}")
 _MOST_REGISTRATIONS = 1024
 
 
-def is_trainer_id(text: str) -> bool:
-    """Whether this can be the id that a trainer gave itself."""
-    return _TRAINER.fullmatch(text) is not None
-
-
 @dataclasses.dataclass
-class _Registered:
+class Registered:
+    """What a trainer works on, and how it is."""
+
     registration: Registration
     state: State
 
@@ -39,22 +38,56 @@ class Trainers:
 
     Args:
       on_death: called, in the event loop, with the registration of a trainer that died.
+      condition: how a trainer is who is not attached.
 
     Registrations may be asked for from any thread; everything else is of one event loop.
     """
 
-    def __init__(self, on_death: Callable[[str, Registration], None] = lambda _, __: None) -> None:
+    def __init__(
+        self,
+        on_death: Callable[[str, Registration], None] = lambda _, __: None,
+        condition: Callable[[str], Condition] = lambda _: "gone",
+    ) -> None:
         self._on_death = on_death
+        self._condition = condition
         self._attached: dict[str, int] = {}
         self._anonymous = 0
         self._in_use = 0
         self._idle_since = time.monotonic()
         self._guard = threading.Lock()
-        self._registered: dict[str, _Registered] = {}
+        self._registered: dict[str, Registered] = {}
 
     @property
     def count(self) -> int:
-        return self._anonymous + sum(self._attached.values())
+        return self._anonymous + sum(self._attached.values()) + len(self._apart())
+
+    @property
+    def apart(self) -> int:
+        """How many live, as far as is known, and are not attached."""
+        return len(self._apart())
+
+    def _apart(self) -> list[str]:
+        with self._guard:
+            return [
+                id_ for id_, r in self._registered.items() if r.state == "alive" and id_ not in self._attached
+            ]
+
+    def look(self) -> None:
+        """Looks after those that are not attached: whoever of them has died is dealt with."""
+        for trainer in self._apart():
+            self._judge(trainer)
+
+    def recall(self, remembered: Mapping[str, Registered]) -> None:
+        """What an agent before this one knew. Those that were gone count as just having died."""
+        with self._guard:
+            for trainer, known in remembered.items():
+                state: State = "alive" if known.state == "gone" else known.state
+                self._registered.setdefault(trainer, Registered(known.registration, state))
+
+    def registered(self) -> dict[str, Registered]:
+        """What is known of all trainers, by id."""
+        with self._guard:
+            return {id_: dataclasses.replace(known) for id_, known in self._registered.items()}
 
     @contextlib.contextmanager
     def attached(self, trainer: str | None = None) -> Iterator[None]:
@@ -94,7 +127,7 @@ class Trainers:
                 replaced = (told.life.run, told.process) == (run, process) and known.state != "alive"
                 if replaced or (len(self._registered) >= _MOST_REGISTRATIONS and known.state != "alive"):
                     del self._registered[other]
-            self._registered[trainer] = _Registered(registration, "alive")
+            self._registered[trainer] = Registered(registration, "alive")
         return True
 
     def leave(self, trainer: str) -> None:
@@ -156,12 +189,18 @@ class Trainers:
         if self._attached[trainer]:
             return
         del self._attached[trainer]
+        self._judge(trainer)
+
+    def _judge(self, trainer: str) -> None:
+        """Deals with one that is not attached. Of one that lives only the connection was lost, for now."""
+        condition = self._condition(trainer)
         with self._guard:
             known = self._registered.get(trainer)
-            if known is None or known.state != "alive":
+            if known is None or known.state != "alive" or condition == "alive":
                 return
-            known.state = "gone"
-        self._on_death(trainer, known.registration)
+            known.state = condition
+        if condition == "gone":
+            self._on_death(trainer, known.registration)
 
     def _note(self, trainer: str, state: State) -> None:
         with self._guard:

@@ -7,6 +7,7 @@ command's.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from emergency_ckpt.errors import ConfigError
+from emergency_ckpt.errors import ConfigError, EmergencyCheckpointError
 
 DIRECTORY_VARIABLES = ("M_LOCAL_CHECKPOINT_DIRECTORY", "EMERGENCY_CKPT_LAUNCH_RAMDISK")
 _FORWARDED = (
@@ -34,10 +35,11 @@ Runs COMMAND as the first process of a container. When it ends, by itself or kil
 started on this host may still be draining a step into the persistent tier, and would end with the container: so
 this command ends only when the agent has nothing left to do, or when the grace period is over, counted from the
 first of the end of COMMAND and a signal to end it. A signal that comes while it holds on, after an earlier one,
-ends it at once.
+ends it at once. An agent that was killed together with COMMAND is started anew where it left work.
 
 The exit code is that of COMMAND, 128 + n when signal n killed it, 127 when it is not there, 126 when it cannot
-be run. SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGUSR1 and SIGUSR2 are passed on to it."""
+be run. SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGUSR1 and SIGUSR2 are passed on to it, unless they are ignored.
+Orphans are reaped."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,14 +90,16 @@ class _Container:
         self._command = command
         self._directories = directories
         self._grace_seconds = grace_seconds
-        self._process: subprocess.Popen[bytes] | None = None
+        self._handle: int | None = None  # of the command, as long as it runs; no other process can have it
         self._early: list[int] = []
         self._told_to_end: float | None = None
         self._ended: float | None = None
         self._hurry = False
 
     def run(self) -> int:
-        before = {number: signal.signal(number, self._on_signal) for number in _FORWARDED}
+        # What is ignored (by nohup, say) stays so, here and in the command.
+        heard = [number for number in _FORWARDED if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, self._on_signal) for number in heard}
         try:
             return self._run()
         finally:
@@ -104,22 +108,40 @@ class _Container:
 
     def _run(self) -> int:
         try:
-            self._process = subprocess.Popen(self._command)
+            process = subprocess.Popen(self._command)
         except OSError as error:
-            _say(f"cannot run {self._command[0]}: {error.strerror}")
+            where = f" ({error.filename})" if error.filename not in (None, self._command[0]) else ""
+            _say(
+                f"cannot run {self._command[0]}: {error.strerror}{where}. Give program and arguments after "
+                "--, each as a word of its own; a line for a shell is: -- sh -c 'LINE'"
+            )
             return 127 if isinstance(error, FileNotFoundError) else 126
+        self._handle = os.pidfd_open(process.pid)
         for number in self._early:
-            self._process.send_signal(number)
-        code = self._process.wait()
+            self._send(number)
+        code = _reap_until(process.pid)
+        process.returncode = code  # It is waited for already.
         self._ended = time.monotonic()
+        os.close(self._handle)
         self._hold()
         return code if code >= 0 else 128 - code
 
+    def _send(self, number: int) -> None:
+        if self._handle is not None and self._ended is None:
+            with contextlib.suppress(OSError):  # It has just ended.
+                signal.pidfd_send_signal(self._handle, number)
+
     def _hold(self) -> None:
         # Nothing of it is needed as long as the command runs.
-        from emergency_ckpt.agent.ending import wait_until_idle
+        from emergency_ckpt.agent.ending import begin_again, wait_until_idle
 
         assert self._ended is not None
+        for directory in self._directories:
+            try:
+                if begin_again(directory):
+                    _say(f"the agent of {directory} ended with work left: another one is started")
+            except EmergencyCheckpointError as error:
+                _say(f"the agent of {directory} ended with work left: {error}")
         left = wait_until_idle(self._directories, 0)
         if left:
             _say(f"the command has ended; holding on: {left}")
@@ -129,6 +151,7 @@ class _Container:
     def _is_over(self) -> bool:
         """Asked between two looks: a signal may come at any time."""
         assert self._ended is not None
+        _reap()
         since = self._ended if self._told_to_end is None else min(self._ended, self._told_to_end)
         return self._hurry or time.monotonic() >= since + self._grace_seconds
 
@@ -136,10 +159,28 @@ class _Container:
         if number in _ENDING:
             self._hurry = self._ended is not None and self._told_to_end is not None
             self._told_to_end = self._told_to_end or time.monotonic()
-        if self._process is None:
+        if self._handle is None:
             self._early.append(number)
-        elif self._ended is None and not (number == signal.SIGINT and _from_terminal()):
-            self._process.send_signal(number)
+        elif not (number == signal.SIGINT and _from_terminal()):
+            self._send(number)
+
+
+def _reap_until(command: int) -> int:
+    """Waits for the end of the command; returns its exit status, negative for a signal.
+
+    As the first process of a container this one is given all orphans, and no other would ever reap them.
+    """
+    while True:
+        ended, status = os.wait()
+        if ended == command:
+            return os.waitstatus_to_exitcode(status)
+
+
+def _reap() -> None:
+    """Reaps all orphans that have ended."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
 
 
 def _from_terminal() -> bool:
@@ -151,4 +192,5 @@ def _from_terminal() -> bool:
 
 
 def _say(text: str) -> None:
-    print(f"[run] {text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # Whoever read it is gone; the exit code still counts.
+        print(f"[run] {text}", file=sys.stderr, flush=True)

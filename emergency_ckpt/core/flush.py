@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from emergency_ckpt.core.layout import Layout
-from emergency_ckpt.core.lineage import StepId
+from emergency_ckpt.core.lineage import Activation, StepId, is_void
 from emergency_ckpt.core.upload_assignment import assign_uploads
 
 
@@ -46,12 +46,20 @@ class Flush:
 
 
 def choose_flush(
-    copies: Iterable[Copy], layouts: Mapping[str, Layout], committed: StepId | None
+    copies: Iterable[Copy],
+    layouts: Mapping[str, Layout],
+    committed: StepId | None,
+    activations: Collection[Activation] = (),
 ) -> tuple[Flush | None, str]:
-    """The newest step after `committed` that these copies cover, and a reason, or why there is none."""
+    """The newest step after `committed` that these copies cover, and a reason, or why there is none.
+
+    Steps of several generations may be among them; those that one of the `activations` left behind do not
+    count.
+    """
     by_step: dict[tuple[StepId, str], list[Copy]] = collections.defaultdict(list)
     for copy in copies:
-        by_step[copy.step, copy.layout].append(copy)
+        if not is_void(copy.step, activations):
+            by_step[copy.step, copy.layout].append(copy)
     notes: list[str] = []
     for (step, layout_hash), held in sorted(by_step.items(), reverse=True, key=lambda item: item[0]):
         if committed is not None and step <= committed:

@@ -46,12 +46,20 @@ def read_file(path: Path, kind: str, most_bytes: int) -> bytes | None:
     or is no file.
     """
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise LocalDirectoryError(f"{path} should be a {kind} and is no file: remove it, then start again")
-        if status.st_size > most_bytes:
-            raise CorruptDataError(f"the {kind} {path} has {status.st_size} bytes, {most_bytes} at most")
-        return path.read_bytes()
+        # Looked at once it is open: what was looked at before could have been replaced by a link, or a FIFO.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise LocalDirectoryError(
+                    f"{path} should be a {kind} and is no file: remove it, then start again"
+                )
+            if status.st_size > most_bytes:
+                raise CorruptDataError(f"the {kind} {path} has {status.st_size} bytes, {most_bytes} at most")
+            with os.fdopen(os.dup(fd), "rb") as file:
+                return file.read(most_bytes)
+        finally:
+            os.close(fd)
     except FileNotFoundError:
         return None
     except OSError as error:

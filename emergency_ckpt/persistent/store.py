@@ -30,6 +30,7 @@ from emergency_ckpt.persistent.records import (
     record_number,
 )
 from emergency_ckpt.persistent.step_files import (
+    CLAIM_FILE,
     ITEM_NAMES,
     ORBAX_TREE_FILE,
     parse_side_file_name,
@@ -86,12 +87,17 @@ class PersistentStep:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Attempt:
-    """One try at writing one step; a further try of the same generation takes another `ordinal`."""
+    """One try at writing one step; a further try of the same generation takes another `ordinal`.
+
+    `by` is the later generation that writes the step, where that is not the one that saved it: a life that
+    ended before it had saved anything leaves the step that it was to go on from.
+    """
 
     generation: Generation
     step: int
     item: str
     ordinal: int = 0
+    by: Generation | None = None
 
     @property
     def step_id(self) -> StepId:
@@ -167,6 +173,13 @@ class PersistentStore:
         except CorruptDataError as error:
             logging.warning("%s is unreadable; its number is passed over: %s", self.files.locate(path), error)
             return Generation(record_number(names[-1]), UNKNOWN_NONCE)
+
+    def generation(self, number: int) -> Generation | None:
+        """The generation of this number; None where there is no record of it, or none that can be read."""
+        try:
+            return read_generation(self.files, f"{_GENERATIONS}/{number:08d}.json")
+        except (FileNotFoundError, CorruptDataError):
+            return None
 
     def parents(self) -> dict[int, StepId]:
         """By generation, the step that it was to be restored from; reads all records that can be read."""
@@ -333,16 +346,29 @@ class PersistentStore:
         held = self._step_in(name, attempt.step)
         return held is not None and self._is_of(held, attempt)
 
+    def is_claimed(self, attempt: Attempt) -> bool:
+        """Whether a committer is, or was, at work on an attempt: then all its parts were there."""
+        return any(entry.name == CLAIM_FILE for entry in self.attempt_files(attempt).entries())
+
     def check_generation(self, attempt: Attempt) -> None:
-        """Raises StaleGenerationError unless the attempt's generation is the newest of the run."""
+        """Raises StaleGenerationError unless the newest generation of the run makes this attempt.
+
+        A step of an earlier one is refused, too, once a restore has left it behind.
+        """
         newest = self.newest_generation()
-        mine = (attempt.generation.number, attempt.generation.nonce)
+        writer = attempt.by or attempt.generation
+        mine = (writer.number, writer.nonce)
         if newest is None or (newest.number, newest.nonce) != mine:
             found = f"{newest.number} ({newest.nonce})" if newest else "no generation"
             raise StaleGenerationError(
-                f"{attempt} is refused: it is of generation {attempt.generation.number}"
-                f" ({attempt.generation.nonce}), the newest in {self.files.locate()} is {found}."
+                f"{attempt} is refused: it is of generation {writer.number}"
+                f" ({writer.nonce}), the newest in {self.files.locate()} is {found}."
                 " Another job has taken over this directory; end this one."
+            )
+        if attempt.by is not None and is_void(attempt.step_id, self.activations()):
+            raise StaleGenerationError(
+                f"{attempt} is refused: a restore left {attempt.step_id} behind, the run goes on from an older"
+                " step"
             )
 
     def abandon(self, attempt: Attempt) -> None:

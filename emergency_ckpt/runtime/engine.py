@@ -467,6 +467,7 @@ class Engine:
             # All have taken part in the survey: nobody waits for a decision.
             self._workers.decisions.forget_generation()
         job.begin_generation(generation)
+        work_on(job)
         self.survey = survey
         self._base, self._requested, self._began, self._chosen = survey.newest, None, False, None
         self._doubtful = False

@@ -95,6 +95,9 @@ def start_job(settings: Settings, mesh: jax.sharding.Mesh, abstract_state: Any) 
         raise
     _tell_what_is_spread(job)
     _tell_what_survives(job)
+    if survey.newest is not None and survey.newest not in survey.persistent:
+        # If this life ends before it has saved anything, that step is the one to drain.
+        work_on(job)
     if job.leads:
         _remove_leftovers(job)
         _warn_of_foreign_steps(job, survey)
@@ -193,7 +196,15 @@ def destination(job: Job) -> Destination:
     """Where the steps of the current generation are drained to."""
     seconds = job.settings.drain_timeout.total_seconds()
     return destination_of(
-        job.persistent, job.run, job.generation, job.item, job.settings.write_options, seconds
+        job.persistent,
+        job.run,
+        job.generation,
+        job.item,
+        job.settings.write_options,
+        seconds,
+        tidies=job.settings.preservation is None,
+        max_to_keep=job.settings.persistent_max_to_keep,
+        keep_period=job.settings.persistent_keep_period,
     )
 
 

@@ -208,22 +208,24 @@ def raw(endpoint: Endpoint, head: str, body: bytes = b"", token: str | None = No
         return status, {}
 
 
-class CuttingProxy:
-    """Passes one connection at a time on to an agent, and cuts the answer after a number of bytes."""
+class AcceptingServer:
+    """Listens on a port of its own and deals with one connection at a time, until it is left."""
 
-    def __init__(self, endpoint: Endpoint, cut_after: int) -> None:
-        self._target = (endpoint.host, endpoint.port)
-        self._cut_after = cut_after
-        self._listening = self._listen()
-        self.endpoint = dataclasses.replace(endpoint, port=self._listening.getsockname()[1])
+    def __init__(self) -> None:
+        self._listening = self.listen()
         self._thread = threading.Thread(target=self._serve)
         self._thread.start()
 
-    def _listen(self) -> socket.socket:
+    @property
+    def port(self) -> int:
+        return self._listening.getsockname()[1]
+
+    def listen(self) -> socket.socket:
         return socket.create_server(("127.0.0.1", 0))
 
-    def _cut(self) -> None:
-        """Called when an answer has reached its limit, before the connection is cut."""
+    def deal_with(self, connection: socket.socket) -> None:
+        """What becomes of one connection, which may fail at any time and is closed afterwards."""
+        raise NotImplementedError
 
     def __enter__(self) -> Self:
         return self
@@ -239,25 +241,37 @@ class CuttingProxy:
                 connection, _ = self._listening.accept()
             except OSError:
                 return
-            with connection, socket.create_connection(self._target) as target:
+            with connection, contextlib.suppress(OSError):
                 connection.settimeout(30)
-                target.settimeout(30)
-                with contextlib.suppress(OSError):
-                    self._pass_on(connection, target)
+                self.deal_with(connection)
 
-    def _pass_on(self, connection: socket.socket, target: socket.socket) -> None:
-        asking = threading.Thread(target=self._ask, args=(connection, target))
-        asking.start()
-        try:
-            left = self._cut_after
-            while left and (data := target.recv(min(left, 65536))):
-                connection.sendall(data)
-                left -= len(data)
-            if not left:
-                self._cut()
-        finally:
-            connection.shutdown(socket.SHUT_RDWR)
-            asking.join(30)
+
+class CuttingProxy(AcceptingServer):
+    """Passes one connection at a time on to an agent, and cuts the answer after a number of bytes."""
+
+    def __init__(self, endpoint: Endpoint, cut_after: int) -> None:
+        self._target = (endpoint.host, endpoint.port)
+        self._cut_after = cut_after
+        super().__init__()
+        self.endpoint = dataclasses.replace(endpoint, port=self.port)
+
+    def deal_with(self, connection: socket.socket) -> None:
+        with socket.create_connection(self._target, 30) as target:
+            asking = threading.Thread(target=self._ask, args=(connection, target))
+            asking.start()
+            try:
+                left = self._cut_after
+                while left and (data := target.recv(min(left, 65536))):
+                    connection.sendall(data)
+                    left -= len(data)
+                if not left:
+                    self.cut()
+            finally:
+                connection.shutdown(socket.SHUT_RDWR)
+                asking.join(30)
+
+    def cut(self) -> None:
+        """Called when an answer has reached its limit, before the connection is cut."""
 
     def _ask(self, connection: socket.socket, target: socket.socket) -> None:
         with contextlib.suppress(OSError):
@@ -266,42 +280,26 @@ class CuttingProxy:
             target.shutdown(socket.SHUT_RDWR)
 
 
-class SayingServer:
+class SayingServer(AcceptingServer):
     """Answers every connection with the same bytes, whatever it asks."""
 
     def __init__(self, answer: bytes, token: str = "t" * 16) -> None:
         self._answer = answer
-        self._listening = socket.create_server(("127.0.0.1", 0))
-        self.endpoint = Endpoint("127.0.0.1", self._listening.getsockname()[1], token)
-        self._thread = threading.Thread(target=self._serve)
-        self._thread.start()
+        super().__init__()
+        self.endpoint = Endpoint("127.0.0.1", self.port, token)
 
-    def __enter__(self) -> SayingServer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._listening.shutdown(socket.SHUT_RDWR)
-        self._listening.close()
-        self._thread.join(30)
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                connection, _ = self._listening.accept()
-            except OSError:
-                return
-            with connection, contextlib.suppress(OSError):
-                connection.settimeout(30)
-                connection.recv(65536)
-                connection.sendall(self._answer)
-                connection.shutdown(socket.SHUT_WR)
-                connection.recv(65536)
+    def deal_with(self, connection: socket.socket) -> None:
+        connection.recv(65536)
+        connection.sendall(self._answer)
+        connection.shutdown(socket.SHUT_WR)
+        connection.recv(65536)
 
 
 def run_python(code: str, *words: str) -> subprocess.Popen[str]:
     """A fresh interpreter that sees this package; its standard output is a pipe."""
     return subprocess.Popen(
         [sys.executable, "-c", code, *words],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": os.getcwd()},

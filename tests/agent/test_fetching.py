@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from emergency_ckpt.agent import client as clients
 from emergency_ckpt.agent.block_ranges import BlockRange, encode_ranges
 from emergency_ckpt.agent.client import Blocks, PeerClient
+from emergency_ckpt.agent.ending import end_agent
 from emergency_ckpt.agent.endpoint import Endpoint
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.core.shards import BLOCK_BYTES
@@ -86,8 +87,7 @@ def test_the_connection_is_kept_and_is_opened_anew_when_the_agent_was_replaced(d
         for _ in range(5):
             client.manifest(slot)
         assert client.status()["connections"] == 1
-        with PeerClient(endpoint) as other:
-            other.leave()
+        end_agent(disk.root, 20)
         again = start(disk.root, token_file=token_file, port=endpoint.port)
         assert again == endpoint
         assert client.manifest(slot).step == STEP
@@ -125,7 +125,7 @@ def test_the_server_counts_what_it_did(disk: Ramdisk) -> None:
         families = text_string_to_metric_families(answer.read().decode())
     samples = {sample.name: sample.value for family in families for sample in family.samples}
     total = sum(place.nbytes for _, place in places)
-    assert samples["emergency_ckpt_agent_bytes_served_total"] == status["bytes_served"] == total
+    assert samples["emergency_ckpt_agent_served_bytes_total"] == status["bytes_served"] == total
     assert samples["emergency_ckpt_agent_trainers"] == 0
 
 

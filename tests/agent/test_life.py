@@ -170,8 +170,13 @@ def test_a_trainer_learns_that_its_agent_is_gone(disk: Ramdisk) -> None:
 def test_leaving_ends_attachments_in_order(disk: Ramdisk) -> None:
     endpoint = start(disk.root)
     pid = pid_of(disk.root)
+    record = read_record(agent_directory(disk.root))
+    assert record is not None
     with attach(endpoint) as held, PeerClient(endpoint) as client:
-        client.leave()
+        with pytest.raises(PeerUnavailableError, match="not_of_this_host"):
+            client.leave()
+        with PeerClient(dataclasses.replace(endpoint, token=record.owner)) as of_this_host:
+            of_this_host.leave()
         assert held.wait_lost(timedelta(seconds=30))
         assert held.lost is not None
         assert held.lost.code == "left"

@@ -6,9 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 
 from emergency_ckpt.agent.draining import destination_of
@@ -18,7 +20,16 @@ from emergency_ckpt.agent.record import agent_directory, read_record
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.persistent.arrays import WriteOptions
 from emergency_ckpt.persistent.store import PersistentStore
-from tests.agent.served import RUN, ending_agents, open_ramdisk, start
+from tests.agent.jobs import make_job
+from tests.agent.served import (
+    RUN,
+    ending_agents,
+    has_ended,
+    open_ramdisk,
+    pid_of,
+    start,
+    wait_until_gone,
+)
 
 PYTHON = [sys.executable, "-c"]
 
@@ -75,6 +86,65 @@ signal.pause()
         read(process, "stdout", "ready")
         process.send_signal(number)
         assert process.wait(60) == 40 + number
+
+
+def test_it_reaps_orphans_and_signals_nobody_else(ramdisk: Path) -> None:
+    """As the first process of a container: the grandchild is given to it, ends, and leaves no zombie."""
+    code = """
+import os, sys, time
+if os.fork() == 0:
+    if os.fork() == 0:
+        print(os.getpid(), flush=True)
+        sys.stdin.readline()
+    os._exit(0)
+os.wait()
+os.close(0)
+time.sleep(600)
+"""
+    subreaper = "import ctypes, sys; ctypes.CDLL(None).prctl(36, 1); from emergency_ckpt.cli.main import main; "
+    words = [*PYTHON, subreaper + "sys.exit(main(sys.argv[1:]))", "run", "--local-directory", str(ramdisk)]
+    with subprocess.Popen(
+        [*words, "--", *PYTHON, code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        orphan = psutil.Process(int(process.stdout.readline()))
+        process.stdin.write("end\n")
+        process.stdin.flush()
+        assert has_ended(orphan.pid, 30)
+        deadline = time.monotonic() + 30
+        while orphan.is_running():
+            assert time.monotonic() < deadline, "it is a zombie"
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(60) == 128 + signal.SIGUSR1
+
+
+def test_what_is_ignored_stays_ignored(ramdisk: Path) -> None:
+    code = "import signal; print(signal.getsignal(1) == signal.SIG_IGN, flush=True); signal.pause()"
+    words = [sys.executable, "-m", "emergency_ckpt.cli.main", "run", "--local-directory", str(ramdisk)]
+    with subprocess.Popen(
+        ["nohup", *words, "--", *PYTHON, code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "True\n"
+        process.send_signal(signal.SIGHUP)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 128 + signal.SIGTERM
+
+
+def test_an_agent_that_was_killed_with_the_command_is_started_again(ramdisk: Path, tmp_path: Path) -> None:
+    with ending_agents(ramdisk), open_ramdisk(ramdisk) as disk:
+        job = make_job(disk, tmp_path / "bucket")
+        job.save(7)
+        with job.trainer():
+            pid = pid_of(ramdisk)
+            os.kill(pid, signal.SIGKILL)
+            wait_until_gone(pid)
+        with begin(ramdisk, [*PYTHON, "raise SystemExit(3)"]) as process:
+            read(process, "stderr", "ended with work left: another one is started")
+            read(process, "stderr", "nothing is left to do")
+            assert process.wait(60) == 3
+        assert job.committed == [StepId(1, 7)]
 
 
 def test_without_a_directory_or_a_command_nothing_is_run(ramdisk: Path) -> None:

@@ -183,10 +183,10 @@ class _Source(CuttingProxy):
         self._stands_still = stands_still
         super().__init__(endpoint, _CUT_AFTER)
 
-    def _listen(self) -> socket.socket:
+    def listen(self) -> socket.socket:
         return socket.create_server((_ADVERTISED, self._target[1]))
 
-    def _cut(self) -> None:
+    def cut(self) -> None:
         self.reached.set()
         if self._stands_still:
             assert self._released.wait(60)

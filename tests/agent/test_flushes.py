@@ -1,0 +1,109 @@
+"""What an agent makes of the death of its trainer: the newest restorable step is persistent, older ones go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from emergency_ckpt.core.lineage import Activation, StepId
+from emergency_ckpt.persistent.store import PersistentStep
+from tests.agent.jobs import Job, make_job
+from tests.agent.served import Ramdisk
+
+
+@pytest.fixture
+def bucket(tmp_path: Path) -> Path:
+    return tmp_path / "bucket"
+
+
+def die(job: Job) -> None:
+    """A trainer registers and is killed."""
+    with job.trainer():
+        pass
+
+
+def test_a_step_of_an_earlier_life_is_drained_while_it_is_the_newest_one(disk: Ramdisk, bucket: Path) -> None:
+    """The trainer died before it had restored anything; the step was saved in the life before."""
+    first = make_job(disk, bucket)
+    first.save(7)
+    second = make_job(disk, bucket)
+    die(second)
+    second.wait_for(lambda: second.committed == [StepId(1, 7)])
+    (step,) = second.store.steps()
+    assert (step.nonce, step.written_by_us) == (first.nonce, True)
+
+
+def test_a_step_that_was_restored_and_after_which_nothing_was_saved_is_drained(
+    disk: Ramdisk, bucket: Path
+) -> None:
+    """Its slot has the nonce of the life that fetched it from other hosts."""
+    make_job(disk, bucket)
+    second = make_job(disk, bucket)
+    second.save(7, generation=1)
+    second.store.record_activation(Activation(2, 7))
+    die(second)
+    second.wait_for(lambda: second.committed == [StepId(1, 7)])
+
+
+def test_a_step_that_a_restore_left_behind_is_not_drained(disk: Ramdisk, bucket: Path) -> None:
+    first = make_job(disk, bucket)
+    first.save(5)
+    first.save(7)
+    second = make_job(disk, bucket)
+    second.store.record_activation(Activation(2, 5))
+    die(second)
+    second.wait_for(lambda: second.committed == [StepId(1, 5)])
+    second.wait_for(lambda: "was committed" in second.log)
+    assert "step 7" not in second.log
+
+
+def test_steps_that_were_saved_by_nobody_who_is_known_are_left_alone(disk: Ramdisk, bucket: Path) -> None:
+    make_job(disk, bucket)
+    job = make_job(disk, bucket)
+    job.save(7, generation=1)
+    (bucket / "emergency_ckpt/generations/00000001.json").unlink()
+    die(job)
+    job.wait_for(lambda: "nothing is left to be drained" in job.log)
+    assert "steps of generation 1 are left alone" in job.log
+
+
+def test_older_steps_go_by_the_rule_of_the_trainer(disk: Ramdisk, bucket: Path) -> None:
+    job = make_job(disk, bucket)
+    for step in (3, 4, 5):
+        _commit(job, step)
+    job.save(7)
+    die(job)
+    job.wait_for(lambda: job.committed == [StepId(1, 5), StepId(1, 7)])
+    job.wait_for(lambda: "deleted the persistent step 3" in job.log)
+
+
+def test_where_a_policy_decides_older_steps_stay_for_the_next_trainer(disk: Ramdisk, bucket: Path) -> None:
+    job = make_job(disk, bucket, tidies=False)
+    for step in (3, 4, 5):
+        _commit(job, step)
+    job.save(7)
+    die(job)
+    job.wait_for(lambda: "was committed: step 7" in job.log)
+    assert [step.step for step in job.committed] == [3, 4, 5, 7]
+
+
+def test_an_agent_whose_store_is_away_waits_for_it(disk: Ramdisk, bucket: Path) -> None:
+    job = make_job(disk, bucket)
+    job.save(7)
+    with job.trainer():
+        bucket.rename(bucket.with_name("aside"))
+    job.wait_for(lambda: "the flush waits for the persistent tier" in job.log)
+    bucket.with_name("aside").rename(bucket)
+    job.wait_for(lambda: job.committed == [StepId(1, 7)])
+    assert job.log.count("waits for the persistent tier") == 1
+
+
+def _commit(job: Job, step: int) -> PersistentStep:
+    """Commits a step by a drain, as a trainer that lives asks for it."""
+    job.save(step)
+    drain = job.owner.begin(job.destination, job.share(step))
+    while job.owner.look(drain).ending is None:
+        pass
+    (found,) = [held for held in job.store.steps() if held.step_id.step == step]
+    return found
