@@ -15,6 +15,7 @@ import numpy as np
 
 from emergency_ckpt.core.box_table import Numbers
 from emergency_ckpt.core.cover import Flags
+from emergency_ckpt.core.holders import ShardBlocks
 from emergency_ckpt.core.restore_plan import Take
 from emergency_ckpt.core.survivors import Survivors
 from emergency_ckpt.core.universe import Universe, among, distinct, joined
@@ -46,24 +47,23 @@ class Givers:
         self._survivors = survivors
         self._loads = np.zeros(universe.wanted.process_count, np.int64)
         self._slice = np.array(universe.wanted.process_slice, np.int64)
-        self._block = np.zeros(len(universe), np.int64)
-        self._parents: list[tuple[int, int]] = [(0, -1)]  # Of each block: the one that it was cut from, a kind.
+        self._blocks = ShardBlocks(len(universe))
         self._holders: dict[int, _Holders] = {}
         self._serving: list[tuple[tuple[int, int], ...]] = []
         for number, kind in enumerate(survivors.kinds):
             slots = tuple(slot for slot in kind.slots if served is None or slot[0] in served)
             self._serving.append(slots)
             if slots:
-                self._divide(number, kind.good)
+                self._blocks.divide(number, kind.good)
 
     @property
     def available(self) -> Flags:
         """Per shard of the universe, whether anybody gives it."""
-        return self._block > 0
+        return self._blocks.of > 0
 
     def reach(self, process: int, needed: Numbers) -> Flags:
         """Which of these shards a process has in a slot of its own or can take."""
-        found = self._block[needed] > 0
+        found = self._blocks.of[needed] > 0
         for kind, _ in self._survivors.of_process.get(process, ()):
             found |= among(needed, self._survivors.kinds[kind].good)
         return found
@@ -86,25 +86,11 @@ class Givers:
                     used.append(giver)
         return tuple(self._take(*source, parts) for source, parts in sorted(given.items()))
 
-    def _divide(self, kind: int, good: Numbers) -> None:
-        """Cuts the blocks that these shards lie in into what the kind holds and what it does not."""
-        here = self._block[good]
-        if not len(here):
-            return
-        if here[0] == here[-1] and (here == here[0]).all():
-            blocks, places = here[:1], np.zeros(len(here), np.int64)
-        else:
-            blocks, places = np.unique(here, return_inverse=True)
-        self._block[good] = len(self._parents) + places
-        self._parents.extend((block, kind) for block in blocks.tolist())
-
     def _holders_of(self, block: int) -> _Holders:
         found = self._holders.get(block)
         if found is None:
             slots: dict[int, tuple[int, int]] = {}
-            at = block
-            while at:
-                at, kind = self._parents[at]
+            for kind in self._blocks.lists(block):
                 slots.update((process, (kind, position)) for process, position in self._serving[kind])
             found = _Holders(np.array(sorted(slots), np.int64), slots)
             self._holders[block] = found
@@ -112,7 +98,7 @@ class Givers:
 
     def _segments(self, needed: Numbers) -> list[tuple[int, Numbers]]:
         """The shards block by block, those of most bytes first: small ones go along with them."""
-        blocks = self._block[needed]
+        blocks = self._blocks.of[needed]
         if (blocks == blocks[0]).all():
             return [(int(blocks[0]), needed)]
         found = [(block, needed[blocks == block]) for block in distinct(blocks).tolist()]
