@@ -106,5 +106,5 @@ class ShardHolders(Sequence[tuple[int, ...]]):
     def __getitem__(self, index: slice) -> tuple[tuple[int, ...], ...]: ...
     def __getitem__(self, index: int | slice) -> tuple[int, ...] | tuple[tuple[int, ...], ...]:
         if isinstance(index, slice):
-            return tuple(self.processes[block] for block in self.blocks[index].tolist())
+            return tuple(self[i] for i in range(*index.indices(len(self))))
         return self.processes[int(self.blocks[index])]

@@ -44,14 +44,14 @@ def assign_uploads(layout: Layout, holders: Collection[int]) -> UploadPlan:
     by_uploaders: dict[tuple[int, ...], list[int]] = collections.defaultdict(list)
     for block, held_by in enumerate(layout.shard_holders.processes):
         by_uploaders[tuple(process for process in held_by if process in live)].append(block)
-    missing = _shards_of(layout, by_uploaders.pop((), []))
-    if len(missing):
-        named = ", ".join(str(layout.shards[i]) for i in missing[:3].tolist())
+    missing: list[int] = _shards_of(layout, by_uploaders.pop((), [])).tolist()
+    if missing:
+        named = ", ".join(str(layout.shards[i]) for i in missing[:3])
         return UploadPlan(
             None,
-            tuple(missing.tolist()),
-            f"{len(missing)} of {len(layout.shards)} shards have no live holder among {len(set(holders))} processes"
-            f" (first: {named})",
+            tuple(missing),
+            f"{len(missing)} of {len(layout.shards)} shards have no live holder among {len(set(holders))}"
+            f" processes (first: {named})",
         )
     loads = np.zeros((layout.process_count, 2), np.int64)  # Bytes and shards.
     owners = np.empty(len(layout.shards), np.int64)
@@ -84,7 +84,10 @@ def _shards_of(layout: Layout, blocks: Sequence[int]) -> Numbers:
 
 
 def _spread(sizes: Numbers, loads: Numbers) -> Numbers:
-    """Per size, in this order, the place of whoever has least so far. `loads`: int64[places, (bytes, shards)]."""
+    """Per size, in this order, the place of whoever has least so far.
+
+    `loads`: int64[places, (bytes, shards)].
+    """
     if len(loads) == 1:
         return np.zeros(len(sizes), np.int64)
     heap = [(nbytes, shards, place) for place, (nbytes, shards) in enumerate(loads.tolist())]
