@@ -7,12 +7,14 @@ serves, plans or drains works from it, and knows nothing of copies.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.placement import failure_domains
+from emergency_ckpt.core.shard_table import HeldShards
+from emergency_ckpt.core.universe import distinct, joined
 from emergency_ckpt.errors import ConfigError
 
 
@@ -49,19 +51,9 @@ def survivable(storage: Layout) -> Survivable:
 
 def _times_held(layout: Layout, domains: Sequence[int]) -> np.ndarray:
     """Per shard, in how many domains it lies; `domains`: per process, its own."""
-    members: dict[int, list[int]] = {}
-    for process, domain in enumerate(domains):
-        members.setdefault(domain, []).append(process)
-    times = np.zeros(len(layout.shards), np.int64)
-    for processes in members.values():
-        if len(processes) == 1:
-            times[layout.held.of_process(processes[0])] += 1
-            continue
-        there = np.zeros(len(times), np.bool_)
-        for process in processes:
-            there[layout.held.of_process(process)] = True
-        times += there
-    return times
+    holders = layout.shard_holders
+    times = np.array([len({domains[p] for p in held_by}) for held_by in holders.processes], np.int64)
+    return times[holders.blocks]
 
 
 def with_copies(layout: Layout, copies: int) -> Layout:
@@ -91,21 +83,22 @@ def with_copies(layout: Layout, copies: int) -> Layout:
         )
     members = [[p for p, domain in enumerate(domains) if domain == d] for d in range(count)]
     rank = {p: at for among in members for at, p in enumerate(among)}
-    partners = _partners(count, copies)
-    held = [set(shards) for shards in layout.process_shards]
-    for shard, holders in enumerate(layout.shard_holders):
+    groups = _groups(count, copies)
+    # What the same processes hold goes the same way.
+    held = [[shards] for shards in map(layout.held.of_process, range(layout.process_count))]
+    for holders, shards in layout.shard_holders.of_blocks():
         there = {domains[p] for p in holders}
         if len(there) >= copies or not holders:
             continue
         source = holders[0]
-        for domain in partners[domains[source]]:
+        for domain in _partners(domains[source], groups[domains[source]], count):
             if len(there) == copies:
                 break
             if domain not in there:
-                held[members[domain][rank[source] % len(members[domain])]].add(shard)
+                held[members[domain][rank[source] % len(members[domain])]].append(shards)
                 there.add(domain)
-    stored = tuple(tuple(sorted(shards)) for shards in held)
-    return layout if stored == layout.process_shards else dataclasses.replace(layout, process_shards=stored)
+    stored = HeldShards(range(len(held)), [distinct(joined(lists)) for lists in held])
+    return layout if stored == layout.held else dataclasses.replace(layout, process_shards=stored)
 
 
 def copies_from(layout: Layout, storage: Layout, process: int) -> Mapping[int, tuple[int, ...]]:
@@ -127,21 +120,17 @@ def gives_copies(layout: Layout, storage: Layout, process: int) -> bool:
     )
 
 
-def _partners(count: int, size: int) -> list[list[int]]:
-    """Per domain all others: those of its group in a circle first, then the rest, for shards that need them.
+def _groups(count: int, size: int) -> list[range]:
+    """Per domain its group: of `size` members, the last one with those that do not make up one of their own."""
+    last = max(count // size - 1, 0) * size
+    return [range(last, count) if d >= last else range(d - d % size, d - d % size + size) for d in range(count)]
 
-    Groups have `size` members; the last one takes in those that do not make up a group of their own.
-    """
-    groups = [list(range(at, min(at + size, count))) for at in range(0, count, size)]
-    if len(groups) > 1 and len(groups[-1]) < size:
-        rest = groups.pop()
-        groups[-1] += rest
-    order: list[list[int]] = [[] for _ in range(count)]
-    for group in groups:
-        for at, domain in enumerate(group):
-            near = group[at + 1 :] + group[:at]
-            order[domain] = near + [d for d in range(count) if d not in group]
-    return order
+
+def _partners(domain: int, group: range, count: int) -> Iterator[int]:
+    """All other domains: those of its group in a circle first, then the rest, for shards that need them."""
+    yield from range(domain + 1, group.stop)
+    yield from range(group.start, domain)
+    yield from (d for d in range(count) if d not in group)
 
 
 def _count(number: int, what: str) -> str:

@@ -19,6 +19,7 @@ import numpy as np
 import xxhash
 
 from emergency_ckpt.core.box_table import BoxTable, Numbers
+from emergency_ckpt.core.holders import ShardHolders
 from emergency_ckpt.core.layout_format import (
     FORMAT_VERSION,
     READABLE_VERSIONS,
@@ -197,13 +198,9 @@ class Layout:
         return tuple(self.shard_sizes.tolist())
 
     @functools.cached_property
-    def shard_holders(self) -> tuple[tuple[int, ...], ...]:
+    def shard_holders(self) -> ShardHolders:
         """Per shard, the processes that hold it, ascending."""
-        holders: list[list[int]] = [[] for _ in self.shards]
-        for process, held in enumerate(self.process_shards):
-            for shard in held:
-                holders[shard].append(process)
-        return tuple(map(tuple, holders))
+        return ShardHolders(self.held, len(self.shards))
 
     def slot_entries(self, process: int) -> tuple[SlotEntry, ...]:
         """Where each shard of `process` lies in its slot; equal shard sets give equal offsets."""

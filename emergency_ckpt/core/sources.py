@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-from collections.abc import Collection
+import itertools
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
 from emergency_ckpt.core.box_table import Numbers
 from emergency_ckpt.core.cover import Flags
+from emergency_ckpt.core.holders import ShardBlocks
 from emergency_ckpt.core.restore_plan import Take
 from emergency_ckpt.core.survivors import Survivors
-from emergency_ckpt.core.universe import Universe, among, distinct, joined
+from emergency_ckpt.core.universe import Universe, among, joined
 
 UNIT_BYTES = 256 * 1024
 """Neighbouring shards that are smaller together are taken from one holder: asking costs more than sending."""
@@ -46,24 +48,23 @@ class Givers:
         self._survivors = survivors
         self._loads = np.zeros(universe.wanted.process_count, np.int64)
         self._slice = np.array(universe.wanted.process_slice, np.int64)
-        self._block = np.zeros(len(universe), np.int64)
-        self._parents: list[tuple[int, int]] = [(0, -1)]  # Of each block: the one that it was cut from, a kind.
+        self._blocks = ShardBlocks(len(universe))
         self._holders: dict[int, _Holders] = {}
         self._serving: list[tuple[tuple[int, int], ...]] = []
         for number, kind in enumerate(survivors.kinds):
             slots = tuple(slot for slot in kind.slots if served is None or slot[0] in served)
             self._serving.append(slots)
             if slots:
-                self._divide(number, kind.good)
+                self._blocks.divide(number, kind.good)
 
     @property
     def available(self) -> Flags:
         """Per shard of the universe, whether anybody gives it."""
-        return self._block > 0
+        return self._blocks.of > 0
 
     def reach(self, process: int, needed: Numbers) -> Flags:
         """Which of these shards a process has in a slot of its own or can take."""
-        found = self._block[needed] > 0
+        found = self._blocks.of[needed] > 0
         for kind, _ in self._survivors.of_process.get(process, ()):
             found |= among(needed, self._survivors.kinds[kind].good)
         return found
@@ -78,108 +79,136 @@ class Givers:
                 needed = needed[~own]
         if len(needed):
             used: list[int] = []
-            for block, segment in self._segments(needed):
+            for block, shards, sizes in self._segments(needed):
                 holders = self._holders_of(block)
-                for giver, part in self._spread(process, segment, holders.processes, used):
+                for giver, part in self._spread(process, sizes, holders, used):
                     kind, position = holders.slots[giver]
-                    given.setdefault((giver, kind, position), []).append(part)
+                    given.setdefault((giver, kind, position), []).append(shards[part])
                     used.append(giver)
         return tuple(self._take(*source, parts) for source, parts in sorted(given.items()))
-
-    def _divide(self, kind: int, good: Numbers) -> None:
-        """Cuts the blocks that these shards lie in into what the kind holds and what it does not."""
-        here = self._block[good]
-        if not len(here):
-            return
-        if here[0] == here[-1] and (here == here[0]).all():
-            blocks, places = here[:1], np.zeros(len(here), np.int64)
-        else:
-            blocks, places = np.unique(here, return_inverse=True)
-        self._block[good] = len(self._parents) + places
-        self._parents.extend((block, kind) for block in blocks.tolist())
 
     def _holders_of(self, block: int) -> _Holders:
         found = self._holders.get(block)
         if found is None:
             slots: dict[int, tuple[int, int]] = {}
-            at = block
-            while at:
-                at, kind = self._parents[at]
+            for kind in self._blocks.lists(block):
                 slots.update((process, (kind, position)) for process, position in self._serving[kind])
             found = _Holders(np.array(sorted(slots), np.int64), slots)
             self._holders[block] = found
         return found
 
-    def _segments(self, needed: Numbers) -> list[tuple[int, Numbers]]:
-        """The shards block by block, those of most bytes first: small ones go along with them."""
-        blocks = self._block[needed]
+    def _segments(self, needed: Numbers) -> list[tuple[int, Numbers, Numbers]]:
+        """(block, its shards, their sizes), those of most bytes first: small ones go along with them."""
+        blocks = self._blocks.of[needed]
+        sizes = self._universe.nbytes[needed]
         if (blocks == blocks[0]).all():
-            return [(int(blocks[0]), needed)]
-        found = [(block, needed[blocks == block]) for block in distinct(blocks).tolist()]
-        return sorted(found, key=lambda each: (-int(self._universe.nbytes[each[1]].sum()), int(each[1][0])))
+            return [(int(blocks[0]), needed, sizes)]
+        order = blocks.argsort(kind="stable")
+        blocks, needed, sizes = blocks[order], needed[order], sizes[order]
+        found = [(int(blocks[a]), needed[a:b], sizes[a:b]) for a, b in _pieces(blocks)]
+        return sorted(found, key=lambda each: (-int(each[2].sum()), int(each[1][0])))
 
     def _spread(
-        self, process: int, segment: Numbers, holders: Numbers, used: Collection[int]
-    ) -> list[tuple[int, Numbers]]:
+        self, process: int, sizes: Numbers, holders: _Holders, used: Collection[int]
+    ) -> list[tuple[int, slice]]:
         """(holder, its part) of shards that all these holders have, in runs that even out what each gives."""
-        sizes = self._universe.nbytes[segment]
-        total = int(sizes.sum())
-        loads = self._loads[holders]
-        elsewhere = self._slice[holders] != self._slice[process]
-        order = np.lexsort((holders, elsewhere, loads))[:MOST_GIVERS]
-        if total < UNIT_BYTES:
-            before = holders[np.isin(holders, np.array(list(used), np.int64))] if used else holders[:0]
-            giver = int(before[0]) if len(before) else int(holders[order[0]])
-            self._loads[giver] += total
-            return [(giver, segment)]
-        ends = np.cumsum(sizes)
-        firsts = np.flatnonzero(np.diff((ends - sizes) // UNIT_BYTES, prepend=-1))
-        if len(holders) == 1 or len(firsts) == 1:
-            giver = int(holders[order[0]])
-            self._loads[giver] += total
-            return [(giver, segment)]
-        behind = np.append(firsts[1:], len(ends))
-        givers = np.repeat(self._runs(ends[behind - 1], holders[order], elsewhere[order]), behind - firsts)
-        parts = np.argsort(givers, kind="stable")
-        borders = np.flatnonzero(np.diff(givers[parts])) + 1
-        return [(int(givers[part[0]]), segment[part]) for part in np.split(parts, borders)]
-
-    def _runs(self, ends: Numbers, holders: Numbers, elsewhere: Flags) -> Numbers:
-        """Per unit (`ends`: bytes up to its end) its giver; adds to the loads.
-
-        Holders, least loaded first, are filled to one level. Each gives the units that lie within its share;
-        those across a border go to whoever has least, the largest first, so that loads differ by no more than
-        one unit in the end.
-        """
-        starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]])
-        loads = self._loads[holders]
-        levels = -(-(ends[-1] + np.cumsum(loads)) // np.arange(1, len(loads) + 1))
-        count = int(np.flatnonzero(levels > loads)[-1]) + 1
-        borders = np.cumsum(levels[count - 1] - loads[:count])
-        place = np.minimum(np.searchsorted(borders, starts, side="right"), count - 1)
-        inside = ends <= borders[place]
-        owner = np.where(inside, holders[place], -1)
-        np.add.at(loads, place[inside], (ends - starts)[inside])
-        across = np.flatnonzero(~inside).tolist()
-        across.sort(key=lambda unit: (starts[unit] - ends[unit], unit))
-        heap = [
-            (load, far, holder, at)
-            for at, (load, far, holder) in enumerate(
-                zip(loads.tolist(), elsewhere.tolist(), holders.tolist(), strict=True)
-            )
-        ]
+        ends = sizes.cumsum()
+        total = int(ends[-1])
+        all_of = slice(None)
+        if total < UNIT_BYTES and (before := [giver for giver in used if giver in holders.slots]):
+            self._loads[min(before)] += total
+            return [(min(before), all_of)]
+        if len(holders.processes) == 1:
+            givers, elsewhere = holders.processes, [False]
+        else:
+            givers, elsewhere = self._least_loaded(process, holders.processes)
+        starts = ends - sizes
+        if len(givers) == 1 or total < UNIT_BYTES or starts[-1] < UNIT_BYTES:
+            self._loads[givers[0]] += total
+            return [(int(givers[0]), all_of)]
+        loads: list[int] = self._loads[givers].tolist()
+        shares = _level(loads, total)
+        runs, across = _cut(starts, ends, shares)
+        for place, begin, end in runs:
+            loads[place] += int(ends[end - 1] - starts[begin])
+        # Those across a border go to whoever has least, the largest first, so that loads differ by no more than
+        # one unit in the end.
+        heap = [(load, elsewhere[place], int(givers[place]), place) for place, load in enumerate(loads)]
         heapq.heapify(heap)
-        for unit in across:
-            load, far, holder, at = heap[0]
-            owner[unit] = holder
-            loads[at] = load + int(ends[unit] - starts[unit])
-            heapq.heapreplace(heap, (int(loads[at]), far, holder, at))
-        self._loads[holders] = loads
-        return owner
+        for nbytes, begin, end in across:
+            load, far, giver, place = heap[0]
+            loads[place] = load - nbytes
+            runs.append((place, begin, end))
+            heapq.heapreplace(heap, (loads[place], far, giver, place))
+        self._loads[givers] = loads
+        return [(int(givers[place]), slice(begin, end)) for place, begin, end in runs]
+
+    def _least_loaded(self, process: int, holders: Numbers) -> tuple[Numbers, list[bool]]:
+        """Those that gave least so far, ascending by that, and whether each is in another slice.
+
+        Of equal ones those of the process's own slice come first, then the lowest.
+        """
+        elsewhere = self._slice[holders] != self._slice[process]
+        rank = 2 * self._loads[holders] + elsewhere
+        if len(holders) > MOST_GIVERS:
+            near = (rank <= np.partition(rank, MOST_GIVERS - 1)[MOST_GIVERS - 1]).nonzero()[0]
+            order = near[rank[near].argsort(kind="stable")][:MOST_GIVERS]
+        else:
+            order = rank.argsort(kind="stable")
+        return holders[order], elsewhere[order].tolist()
 
     def _take(self, giver: int, kind: int, position: int, parts: list[Numbers]) -> Take:
-        of = self._survivors.kinds[kind]
-        numbers = np.sort(joined(parts))
-        if of.layout:
-            numbers = np.sort(of.indices[np.searchsorted(of.good, numbers)])
-        return Take(giver, self._universe.hashes[of.layout], position, tuple(numbers.tolist()))
+        layout = self._survivors.kinds[kind].layout
+        numbers = np.sort(joined(parts)) if len(parts) > 1 else parts[0]
+        indices = self._universe.indices(layout, numbers)
+        return Take(giver, self._universe.hashes[layout], position, tuple(indices.tolist()))
+
+
+def _pieces(ascending: Numbers) -> Iterator[tuple[int, int]]:
+    """`(begin, end)` of each run of equal numbers."""
+    borders = (ascending[1:] != ascending[:-1]).nonzero()[0] + 1
+    return itertools.pairwise((0, *borders.tolist(), len(ascending)))
+
+
+def _level(loads: Sequence[int], nbytes: int) -> list[int]:
+    """How much each of the first ones takes, if loads, which ascend, are filled to one level."""
+    above, count = nbytes + loads[0], 1
+    level = above
+    while count < len(loads) and -(-(above + loads[count]) // (count + 1)) > loads[count]:
+        above += loads[count]
+        count += 1
+        level = -(-above // count)
+    return [level - load for load in loads[:count]]
+
+
+def _cut(
+    starts: Numbers, ends: Numbers, shares: Sequence[int]
+) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]]:
+    """Cuts shards, one behind the other, into shares, between units (see `UNIT_BYTES`).
+
+    Returns the runs of whole units that lie within a share, as (its place, begin, end), and the units across a
+    border of shares as (bytes below zero, begin, end), the largest first.
+    """
+    borders = np.cumsum(shares[:-1])
+    units = starts[starts.searchsorted(borders, side="right") - 1] // UNIT_BYTES
+    first = starts.searchsorted(units * UNIT_BYTES)
+    behind = starts.searchsorted((units + 1) * UNIT_BYTES)
+    runs: list[tuple[int, int, int]] = []
+    across: set[tuple[int, int, int]] = set()
+    at = 0
+    for place, (border, begin, end) in enumerate(
+        zip(borders.tolist(), first.tolist(), behind.tolist(), strict=True)
+    ):
+        unit_start, unit_end = int(starts[begin]), int(ends[end - 1])
+        if border >= unit_end:
+            begin = end
+        elif border > unit_start:
+            across.add((unit_start - unit_end, begin, end))
+        else:
+            end = begin
+        if at < begin:
+            runs.append((place, at, begin))
+        at = end
+    if at < len(starts):
+        runs.append((len(shares) - 1, at, len(starts)))
+    return runs, sorted(across)

@@ -90,10 +90,8 @@ class StepNeeds:
             return IN_PLACE
         wanted, persistent = need.near, need.far[:0]
         if len(need.far):
-            cover, places = self._cover_for(process)
-            covered = cover.covered[places]
-            wanted = distinct(joined((wanted, cover.of(places[covered]))))
-            persistent = need.far[~covered]
+            sources, persistent = self._cover_for(process)
+            wanted = distinct(joined((wanted, sources)))
         takes = self._givers.takes(process, wanted) if len(wanted) else ()
         return ProcessPlan(need.in_place, takes, tuple(persistent.tolist()))
 
@@ -105,7 +103,7 @@ class StepNeeds:
 
     @functools.cached_property
     def _needs(self) -> Sequence[_Need]:
-        """Per process; those of the same shards and without slots of their own share one."""
+        """Per process; those of the same shards that keep no slot and reach the same share one."""
         layout = self.universe.wanted
         found: list[_Need] = []
         alike: dict[int, _Need] = {}
@@ -117,13 +115,14 @@ class StepNeeds:
             held = layout.held.lists[kind]
             if best is not None and len(best.good) == len(held):
                 need = whole
-            elif own or kind not in alike:
-                left = held if best is None else without(held, best.good)
-                need = self._need(process, best is not None, left)
-                if not own:
-                    alike[kind] = need
+            elif best is not None:
+                need = self._need(process, True, without(held, best.good))
+            elif own and not self._is_served(process):
+                need = self._need(process, False, held)  # It alone has what lies in its slots.
             else:
-                need = alike[kind]
+                need = (
+                    alike[kind] if kind in alike else alike.setdefault(kind, self._need(process, False, held))
+                )
             found.append(need)
         return found
 
@@ -140,34 +139,33 @@ class StepNeeds:
         far = {id(need): need.far for need in self._needs if len(need.far)}
         return find_cover(self.universe, distinct(joined(tuple(far.values()))), self._givers.available)
 
-    def _cover_for(self, process: int) -> tuple[Cover, Numbers]:
-        """A cover of what nobody gives a process as it is, and where its shards stand in that.
+    def _cover_for(self, process: int) -> tuple[Numbers, Numbers]:
+        """What covers the shards that nobody gives a process as they are, and those that are not covered.
 
         By the process's own slots as well, where others cannot fetch from those.
         """
         need = self._needs[process]
         if id(need) not in self._covers:
-            own = self.survivors.of_process.get(process, ())
             cover = self._cover
-            if own and self.served is not None and process not in self.served:
+            if not self._is_served(process) and (own := self.survivors.of_process.get(process, ())):
                 available = self._givers.available
                 for kind, _ in own:
                     available[self.survivors.kinds[kind].good] = True
                 cover = find_cover(self.universe, need.far, available)
-            self._covers[id(need)] = cover, cover.places(need.far)
+            self._covers[id(need)] = cover.of(need.far)
         return self._covers[id(need)]
 
     @functools.cached_property
-    def _covers(self) -> dict[int, tuple[Cover, Numbers]]:
-        """By need: processes that share one have no slots of their own."""
+    def _covers(self) -> dict[int, tuple[Numbers, Numbers]]:
+        """By need: processes that share one reach the same."""
         return {}
+
+    def _is_served(self, process: int) -> bool:
+        return self.served is None or process in self.served
 
     def _uncovered(self, process: int) -> Numbers:
         far = self._needs[process].far
-        if not len(far):
-            return far
-        cover, places = self._cover_for(process)
-        return far[~cover.covered[places]]
+        return self._cover_for(process)[1] if len(far) else far
 
     def _unmet(self, process: int) -> Numbers:
         """What not even the persistent tier gives."""

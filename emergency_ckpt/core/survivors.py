@@ -16,7 +16,7 @@ from emergency_ckpt.core.inventory import Holding
 from emergency_ckpt.core.other_layouts import OtherLayout
 from emergency_ckpt.core.plan_words import because, is_one, processes_named, shards_counted
 from emergency_ckpt.core.restore_plan import Strike
-from emergency_ckpt.core.universe import Universe, without
+from emergency_ckpt.core.universe import Universe, among
 
 _NOTED_STRIKES = 4
 
@@ -186,14 +186,10 @@ def _gathered(universe: Universe, usable: Iterable[_Usable], notes: tuple[str, .
     named: list[Hashable] = []
     of_process: dict[int, list[tuple[int, int]]] = collections.defaultdict(list)
     for (layout, list_number, missing), alike in slots.items():
-        position = alike[0].position
-        indices = universe.layouts[layout].held.of_process(position)
+        good, indices = universe.ordered(layout, alike[0].position)
         if missing:
-            indices = without(indices, np.array(missing, np.int64))
-        good = universe.numbers[layout][indices] if layout else indices
-        if layout:
-            order = np.argsort(good)
-            good, indices = good[order], indices[order]
+            kept = ~among(indices, np.array(missing, np.int64))
+            good, indices = good[kept], indices[kept]
         for each in alike:
             of_process[each.process].append((len(kinds), each.position))
         places = tuple((each.process, each.position) for each in alike)

@@ -52,10 +52,27 @@ class Universe:
         parts = zip(self.layouts, self._fresh, strict=True)
         return np.concatenate([layout.shard_sizes[fresh] for layout, fresh in parts])
 
-    def held(self, layout: int, position: int) -> Numbers:
-        """The numbers of the shards of a slot, in the order in which they lie there."""
+    def indices(self, layout: int, numbers: Numbers) -> Numbers:
+        """The shards of these numbers as indices of a layout, which has them all, ascending."""
+        if layout == 0:
+            return numbers
+        found = self._indices.get(layout)
+        if found is None:
+            found = self._indices[layout] = np.zeros(len(self), np.int64)
+            found[self.numbers[layout]] = np.arange(len(self.numbers[layout]))
+        return np.sort(found[numbers])
+
+    def ordered(self, layout: int, position: int) -> tuple[Numbers, Numbers]:
+        """The numbers of the shards of a slot, ascending, and their indices in the layout in the same order."""
         indices = self.layouts[layout].held.of_process(position)
-        return indices if layout == 0 else self.numbers[layout][indices]
+        if layout == 0:
+            return indices, indices
+        key = layout, self.layouts[layout].held.kinds[position]
+        if key not in self._ordered:
+            numbers = self.numbers[layout][indices]
+            order = numbers.argsort()
+            self._ordered[key] = numbers[order], indices[order]
+        return self._ordered[key]
 
     def set_number(self, layout: int, position: int) -> int:
         """Equal for slots of equal shards; among those of the wanted layout the number of the list there."""
@@ -64,7 +81,7 @@ class Universe:
             return kind
         found = self._set_numbers.get((layout, kind))
         if found is None:
-            key = np.sort(self.held(layout, position)).tobytes()
+            key = self.ordered(layout, position)[0].tobytes()
             found = self._sets.setdefault(key, len(self._sets))
             self._set_numbers[layout, kind] = found
         return found
@@ -84,6 +101,15 @@ class Universe:
 
     @functools.cached_property
     def _set_numbers(self) -> dict[tuple[int, int], int]:
+        return {}
+
+    @functools.cached_property
+    def _ordered(self) -> dict[tuple[int, int], tuple[Numbers, Numbers]]:
+        return {}
+
+    @functools.cached_property
+    def _indices(self) -> dict[int, Numbers]:
+        """By layout, per shard its index there."""
         return {}
 
     def _add(self, layout: Layout) -> None:

@@ -1,17 +1,21 @@
 """Who uploads which shard: every shard once, by a live holder, balanced by bytes.
 
 Deterministic, so that all processes derive the same plan from the same layout and the same set of live holders.
-Time is near-linear in the layout: shards with the same holders share one heap of loads.
+Shards with the same live holders are handed out together, and where sizes and loads are alike, worked out once.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import heapq
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
 
+import numpy as np
+
+from emergency_ckpt.core.box_table import Numbers
 from emergency_ckpt.core.layout import Layout
+from emergency_ckpt.core.shard_table import HeldShards
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -25,61 +29,72 @@ class UploadPlan:
       reason: one sentence for a person.
     """
 
-    shards: tuple[tuple[int, ...], ...] | None
+    shards: Sequence[tuple[int, ...]] | None
     missing: tuple[int, ...]
     reason: str
-
-
-class _Load(NamedTuple):
-    """What a process has to upload so far; the order is that in which processes are chosen."""
-
-    nbytes: int
-    shards: int
-    process: int
 
 
 def assign_uploads(layout: Layout, holders: Collection[int]) -> UploadPlan:
     """Spreads the shards of `layout` over the processes `holders`, which hold what the layout says.
 
-    Largest shards first, each to its least loaded live holder; replicas make every slice take part.
+    Shards that fewest processes can upload come first, and among those the largest; each goes to the least
+    loaded of them. Replicas make every slice take part.
     """
-    live = set(holders)
-    loads = [_Load(0, 0, process) for process in range(layout.process_count)]
-    heaps: dict[tuple[int, ...], list[_Load]] = {}
-    assigned: list[list[int]] = [[] for _ in loads]
-    missing: list[int] = []
-    nbytes = layout.shard_nbytes
-    for shard in sorted(range(len(layout.shards)), key=lambda i: (-nbytes[i], i)):
-        held_by = layout.shard_holders[shard]
-        if held_by not in heaps:
-            heaps[held_by] = [loads[p] for p in held_by if p in live]
-            heapq.heapify(heaps[held_by])
-        least = _least(heaps[held_by], loads)
-        if least is None:
-            missing.append(shard)
-            continue
-        assigned[least.process].append(shard)
-        loads[least.process] = _Load(least.nbytes + nbytes[shard], least.shards + 1, least.process)
+    live = {process for process in holders if 0 <= process < layout.process_count}
+    by_uploaders: dict[tuple[int, ...], list[int]] = collections.defaultdict(list)
+    for block, held_by in enumerate(layout.shard_holders.processes):
+        by_uploaders[tuple(process for process in held_by if process in live)].append(block)
+    missing: list[int] = _shards_of(layout, by_uploaders.pop((), [])).tolist()
     if missing:
-        named = ", ".join(str(layout.shards[i]) for i in sorted(missing)[:3])
+        named = ", ".join(str(layout.shards[i]) for i in missing[:3])
         return UploadPlan(
             None,
-            tuple(sorted(missing)),
-            f"{len(missing)} of {len(layout.shards)} shards have no live holder among {len(live)} processes"
-            f" (first: {named})",
+            tuple(missing),
+            f"{len(missing)} of {len(layout.shards)} shards have no live holder among {len(set(holders))}"
+            f" processes (first: {named})",
         )
-    used = [loads[p].nbytes for p in sorted(live) if p < layout.process_count]
+    loads = np.zeros((layout.process_count, 2), np.int64)  # Bytes and shards.
+    owners = np.empty(len(layout.shards), np.int64)
+    known: dict[tuple[bytes, bytes], Numbers] = {}
+    for uploaders, blocks in sorted(by_uploaders.items(), key=lambda item: (len(item[0]), item[0])):
+        shards = _shards_of(layout, blocks)
+        shards = shards[np.argsort(-layout.shard_sizes[shards], kind="stable")]
+        sizes, among = layout.shard_sizes[shards], np.array(uploaders, np.int64)
+        before = loads[among] - loads[among].min(axis=0)
+        key = sizes.tobytes(), before.tobytes()
+        if key not in known:
+            known[key] = _spread(sizes, before)
+        places = known[key]
+        owners[shards] = among[places]
+        np.add.at(loads[:, 0], owners[shards], sizes)
+        np.add.at(loads[:, 1], owners[shards], 1)
+    used = loads[sorted(live), 0].tolist()
     return UploadPlan(
-        tuple(tuple(sorted(shards)) for shards in assigned),
+        HeldShards.of_pairs(range(layout.process_count), owners, np.arange(len(owners))),
         (),
         f"{len(layout.shards)} shards, {sum(used)} bytes over {len(used)} processes,"
         f" {min(used, default=0)} to {max(used, default=0)} bytes each",
     )
 
 
-def _least(heap: list[_Load], loads: Sequence[_Load]) -> _Load | None:
-    """The least loaded process of a heap whose entries may be out of date: loads only grow, so the top is
-    right once it is up to date."""
-    while heap and heap[0] != loads[heap[0].process]:
-        heapq.heapreplace(heap, loads[heap[0].process])
-    return heap[0] if heap else None
+def _shards_of(layout: Layout, blocks: Sequence[int]) -> Numbers:
+    """The shards of these blocks, ascending."""
+    parts = [layout.shard_holders.shards_of(block) for block in blocks]
+    return np.sort(np.concatenate(parts)) if parts else np.empty(0, np.int64)
+
+
+def _spread(sizes: Numbers, loads: Numbers) -> Numbers:
+    """Per size, in this order, the place of whoever has least so far.
+
+    `loads`: int64[places, (bytes, shards)].
+    """
+    if len(loads) == 1:
+        return np.zeros(len(sizes), np.int64)
+    heap = [(nbytes, shards, place) for place, (nbytes, shards) in enumerate(loads.tolist())]
+    heapq.heapify(heap)
+    places: list[int] = []
+    for size in sizes.tolist():
+        nbytes, shards, place = heap[0]
+        places.append(place)
+        heapq.heapreplace(heap, (nbytes + size, shards + 1, place))
+    return np.array(places, np.int64)
