@@ -123,7 +123,7 @@ class Restorer:
         plan, self._plan_of_newest = self._plan_of_newest, None
         if step is None or not who or not (self._job.leads or self._job.process in who):
             return
-        whole = whole_state(self._abstract_state, self._job.layout, WantedExtras())
+        whole = whole_state(self._abstract_state, self._job.needed_layout, WantedExtras())
         self.early = EarlyHydration(self._job, whole, step, call, who, plan)
 
     def end_early(self) -> None:
