@@ -33,6 +33,9 @@ _NEXT = {
     "slot_not_here": "the step was given up or its slot was taken: ask another process, or plan again",
     "layout_not_here": "ask another process for it",
     "busy": "ask again later, or ask another process",
+    "not_verified": "its certificate must be for the host that it advertises, and be signed by one of those "
+    "that are given here (checkpoint_agent_tls_ca, the same on all hosts)",
+    "no_tls": "both sides speak TLS or neither does: give all hosts the same checkpoint_agent_tls flags",
     "malformed": "both sides must run the same version of this package",
 }
 _T = TypeVar("_T")
@@ -308,7 +311,10 @@ class PeerConnection:
             if isinstance(error, PeerUnavailableError):
                 raise
             what = f"failed at {method} {address}: {type(error).__name__}: {error}"
-            raise self._error(what, "unreachable") from error
+            code = "unreachable"
+            if isinstance(error, ssl.SSLError):
+                code = "not_verified" if isinstance(error, ssl.SSLCertVerificationError) else "no_tls"
+            raise self._error(what, code) from error
 
     def _request(
         self, method: str, address: str, body: bytes | None, answer_bytes: int

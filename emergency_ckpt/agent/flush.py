@@ -155,7 +155,11 @@ class FlushSession:
     def _wait_for_store(self, error: PersistentStoreError) -> None:
         if self._store_error != str(error):
             self._store_error = str(error)
-            _log.warning("the flush waits for the persistent tier: %s", error)
+            _log.warning(
+                "the flush waits for the persistent tier, at most %g s from its beginning: %s",
+                self._times.patience,
+                error,
+            )
         self._stopped.wait(self._times.poll)
 
     # Who leads.

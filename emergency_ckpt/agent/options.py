@@ -6,6 +6,8 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+from emergency_ckpt.errors import ConfigError
+
 TOKEN_VARIABLE = "EMERGENCY_CKPT_AGENT_TOKEN"
 
 
@@ -40,6 +42,25 @@ class AgentOptions:
     connections: int = 512
     stall_seconds: float = 20.0
     finish_seconds: float = 25.0
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError, which names the option."""
+        if not 0 <= self.port < 65536:
+            raise ConfigError(f"--port {self.port} is no port: 1 to 65535, or 0 for a free one")
+        if self.connections < 1:
+            raise ConfigError(f"--connections {self.connections}: at least 1 is needed")
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ConfigError(
+                "--tls-certificate and --tls-key are given together or not at all; found "
+                f"{self.tls_certificate} and {self.tls_key}"
+            )
+        for name, seconds in (("idle", self.idle_seconds), ("stall", self.stall_seconds)):
+            if seconds is not None and not 0 < seconds < float("inf"):
+                raise ConfigError(f"--{name}-seconds {seconds} is no length of time; expected more than 0")
+        if not 0 <= self.finish_seconds < float("inf"):
+            raise ConfigError(
+                f"--finish-seconds {self.finish_seconds} is no length of time; expected 0 or more"
+            )
 
     def words(self) -> list[str]:
         """The words of a command line that say the same; files by absolute path."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import functools
 import logging
 import os
@@ -15,7 +16,9 @@ import re
 import resource
 import secrets
 import signal
+import socket
 import ssl
+import stat
 import sys
 import time
 from collections.abc import Callable
@@ -35,6 +38,7 @@ from emergency_ckpt.errors import AgentStartError, ConfigError, EmergencyCheckpo
 from emergency_ckpt.local.claim import check_root
 
 _TOKEN = re.compile(r"[0-9A-Za-z._~+/=-]{16,512}")
+_MAX_TOKEN_FILE = 4096
 _WATCH_SECONDS = 1.0
 _REQUEST_SECONDS = 10.0
 # A manager that is closed may be followed by another one.
@@ -153,8 +157,8 @@ class _Life:
         except OSError as error:
             await server.stop()
             raise AgentStartError(
-                f"the agent cannot listen on {bind} port {given}: {error.strerror or error}. "
-                "Choose another port (0 takes a free one) or an address of this host."
+                f"the agent of {self._root} cannot listen on {bind} port {given}: {error.strerror or error}. "
+                + _what_to_do(error, given)
             ) from error
         if earlier and port != earlier:
             _log.warning(
@@ -246,27 +250,53 @@ class _Life:
             loop.add_signal_handler(number, leave, number.name)
 
 
+def _what_to_do(error: OSError, port: int) -> str:
+    if isinstance(error, socket.gaierror):
+        return "Give --bind an address of this host, or a name that resolves to one here."
+    match error.errno:
+        case errno.EADDRINUSE:
+            return (
+                "Another program listens there, the agent of another directory perhaps: choose another port "
+                f"(--port 0 takes a free one), or end it (`ss -ltnp 'sport = :{port}'` tells which it is)."
+            )
+        case errno.EADDRNOTAVAIL:
+            return "Give --bind an address of this host (`ip address` lists them), or 0.0.0.0 for all."
+        case errno.EACCES:
+            return "Ports below 1024 are for privileged users: choose a higher one, or 0 for a free one."
+        case _:
+            return "Choose another port (0 takes a free one) or an address of this host."
+
+
 def _token(options: AgentOptions) -> str | None:
     """The token that was given; None where none was."""
-    if options.token_file is not None:
+    path = options.token_file
+    if path is not None:
         try:
-            token, origin = options.token_file.read_text().strip(), f"the file {options.token_file}"
+            with open(path, encoding="ascii") as file:
+                token, origin = file.read(_MAX_TOKEN_FILE).strip(), f"the file {path}"
+                mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"the token file {options.token_file} cannot be read: {error}") from error
+            said = error.strerror if isinstance(error, OSError) else "it is no text in ASCII"
+            raise ConfigError(
+                f"the token file {path} cannot be read: {said}. It is to have one line, the same on all hosts "
+                "of the job, and be readable by the user of the agent (--token-file, or "
+                "checkpoint_agent_token_file)"
+            ) from error
+        if mode & 0o077:
+            _log.warning("the token file %s can be read by others than its owner (mode %o)", path, mode)
     elif (given := os.environ.get(TOKEN_VARIABLE)) is not None:
         token, origin = given.strip(), f"the variable {TOKEN_VARIABLE}"
     else:
         return None
     if not _TOKEN.fullmatch(token):
         raise ConfigError(
-            f"{origin} has no usable token: 16 to 512 letters, digits or any of ._~+/=- are expected"
+            f"{origin} has no usable token: 16 to 512 letters, digits or any of ._~+/=- are expected, found "
+            f"{len(token)} characters. `openssl rand -hex 32` makes one"
         )
     return token
 
 
 def _tls_context(options: AgentOptions) -> ssl.SSLContext | None:
-    if (options.tls_certificate is None) != (options.tls_key is None):
-        raise ConfigError("--tls-certificate and --tls-key are given together or not at all")
     if options.tls_certificate is None or options.tls_key is None:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -274,7 +304,15 @@ def _tls_context(options: AgentOptions) -> ssl.SSLContext | None:
         context.load_cert_chain(options.tls_certificate, options.tls_key, password=_no_password)
     except OSError as error:
         raise ConfigError(
-            f"the certificate {options.tls_certificate} and the key {options.tls_key} cannot be used: {error}"
+            f"the certificate {options.tls_certificate} and the key {options.tls_key} cannot be used: {error}. "
+            "Both are files in PEM, the key is that of the first certificate and has no password"
+        ) from error
+    try:
+        ssl.create_default_context(cafile=options.tls_ca)
+    except OSError as error:
+        raise ConfigError(
+            f"the certificates {options.tls_ca}, by which others are to verify this agent, cannot be used: "
+            f"{error}. They are in PEM, at this path on every host"
         ) from error
     return context
 
@@ -286,8 +324,6 @@ def _no_password() -> str:
 
 def _connections(wanted: int) -> int:
     """As many as this process may have descriptors for; raises the limit as far as it may."""
-    if wanted < 1:
-        raise ConfigError(f"--connections {wanted}: at least 1 is needed")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = wanted + _SPARE_DESCRIPTORS
     if soft != resource.RLIM_INFINITY and soft < needed:

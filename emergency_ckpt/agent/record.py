@@ -134,7 +134,9 @@ class AgentLock:
                     f"{self._path.parent} belongs to user {owner}, not to this one ({os.geteuid()}), and "
                     "may put anything into it: remove it, or run the agent and the job as the user whose it is"
                 )
-            return os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            if owner == os.geteuid():
+                self._path.parent.chmod(0o700)  # It may have been made while nothing was masked.
+            return os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except LocalDirectoryError:
             raise
         except OSError as error:

@@ -170,7 +170,7 @@ class ShardServer:
     async def stop(self) -> None:
         """Accepts nothing more, lets what is being sent end for a while, then cuts it."""
         if self._door is not None:
-            self._door.close()
+            await self._door.close()
         self._stopping.set()
         cutting = asyncio.get_running_loop().call_later(self._limits.leave_seconds, self._sender.cut_all)
         await self._runner.cleanup()

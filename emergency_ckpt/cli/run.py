@@ -137,6 +137,8 @@ class _Container:
 
         assert self._ended is not None
         for directory in self._directories:
+            if not directory.is_dir():
+                _say(f"{directory} does not exist: no agent was waited for; is it the job's ramdisk directory?")
             try:
                 if begin_again(directory):
                     _say(f"the agent of {directory} ended with work left: another one is started")

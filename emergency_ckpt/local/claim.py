@@ -236,7 +236,8 @@ def _try_lock(path: Path) -> int | None:
     """The descriptor of the lock of a directory, which is made if need be; None where somebody has it."""
     for _ in range(_LOCK_TRIES):
         try:
-            path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            for directory in (path.parent, path):  # Each with this mode, whatever is masked.
+                directory.mkdir(exist_ok=True, mode=0o700)
             fd = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise LocalDirectoryError(

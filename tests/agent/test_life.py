@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import trustme
 
 from emergency_ckpt.agent.addresses import choose_addresses
 from emergency_ckpt.agent.attachment import attach
@@ -238,10 +240,31 @@ def test_what_keeps_an_agent_from_starting_is_told(disk: Ramdisk) -> None:
         start(disk.root, bind="192.0.2.7")
     with pytest.raises(AgentStartError, match="cannot be read"):
         start(disk.root, token_file=disk.root / "nothing")
-    with pytest.raises(AgentStartError, match="together or not at all"):
-        start(disk.root, tls_key=disk.root / "nothing")
+    (disk.root / "nothing").write_text("no certificate")
+    with pytest.raises(AgentStartError, match="by which others are to verify"):
+        start(disk.root, tls_ca=disk.root / "nothing", **_certificate(disk.root))
+    for option, value in (
+        ("tls_key", disk.root / "nothing"),
+        ("port", 65536),
+        ("connections", 0),
+        ("idle_seconds", 0),
+        ("stall_seconds", float("nan")),
+        ("finish_seconds", -1),
+    ):
+        with pytest.raises(ConfigError, match=f"--{option.replace('_', '-')}"):
+            start(disk.root, **{option: value})
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(AgentStartError, match=f"port {port}: Address already in use. Another program"):
+            start(disk.root, port=port)
     with pytest.raises(LocalDirectoryError, match="does not exist"):
         start(disk.root / "nowhere")
+
+
+def _certificate(directory: Path) -> dict[str, Path]:
+    both = directory / "certificate.pem"
+    trustme.CA().issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(both)
+    return {"tls_certificate": both, "tls_key": both}
 
 
 def test_the_command_runs_an_agent_in_the_foreground(disk: Ramdisk) -> None:

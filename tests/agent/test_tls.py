@@ -70,12 +70,19 @@ def test_a_slot_that_goes_ends_an_encrypted_answer_short(disk: Ramdisk, encrypte
             client.fetch(slot, disk.layout, manifest, [(0, np.zeros(disk.layout.shard_nbytes[0], np.uint8))])
 
 
-@pytest.mark.parametrize("change", [{"ca_file": None}, {"host": "localhost"}, {"tls": False}])
+@pytest.mark.parametrize(
+    ("change", "advice"),
+    [
+        ({"ca_file": None}, "checkpoint_agent_tls_ca"),
+        ({"host": "localhost"}, "for the host that it advertises"),
+        ({"tls": False}, "look whether its host and the agent there live"),
+    ],
+)
 def test_an_agent_that_cannot_be_verified_is_not_spoken_to(
-    encrypted: Endpoint, change: dict[str, object]
+    encrypted: Endpoint, change: dict[str, object], advice: str
 ) -> None:
     other = dataclasses.replace(encrypted, **change)  # type: ignore[arg-type]
-    with PeerClient(other, dial="127.0.0.1") as client, pytest.raises(PeerUnavailableError):
+    with PeerClient(other, dial="127.0.0.1") as client, pytest.raises(PeerUnavailableError, match=advice):
         client.status()
 
 
