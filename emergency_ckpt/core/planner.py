@@ -15,6 +15,7 @@ from collections.abc import Collection, Hashable, Iterable, Mapping
 from emergency_ckpt.core.inventory import Holding, Inventory
 from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.lineage import Activation, StepId, is_void
+from emergency_ckpt.core.misplaced import Misplaced, find_misplaced
 from emergency_ckpt.core.other_layouts import OtherLayout, Unusable, covers_all, differing_briefly
 from emergency_ckpt.core.plan_reasons import describe_lost, describe_sources
 from emergency_ckpt.core.plan_words import because, processes_named
@@ -85,6 +86,10 @@ class Planner:
     def differing(self, step: StepId, strikes: Collection[Strike] = ()) -> tuple[int, ...]:
         """The processes whose copies of `step` are not what most have; these get the bytes of the others."""
         return self._survivors(step, strikes).losers
+
+    def misplaced(self, plan: RestorePlan, strikes: Collection[Strike] = ()) -> Misplaced | None:
+        """What travels only because hosts have changed places; None where nothing does."""
+        return find_misplaced(self._universe, self._survivors(plan.step, strikes), plan.processes)
 
     def unusable(self) -> Unusable | None:
         """The newest step, if newer than all restorable ones, of which every shard is there but of no use.

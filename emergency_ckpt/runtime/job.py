@@ -6,6 +6,7 @@ import dataclasses
 
 from emergency_ckpt.agent.slot_id import SlotId
 from emergency_ckpt.agent.slot_source import PeerSlot
+from emergency_ckpt.core.arrangement import MeshPlace
 from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.core.restore_plan import Take
@@ -27,7 +28,7 @@ class Job:
     """One process's view of the job. `generation` changes when a restore begins a new life of the run.
 
     `layout` says what slots hold, and `device_layout` what devices do: shards that a process stores for others
-    are in the first one only. Both have the same shards.
+    are in the first one only. Both have the same shards. `place` is where in the mesh this process stands.
     """
 
     settings: Settings
@@ -42,6 +43,7 @@ class Job:
     persistent: PersistentStore
     generation: Generation
     log: CheckpointLogger
+    place: MeshPlace
 
     @property
     def process(self) -> int:

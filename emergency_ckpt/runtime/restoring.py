@@ -77,6 +77,7 @@ class Restorer:
         axis = job.settings.replica_axis
         self._replica_axis = str(axis if isinstance(axis, str) else mesh.axis_names[axis])
         self._told_differing: set[StepId] = set()
+        self._told_misplaced: set[StepId] = set()
         self.remaining: tuple[StepId, ...] = ()  # what the last failed restore left restorable, oldest first
 
     def survey(self, call: str) -> Survey:
@@ -230,6 +231,10 @@ class Restorer:
             plan, reason = planner.plan(step, strikes)
             remaining = [] if plan else planner.restorable(strikes)
             if plan is not None:
+                misplaced = planner.misplaced(plan, strikes)
+                if misplaced is not None and plan.step not in self._told_misplaced:
+                    self._told_misplaced.add(plan.step)
+                    job.log.warning("restore", plan.step.step, misplaced.describe())
                 for process in range(count):
                     own = json.dumps(plan.process_json(process)).encode()
                     job.coordinator.put(f"{key}/own/{process}", own)
