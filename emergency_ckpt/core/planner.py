@@ -19,9 +19,10 @@ from emergency_ckpt.core.misplaced import Misplaced, find_misplaced
 from emergency_ckpt.core.other_layouts import OtherLayout, Unusable, covers_all, differing_briefly
 from emergency_ckpt.core.plan_reasons import describe_lost, describe_sources
 from emergency_ckpt.core.plan_words import because, processes_named
+from emergency_ckpt.core.replica_votes import DifferingReplicas, Outvoted, SlotOf
 from emergency_ckpt.core.restore_plan import RestorePlan, Strike
 from emergency_ckpt.core.step_needs import StepNeeds
-from emergency_ckpt.core.survivors import Survivors, find_survivors
+from emergency_ckpt.core.survivors import Survivors, differing_replicas, find_survivors
 from emergency_ckpt.core.universe import Universe
 
 
@@ -39,6 +40,7 @@ class Planner:
       single_replica: let one slice get everything and broadcast it to the others.
       others: by hash, the layouts of other job shapes and states that the inventories name.
       served: the processes whose slots others can fetch from; None: all.
+      outvoted: of slots whose replicas differ and were compared, the shards that are not what most have.
     """
 
     layout: Layout
@@ -49,6 +51,7 @@ class Planner:
     single_replica: bool = False
     others: Mapping[str, OtherLayout] = dataclasses.field(default_factory=dict[str, OtherLayout])
     served: frozenset[int] | None = None
+    outvoted: Mapping[SlotOf, Outvoted] = dataclasses.field(default_factory=dict[SlotOf, Outvoted])
 
     def candidates(self) -> list[StepId]:
         """Steps that anybody holds something of, newest first, void ones left out."""
@@ -82,6 +85,20 @@ class Planner:
         """Every step that could be restored now, oldest first."""
         known: dict[Hashable, bool] = {}
         return [s for s in reversed(self.candidates()) if self._is_restorable(s, strikes, known)]
+
+    def differing_replicas(self, most_steps: int) -> tuple[DifferingReplicas, ...]:
+        """Slots that should be equal and are not, of the newest steps, newest first."""
+        return tuple(
+            each
+            for step in self.candidates()[:most_steps]
+            for each in differing_replicas(self._universe, self._holdings.get(step, ()))
+        )
+
+    def saved_layout(self, layout_hash: str) -> Layout:
+        """The layout of this hash, which is the job's or among the others."""
+        known = self._layout(layout_hash)
+        assert known is not None
+        return known.layout
 
     def differing(self, step: StepId, strikes: Collection[Strike] = ()) -> tuple[int, ...]:
         """The processes whose copies of `step` are not what most have; these get the bytes of the others."""
@@ -170,7 +187,8 @@ class Planner:
 
     def _survivors(self, step: StepId, strikes: Collection[Strike]) -> Survivors:
         strikes = [strike for strike in strikes if strike.step == step]
-        found = find_survivors(self._universe, self.others, self._holdings.get(step, ()), strikes)
+        holdings = self._holdings.get(step, ())
+        found = find_survivors(self._universe, self.others, holdings, strikes, self.outvoted, self.served)
         if step.generation == 0 and self._has_persistent(step, strikes):
             # Another program may have written this step number anew since it was copied to the ramdisks.
             return found.none()

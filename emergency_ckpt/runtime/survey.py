@@ -11,10 +11,12 @@ from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.lineage import Activation, StepId, begun_from, newest_promised
 from emergency_ckpt.core.other_layouts import OtherLayout, Unusable
 from emergency_ckpt.core.planner import Planner
+from emergency_ckpt.core.replica_votes import Outvoted, SlotOf
 from emergency_ckpt.jaxio.topology import Topology
 from emergency_ckpt.local.store import LocalStore
 from emergency_ckpt.persistent.store import PersistentStore
 from emergency_ckpt.runtime.settings import Settings
+from emergency_ckpt.telemetry.events import ReplicaDivergenceEvent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +32,8 @@ class Survey:
       unusable: a step newer than all of these that the ramdisks hold whole and this job cannot use.
       persistent: steps of the persistent tier, void ones included, oldest first.
       planner: on process 0 only, for planning the restore.
+      asked: slots whose replicas differ; their processes say more of them (see `replica_survey`).
+      divergences: what came of that, leaf by leaf.
     """
 
     activations: tuple[Activation, ...]
@@ -40,10 +44,16 @@ class Survey:
     unusable: Unusable | None = None
     persistent: tuple[StepId, ...] = ()
     planner: Planner | None = None
+    asked: tuple[SlotOf, ...] = ()
+    divergences: tuple[ReplicaDivergenceEvent, ...] = ()
 
     @property
     def newest(self) -> StepId | None:
         return self.restorable[-1] if self.restorable else None
+
+    def with_divergences(self, divergences: tuple[ReplicaDivergenceEvent, ...]) -> Survey:
+        """The same with what was asked for."""
+        return dataclasses.replace(self, asked=(), divergences=divergences)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -54,6 +64,10 @@ class Survey:
             "lost": [self.lost.generation, self.lost.step] if self.lost else None,
             "unusable": _unusable_json(self.unusable) if self.unusable else None,
             "persistent": [[s.generation, s.step] for s in self.persistent],
+            "asked": [[s.step.generation, s.step.step, s.process, s.layout, s.position] for s in self.asked],
+            "divergences": [
+                [e.step, e.leaf, e.boxes, e.deviating, e.versions, e.slices] for e in self.divergences
+            ],
         }
 
     @classmethod
@@ -67,6 +81,18 @@ class Survey:
             _parse_unusable(raw["unusable"]) if raw["unusable"] else None,
             tuple(StepId(g, s) for g, s in raw["persistent"]),
             planner,
+            tuple(SlotOf(StepId(g, s), *slot) for g, s, *slot in raw["asked"]),
+            tuple(
+                ReplicaDivergenceEvent(
+                    step=step,
+                    leaf=leaf,
+                    boxes=tuple(boxes),
+                    deviating=tuple(deviating),
+                    versions=tuple(map(tuple, versions)),
+                    slices=tuple(map(tuple, slices)),
+                )
+                for step, leaf, boxes, deviating, versions, slices in raw["divergences"]
+            ),
         )
 
 
@@ -90,9 +116,11 @@ def take_survey(
     settings: Settings,
     others: Mapping[str, OtherLayout],
     served: frozenset[int],
+    outvoted: Mapping[SlotOf, Outvoted] | None = None,
 ) -> Survey:
     """Puts all inventories together. Process 0 calls it.
 
+    `outvoted`: of replicas that were compared, what not most have.
     `others`: the layouts that they name beside ours; `served`: the processes whose slots can be fetched.
     """
     newest = persistent.newest_generation()
@@ -108,6 +136,7 @@ def take_survey(
         settings.single_replica_restore,
         others,
         served,
+        dict(outvoted or {}),
     )
     _, reason = planner.plan()
     generations = [i.highest_generation for i in inventories] + [s.generation for s in steps]
