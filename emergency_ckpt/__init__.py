@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from emergency_ckpt.config import Config, load_config
+    from emergency_ckpt.distributed import arrange_mesh, initialize_distributed
     from emergency_ckpt.errors import (
         AgentStartError,
         ConfigError,
@@ -78,6 +79,8 @@ __all__ = [
     "StepAlreadyExistsError",
     "TopologyError",
     "UnsupportedStateError",
+    "arrange_mesh",
+    "initialize_distributed",
     "load_config",
 ]
 
@@ -94,6 +97,8 @@ _HOME = {
     "ReshardedExtras": "manager",
     "Config": "config",
     "load_config": "config",
+    "arrange_mesh": "distributed",
+    "initialize_distributed": "distributed",
 }
 """The module of each public name; names that are not listed are errors."""
 

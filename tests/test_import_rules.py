@@ -31,11 +31,12 @@ MAY_IMPORT = {
     "options": {"core"},
     "runtime": ALL_BELOW_MANAGER,
     "manager": ALL_BELOW_MANAGER | {"runtime", "disabled"},
+    "distributed": ALL_BELOW_MANAGER | {"runtime"},
     "disabled": ALL_BELOW_MANAGER | {"runtime", "manager"},
     "deploy": ALL_BELOW_MANAGER | {"runtime", "manager"},
     "demo": ALL_BELOW_MANAGER | {"runtime", "manager", "deploy", "cli", "__init__"},
     "cli": ALL_BELOW_MANAGER | {"runtime", "manager", "deploy", "demo", "__init__"},
-    "__init__": {"config", "manager", "options"},
+    "__init__": {"config", "manager", "options", "distributed"},
 }
 
 # Rooms whose modules must not bring jax (nor orbax, which brings jax) into the process.

@@ -81,6 +81,11 @@ def _local_tier(config: Config) -> Iterator[str]:
                     f"{on}, but {_said(config, flag)}. The identity of the run lives in "
                     f"base_output_directory/run_name: set {flag}, or {switch}=False."
                 )
+    if config.use_replicator_service and not config.local_checkpoint_directory:
+        yield (
+            f"{_said(config, 'use_replicator_service')}, but {_said(config, 'local_checkpoint_directory')}. "
+            "Set local_checkpoint_directory to the multi-tier volume, or use_replicator_service=False."
+        )
     if config.saves_locally and config.local_checkpoint_directory and config.base_output_directory:
         yield from _shared_storage(config)
     if config.saves_locally and config.local_checkpoint_spread and config.checkpoint_agent == "off":
@@ -172,9 +177,9 @@ def _restoring(config: Config) -> Iterator[str]:
 def _inactive(config: Config) -> Iterator[str]:
     if config.enable_multi_tier_checkpointing:
         yield (
-            f"{_said(config, 'enable_multi_tier_checkpointing')} does nothing yet: "
-            "use enable_emergency_checkpoint=True for checkpoints in the local tier and checkpoint_period for "
-            "those in the persistent tier."
+            f"{_said(config, 'enable_multi_tier_checkpointing')} is active in part: initialize_distributed "
+            "waits for jax-init-info.txt; use enable_emergency_checkpoint=True for checkpoints in the local "
+            "tier and checkpoint_period for those in the persistent tier."
         )
     for flag in (
         "multi_tier_checkpointing_backup_interval_minutes",

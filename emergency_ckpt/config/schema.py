@@ -192,6 +192,18 @@ class Config(BaseModel):
         "step into the persistent tier, if it is not there yet.",
     )
 
+    # Joining the job.
+    jax_distributed_initialization_timeout: Count = Field(
+        300,
+        description="Longest wait in seconds of initialize_distributed for the other processes of the job.",
+    )
+    use_replicator_service: bool = Field(
+        False,
+        description="The local directory is a GKE multi-tier volume, which tells each host its former process "
+        "id in jax-init-info.txt: initialize_distributed waits for that file. (MaxText's earlier name; "
+        "enable_multi_tier_checkpointing means the same here.)",
+    )
+
     # Restoring.
     enable_single_replica_ckpt_restoring: bool = Field(
         False,

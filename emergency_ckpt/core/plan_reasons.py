@@ -74,12 +74,12 @@ def _from_slots(processes: Sequence[ProcessPlan], layout: Layout, stored: str) -
         named = slices_or_processes(recut, layout.process_slice)
         takes = "takes" if is_one(named) else "take"
         parts.append(
-            f"{named} {takes} {shards_counted(sum(recut.values()))} from slots of their own cut otherwise"
+            f"{named} {takes} {shards_counted(sum(recut.values()))} from slots of their own that are not kept"
         )
     takers: dict[frozenset[int], list[int]] = collections.defaultdict(list)
     counts: collections.Counter[frozenset[int]] = collections.Counter()
     for process, plan in enumerate(processes):
-        givers = frozenset(take.process for take in plan.takes if take.process != process)
+        givers = frozenset(take.process for take in plan.takes if take.process != process and take.shards)
         if givers:
             takers[givers].append(process)
             counts[givers] += sum(len(take.shards) for take in plan.takes if take.process != process)

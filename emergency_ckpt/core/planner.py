@@ -16,12 +16,14 @@ from emergency_ckpt.core.copies import survivable
 from emergency_ckpt.core.inventory import Holding, Inventory
 from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.lineage import Activation, StepId, is_void
+from emergency_ckpt.core.misplaced import Misplaced, find_misplaced
 from emergency_ckpt.core.other_layouts import OtherLayout, Unusable, covers_all, differing_briefly
 from emergency_ckpt.core.plan_reasons import describe_lost, describe_sources
 from emergency_ckpt.core.plan_words import because, processes_named
+from emergency_ckpt.core.replica_votes import DifferingReplicas, Outvoted, SlotOf
 from emergency_ckpt.core.restore_plan import RestorePlan, Strike
 from emergency_ckpt.core.step_needs import StepNeeds
-from emergency_ckpt.core.survivors import Survivors, find_survivors
+from emergency_ckpt.core.survivors import Survivors, differing_replicas, find_survivors
 from emergency_ckpt.core.universe import Universe
 
 
@@ -40,6 +42,7 @@ class Planner:
       others: by hash, the layouts of other job shapes and states that the inventories name.
       served: the processes whose slots others can fetch from; None: all.
       stored: what slots of this job hold, where slices share the state; None: what processes have to get.
+      outvoted: of slots whose replicas differ and were compared, the shards that are not what most have.
     """
 
     layout: Layout
@@ -51,6 +54,7 @@ class Planner:
     others: Mapping[str, OtherLayout] = dataclasses.field(default_factory=dict[str, OtherLayout])
     served: frozenset[int] | None = None
     stored: Layout | None = None
+    outvoted: Mapping[SlotOf, Outvoted] = dataclasses.field(default_factory=dict[SlotOf, Outvoted])
 
     def candidates(self) -> list[StepId]:
         """Steps that anybody holds something of, newest first, void ones left out."""
@@ -85,9 +89,27 @@ class Planner:
         known: dict[Hashable, bool] = {}
         return [s for s in reversed(self.candidates()) if self._is_restorable(s, strikes, known)]
 
+    def differing_replicas(self, most_steps: int) -> tuple[DifferingReplicas, ...]:
+        """Slots that should be equal and are not, of the newest steps, newest first."""
+        return tuple(
+            each
+            for step in self.candidates()[:most_steps]
+            for each in differing_replicas(self._universe, self._holdings.get(step, ()))
+        )
+
+    def saved_layout(self, layout_hash: str) -> Layout:
+        """The layout of this hash, which is the job's or among the others."""
+        known = self._layout(layout_hash)
+        assert known is not None
+        return known.layout
+
     def differing(self, step: StepId, strikes: Collection[Strike] = ()) -> tuple[int, ...]:
         """The processes whose copies of `step` are not what most have; these get the bytes of the others."""
         return self._survivors(step, strikes).losers
+
+    def misplaced(self, plan: RestorePlan, strikes: Collection[Strike] = ()) -> Misplaced | None:
+        """What travels only because hosts have changed places; None where nothing does."""
+        return find_misplaced(self._universe, self._survivors(plan.step, strikes), plan.processes)
 
     def unusable(self) -> Unusable | None:
         """The newest step, if newer than all restorable ones, of which every shard is there but of no use.
@@ -168,7 +190,8 @@ class Planner:
 
     def _survivors(self, step: StepId, strikes: Collection[Strike]) -> Survivors:
         strikes = [strike for strike in strikes if strike.step == step]
-        found = find_survivors(self._universe, self.others, self._holdings.get(step, ()), strikes)
+        holdings = self._holdings.get(step, ())
+        found = find_survivors(self._universe, self.others, holdings, strikes, self.outvoted, self.served)
         if step.generation == 0 and self._has_persistent(step, strikes):
             # Another program may have written this step number anew since it was copied to the ramdisks.
             return found.none()

@@ -26,7 +26,8 @@ class Take:
       process: whose ramdisk; may be the process itself, where its own slot is cut otherwise.
       layout: hash of the layout of that slot.
       position: position in that layout.
-      shards: ascending indices into that layout's shards.
+      shards: ascending indices into that layout's shards. Without any, the slot is the one whose values (leaves
+        that are no arrays) count.
     """
 
     process: int

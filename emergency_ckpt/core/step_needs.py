@@ -14,7 +14,7 @@ import numpy as np
 
 from emergency_ckpt.core.box_table import Numbers
 from emergency_ckpt.core.cover import Cover, Flags, find_cover
-from emergency_ckpt.core.restore_plan import IN_PLACE, ProcessPlan
+from emergency_ckpt.core.restore_plan import IN_PLACE, ProcessPlan, Take
 from emergency_ckpt.core.shards import Shard
 from emergency_ckpt.core.sources import Givers
 from emergency_ckpt.core.survivors import Survivors
@@ -93,7 +93,15 @@ class StepNeeds:
             sources, persistent = self._cover_for(process)
             wanted = distinct(joined((wanted, sources)))
         takes = self._givers.takes(process, wanted) if len(wanted) else ()
+        if not need.in_place:
+            takes += self._description(process)
         return ProcessPlan(need.in_place, takes, tuple(persistent.tolist()))
+
+    def _description(self, process: int) -> tuple[Take, ...]:
+        """A take of no shards: of the slot that has the right values, where not all have."""
+        describers = self.survivors.describers
+        slot = next((each for each in describers if each.process == process), next(iter(describers), None))
+        return () if slot is None else (Take(slot.process, slot.layout, slot.position, ()),)
 
     # What is needed.
 
@@ -110,7 +118,8 @@ class StepNeeds:
         whole = _Need(True, np.empty(0, np.int64), np.empty(0, np.int64))
         for process, kind in enumerate(layout.held.kinds):
             own = self.survivors.of_process.get(process, ())
-            kept = [self.survivors.kinds[k] for k, _ in own if self.survivors.kinds[k].shards == kind]
+            slots = [self.survivors.kinds[k] for k, _ in own]
+            kept = [each for each in slots if each.shards == kind and not each.is_outvoted]
             best = max(kept, key=lambda each: len(each.good), default=None)
             held = layout.held.lists[kind]
             if best is not None and len(best.good) == len(held):

@@ -1,6 +1,7 @@
 """What of one step is left on the ramdisks and good: the sources of a restore, alike ones together.
 
 All replicas of a slot take the bytes of the majority, else of the lowest slice; what differs is no source.
+Where the replicas were compared shard by shard that holds for each shard, otherwise for slots as wholes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from emergency_ckpt.core.box_table import Numbers
 from emergency_ckpt.core.inventory import Holding
 from emergency_ckpt.core.other_layouts import OtherLayout
 from emergency_ckpt.core.plan_words import because, is_one, processes_named, shards_counted
+from emergency_ckpt.core.replica_votes import DifferingReplicas, Outvoted, Replica, SlotOf
 from emergency_ckpt.core.restore_plan import Strike
 from emergency_ckpt.core.universe import Universe, among
 
@@ -31,6 +33,8 @@ class Kind:
       good: universe numbers of the shards that are good in these slots, ascending.
       indices: the same shards as indices of the layout.
       slots: (process, position) of each, ascending.
+      is_outvoted: whether shards of them are wrong by what other replicas hold. Such a slot gives the others,
+        but is not kept: its manifest stands for all of it.
     """
 
     layout: int
@@ -38,6 +42,7 @@ class Kind:
     good: Numbers
     indices: Numbers
     slots: tuple[tuple[int, int], ...]
+    is_outvoted: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +55,7 @@ class Survivors:
       slots: equal where the same shards are good in the same slots.
       notes: in words, what cannot be used and why.
       losers: the processes whose bytes differ from what most have, ascending.
+      describers: where values differ, the slots that have the right ones and can be fetched from.
     """
 
     kinds: tuple[Kind, ...]
@@ -57,6 +63,7 @@ class Survivors:
     slots: Hashable
     notes: tuple[str, ...]
     losers: tuple[int, ...] = ()
+    describers: tuple[SlotOf, ...] = ()
 
     def none(self) -> Survivors:
         """The same where no slot may be used."""
@@ -68,10 +75,14 @@ def find_survivors(
     others: Mapping[str, OtherLayout],
     holdings: Sequence[tuple[int, Holding]],
     strikes: Collection[Strike],
+    outvoted: Mapping[SlotOf, Outvoted] | None = None,
+    served: Collection[int] | None = None,
 ) -> Survivors:
     """What of `holdings` (process, holding) of one step may be used.
 
     Args:
+      outvoted: of slots whose replicas were compared shard by shard.
+      served: the processes that others can fetch from; None: all.
       others: the layouts that the universe may lack: those of other states.
       strikes: those of this step.
     """
@@ -79,6 +90,9 @@ def find_survivors(
     notes: list[str] = []
     misfits: dict[str, list[int]] = collections.defaultdict(list)
     usable: list[_Usable] = []
+    beaten: set[int] = set()
+    misspoken: list[SlotOf] = []
+    describers: list[SlotOf] = []
     layout_numbers = {layout_hash: number for number, layout_hash in enumerate(universe.hashes)}
     for process, holding in sorted(holdings, key=_order):
         if process in struck.whole:
@@ -94,18 +108,47 @@ def find_survivors(
             known = range(len(universe.numbers[number]))
             missing = frozenset(i for i in holding.missing if i in known)
             missing |= struck.indices(universe, number, process)
-            usable.append(_Usable(process, number, shards, holding.position, holding.digest, missing))
+            slot = SlotOf(holding.step, process, holding.layout, holding.position)
+            wrong = (outvoted or {}).get(slot)
+            if wrong is not None:
+                (misspoken if wrong.values else describers).append(slot)
+                beaten |= {process} if wrong else set()
+                missing |= wrong.shards
+            digest = holding.digest if wrong is None else ""
+            usable.append(_Usable(process, number, shards, holding.position, digest, missing, bool(wrong)))
+    describers = [slot for slot in describers if misspoken and (served is None or slot.process in served)]
+    if misspoken and not describers:
+        # Nobody can give those that need them the right values: then these slots are none.
+        processes = {slot.process for slot in misspoken}
+        usable = [each for each in usable if each.process not in processes]
     notes += struck.notes({process for process, _ in holdings})
     for why, processes in misfits.items():
         notes.append(f"the {'copy' if len(processes) == 1 else 'copies'} of {processes_named(processes)} {why}")
     losers = _losers(usable, universe.wanted.process_slice)
-    if losers:
-        named = processes_named({each.process for each in losers})
+    beaten |= {each.process for each in losers}
+    if beaten:
+        named = processes_named(beaten)
         notes.append(
             f"replicas differ: {named} {'takes' if is_one(named) else 'take'} the bytes of the majority"
         )
     gathered = _gathered(universe, [u for u in usable if u not in losers], tuple(notes))
-    return dataclasses.replace(gathered, losers=tuple(sorted({each.process for each in losers})))
+    return dataclasses.replace(gathered, losers=tuple(sorted(beaten)), describers=tuple(describers))
+
+
+def differing_replicas(
+    universe: Universe, holdings: Sequence[tuple[int, Holding]]
+) -> tuple[DifferingReplicas, ...]:
+    """The slots of one step that should be equal and are not, those of the lowest process first."""
+    layout_numbers = {layout_hash: number for number, layout_hash in enumerate(universe.hashes)}
+    by_set: dict[int, list[Replica]] = collections.defaultdict(list)
+    for process, holding in sorted(holdings, key=_order):
+        number = layout_numbers.get(holding.layout)
+        if number is not None and 0 <= holding.position < universe.layouts[number].process_count:
+            slot = SlotOf(holding.step, process, holding.layout, holding.position)
+            shards = universe.set_number(number, holding.position)
+            by_set[shards].append(Replica(slot, holding.digest, holding.missing))
+    found = [each for each in by_set.values() if len({replica.digest for replica in each}) > 1]
+    return tuple(DifferingReplicas(tuple(each)) for each in found)
 
 
 _UNKNOWN = "cannot be read: their layout is unknown"
@@ -119,6 +162,7 @@ class _Usable:
     position: int
     digest: str
     missing: frozenset[int]
+    is_outvoted: bool
 
 
 class _Struck:
@@ -178,14 +222,14 @@ def _losers(usable: Iterable[_Usable], process_slice: Sequence[int]) -> set[_Usa
 
 
 def _gathered(universe: Universe, usable: Iterable[_Usable], notes: tuple[str, ...]) -> Survivors:
-    slots: dict[tuple[int, int, tuple[int, ...]], list[_Usable]] = collections.defaultdict(list)
+    slots: dict[tuple[int, int, bool, tuple[int, ...]], list[_Usable]] = collections.defaultdict(list)
     for each in usable:
         list_number = universe.layouts[each.layout].held.kinds[each.position]
-        slots[each.layout, list_number, tuple(sorted(each.missing))].append(each)
+        slots[each.layout, list_number, each.is_outvoted, tuple(sorted(each.missing))].append(each)
     kinds: list[Kind] = []
     named: list[Hashable] = []
     of_process: dict[int, list[tuple[int, int]]] = collections.defaultdict(list)
-    for (layout, list_number, missing), alike in slots.items():
+    for (layout, list_number, is_outvoted, missing), alike in slots.items():
         good, indices = universe.ordered(layout, alike[0].position)
         if missing:
             kept = ~among(indices, np.array(missing, np.int64))
@@ -193,7 +237,7 @@ def _gathered(universe: Universe, usable: Iterable[_Usable], notes: tuple[str, .
         for each in alike:
             of_process[each.process].append((len(kinds), each.position))
         places = tuple((each.process, each.position) for each in alike)
-        named.append((layout, list_number, missing, places))
-        kinds.append(Kind(layout, alike[0].shards, good, indices, places))
+        named.append((layout, list_number, is_outvoted, missing, places))
+        kinds.append(Kind(layout, alike[0].shards, good, indices, places, is_outvoted))
     by_process = {process: tuple(found) for process, found in of_process.items()}
     return Survivors(tuple(kinds), by_process, tuple(named), notes)

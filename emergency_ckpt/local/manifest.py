@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import xxhash
 
+from emergency_ckpt.core.arrangement import MeshPlace
 from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.lineage import Activation, StepId
 from emergency_ckpt.core.shards import block_ranges
@@ -57,6 +58,7 @@ class Manifest:
       promised: the newest step that this process knew to be complete when it sealed.
       missing: ascending places among the entries, of those whose bytes are not there or not good. At least one
         entry is good. `checksums` are complete all the same, as saved.
+      place: where in its mesh the process stood that sealed it; None in manifests of earlier versions.
 
     Raises ValueError for `missing` that is not so.
     """
@@ -75,6 +77,7 @@ class Manifest:
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     promised: StepId | None = None
     missing: tuple[int, ...] = ()
+    place: MeshPlace | None = None
 
     def __post_init__(self) -> None:
         if list(self.missing) != sorted(set(self.missing)):
@@ -116,6 +119,7 @@ class Manifest:
                 "metadata": self.metadata,
                 "promised": [self.promised.generation, self.promised.step] if self.promised else None,
                 "missing": self.missing,
+                "place": [self.place.shape, self.place.positions] if self.place else None,
             },
             separators=(",", ":"),
         ).encode()
@@ -165,6 +169,7 @@ class Manifest:
             # a damaged one, and gives it up.
             promised=_step_id(promised) if (promised := raw.get("promised")) is not None else None,
             missing=tuple(_number(entry) for entry in _typed(raw.get("missing", []), list)),
+            place=_place(place) if (place := raw.get("place")) is not None else None,
         )
 
     def check_against(self, layout: Layout, data_bytes: int) -> None:
@@ -205,6 +210,11 @@ def _other_format(found: str, body: bytes, origin: str) -> OtherFormatError:
 def _step_id(raw: Any) -> StepId:
     generation, step = (_number(number) for number in _typed(raw, list))
     return StepId(generation, step)
+
+
+def _place(raw: Any) -> MeshPlace:
+    shape, positions = (tuple(map(_number, _typed(each, list))) for each in _typed(raw, list))
+    return MeshPlace(shape, positions)
 
 
 def _number(raw: Any) -> int:

@@ -203,13 +203,19 @@ def evict(directory: Path, index: int, foreign: Foreign, log: Callable[[str], No
 
 def newest_of_run(directory: Path, run: str) -> Manifest | None:
     """The newest readable manifest of this run in a directory, which may be somebody else's."""
-    newest: Manifest | None = None
-    for candidate in directory.glob("slot_*.manifest"):
+    return max((m for m, _ in sealed_of_run(directory, run)), key=lambda m: m.step, default=None)
+
+
+def sealed_of_run(directory: Path, run: str) -> list[tuple[Manifest, int]]:
+    """Every readable manifest of this run in a directory, and the bytes of its slot. Nothing is verified."""
+    found: list[tuple[Manifest, int]] = []
+    for path in sorted(directory.glob("slot_*.manifest")):
         with contextlib.suppress(CorruptDataError, LocalDirectoryError):
-            manifest = read_manifest(candidate)
-            if manifest and manifest.run == run and (newest is None or manifest.step > newest.step):
-                newest = manifest
-    return newest
+            manifest = read_manifest(path)
+            data = path.with_suffix(".data")
+            if manifest and manifest.run == run:
+                found.append((manifest, data.stat().st_size if data.exists() else 0))
+    return found
 
 
 def _occupied(path: Path) -> int:

@@ -141,6 +141,13 @@ class PersistentStore:
                 " If no job uses this directory, delete that file."
             ) from error
 
+    def known_run_id(self) -> str:
+        """The id of the run where a job has begun one in this root; empty where none has."""
+        try:
+            return self.run_id() if self.files.read(_RUN_ID).strip() else ""
+        except FileNotFoundError:
+            return ""
+
     def mint_generation(self, highest_seen: int, parent: StepId | None) -> Generation:
         """A new generation, higher than `highest_seen` and every other. One process of a job calls this."""
         newest = self.newest_generation()

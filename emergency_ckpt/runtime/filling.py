@@ -317,15 +317,20 @@ class Filling:
             wanted &= {shard for shard, place in places.items() if place.nbytes}
         if isinstance(self._room, Repair):
             wanted &= set(self._room.missing)
-        if not takes or not wanted:
+        # Where replicas have different values, a take without shards says whose count.
+        describing = next((take for take in takes if not take.shards), None)
+        if not wanted:
+            takes = [describing] if describing and self._described is None else []
+        if not takes:
             return NONE
         place = self._the_room().place if places is None else places.__getitem__
         target = Target(self.step, self._job.needed_layout, wanted, place)
         gathered = gather(target, takes, self._open_source, course=course)
         self._job.peers.forget(gathered.unreachable)
         self._done.update(gathered.checksums)
-        for _, manifest in sorted(gathered.manifests.items()):
-            self._described = self._described or _Described.by(manifest)
+        for process, manifest in sorted(gathered.manifests.items()):
+            if describing is None or process == describing.process:
+                self._described = self._described or _Described.by(manifest)
             self._keep_extras(manifest)
         fetched = 0
         for process, (shards, nbytes) in gathered.sources.items():

@@ -327,4 +327,5 @@ def make_manifest(
         listed=True,
         activations=job.local.activations,
         metadata=dict(metadata),
+        place=job.place,
     )

@@ -7,6 +7,7 @@ import functools
 
 from emergency_ckpt.agent.slot_id import SlotId
 from emergency_ckpt.agent.slot_source import PeerSlot
+from emergency_ckpt.core.arrangement import MeshPlace
 from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.core.restore_plan import Take
@@ -30,7 +31,7 @@ class Job:
 
     `layout` says what slots hold, and `device_layout` what devices do: shards that a process stores for others
     are in the first one only, and where slices share what all of them hold, some are in the second one only.
-    Both have the same shards.
+    Both have the same shards. `place` is where in the mesh this process stands.
     """
 
     settings: Settings
@@ -45,6 +46,7 @@ class Job:
     persistent: PersistentStore
     generation: Generation
     log: CheckpointLogger
+    place: MeshPlace
 
     @property
     def process(self) -> int:

@@ -148,24 +148,7 @@ class ReplicaComparison:
 
     def _tell(self, step: StepId, divergences: Sequence[Divergence], logs: bool) -> None:
         """All count; one of the processes that compared writes the lines."""
-        for number, each in enumerate(divergences):
-            event = ReplicaDivergenceEvent(
-                step=step.step,
-                leaf=each.leaf,
-                boxes=tuple(map(str, each.boxes)),
-                deviating=each.deviating,
-                versions=each.versions,
-                slices=tuple(
-                    tuple(sorted({self._layout.process_slice[p] for p in version})) for version in each.versions
-                ),
-            )
-            if logs and number < _MOST_LINES:
-                self._log.emit(event)
-            else:
-                self._log.metrics.observe(event)
-        if logs and len(divergences) > _MOST_LINES:
-            more = len(divergences) - _MOST_LINES
-            self._log.error("replicas", step.step, f"replicas of {more} more leaves differ")
+        tell_divergences(self._log, divergence_events(step.step, divergences, self._layout.process_slice), logs)
 
     @functools.cached_property
     def _comparisons(self) -> tuple[Comparison, ...]:
@@ -184,3 +167,32 @@ class ReplicaComparison:
     def _odd_key(keys: str, comparison: Comparison, process: int | None = None) -> str:
         prefix = f"{keys}/replicas/odd/{comparison.name}"
         return prefix if process is None else f"{prefix}/{process}"
+
+
+def divergence_events(
+    step: int, divergences: Sequence[Divergence], process_slice: Sequence[int]
+) -> list[ReplicaDivergenceEvent]:
+    """What is told of each leaf of a step that differs."""
+    return [
+        ReplicaDivergenceEvent(
+            step=step,
+            leaf=each.leaf,
+            boxes=tuple(map(str, each.boxes)),
+            deviating=each.deviating,
+            versions=each.versions,
+            slices=tuple(tuple(sorted({process_slice[p] for p in version})) for version in each.versions),
+        )
+        for each in divergences
+    ]
+
+
+def tell_divergences(log: CheckpointLogger, events: Sequence[ReplicaDivergenceEvent], logs: bool) -> None:
+    """Counts all, and writes a line for each of the first of them where `logs`."""
+    for number, event in enumerate(events):
+        if logs and number < _MOST_LINES:
+            log.emit(event)
+        else:
+            log.metrics.observe(event)
+    if logs and len(events) > _MOST_LINES:
+        more = len(events) - _MOST_LINES
+        log.error("replicas", events[0].step, f"replicas of {more} more leaves differ")

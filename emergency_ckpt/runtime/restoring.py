@@ -9,6 +9,7 @@ part of the state is restored, none do.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import time
@@ -21,6 +22,7 @@ from emergency_ckpt.core.inventory import Inventory
 from emergency_ckpt.core.lineage import Activation, StepId
 from emergency_ckpt.core.plan_words import processes_named, shards_counted
 from emergency_ckpt.core.planner import Planner
+from emergency_ckpt.core.replica_votes import Outvoted, SlotOf
 from emergency_ckpt.core.restore_plan import PlanOfOne, RestorePlan, Strike
 from emergency_ckpt.errors import CorruptDataError, NoRestorableStepError, StateMismatchError
 from emergency_ckpt.persistent.store import Generation
@@ -30,6 +32,8 @@ from emergency_ckpt.runtime.extras import ReceivedExtras, WantedExtras
 from emergency_ckpt.runtime.filling import PEER, PERSISTENT, Filling
 from emergency_ckpt.runtime.job import Job
 from emergency_ckpt.runtime.layout_exchange import fetch_layouts, publish_layouts
+from emergency_ckpt.runtime.replica_survey import compare_replicas, compared_replicas
+from emergency_ckpt.runtime.replicas import tell_divergences
 from emergency_ckpt.runtime.restore_attempt import Attempt, Held, persistent_mismatch
 from emergency_ckpt.runtime.setbacks import Setbacks
 from emergency_ckpt.runtime.survey import Survey, own_inventory, take_survey
@@ -78,6 +82,7 @@ class Restorer:
         axis = job.settings.replica_axis
         self._replica_axis = str(axis if isinstance(axis, str) else mesh.axis_names[axis])
         self._told_differing: set[StepId] = set()
+        self._told_misplaced: set[StepId] = set()
         self.remaining: tuple[StepId, ...] = ()  # what the last failed restore left restorable, oldest first
         self._plan_of_newest: RestorePlan | None = None  # on process 0, until it was told
         self.early: EarlyHydration | None = None  # what is fetched before a restore asks for it
@@ -88,17 +93,31 @@ class Restorer:
         job, timeout = self._job, self._job.settings.coordination_timeout
         key = f"{call}/survey"
         surveyed: list[Survey] = []
+        takes: list[Callable[[Mapping[SlotOf, Outvoted]], Survey]] = []
 
         def decide(said: list[Any]) -> Any:
             parsed = [Inventory.from_bytes(json.dumps(raw).encode()) for raw, _ in said]
             served = frozenset(process for process, (_, serves) in enumerate(said) if serves)
             others = fetch_layouts(job.coordinator, f"{key}/layouts", parsed, job.layout, timeout)
             needed, stored = job.needed_layout, None if job.stores_all else job.layout
-            survey = take_survey(
-                parsed, job.persistent, needed, job.topology, job.settings, others, served, stored
+            takes.append(
+                functools.partial(
+                    take_survey,
+                    parsed,
+                    job.persistent,
+                    needed,
+                    job.topology,
+                    job.settings,
+                    others,
+                    served,
+                    stored,
+                )
             )
-            surveyed.append(survey)
-            return survey.to_json()
+            survey = takes[0]({})
+            assert survey.planner is not None
+            asked = tuple(slot for each in compared_replicas(survey.planner) for slot in each.asked)
+            surveyed.append(dataclasses.replace(survey, asked=asked))
+            return surveyed[0].to_json()
 
         def mine() -> Any:
             inventory = own_inventory(job.local, job.process, job.topology.process_count)
@@ -108,7 +127,10 @@ class Restorer:
 
         answer = agree(job.coordinator, key, mine, decide, timeout)
         survey = Survey.from_json(answer, surveyed[0].planner if surveyed else None)
-        self._plan_of_newest = surveyed[0].plan if surveyed else None
+        own = surveyed[0] if surveyed else None
+        survey = own or Survey.from_json(answer)
+        survey = compare_replicas(job, f"{key}/replicas", survey, lambda outvoted: takes[0](outvoted))
+        self._plan_of_newest = survey.plan
         job.local.activate(survey.activations)
         job.local.learn_restorable(survey.restorable)
         return survey
@@ -266,6 +288,10 @@ class Restorer:
             plan, reason = planner.plan(step, strikes)
             remaining = [] if plan else planner.restorable(strikes)
             if plan is not None:
+                misplaced = planner.misplaced(plan, strikes)
+                if misplaced is not None and plan.step not in self._told_misplaced:
+                    self._told_misplaced.add(plan.step)
+                    job.log.warning("restore", plan.step.step, misplaced.describe())
                 for process in range(count):
                     own = json.dumps(plan.process_json(process)).encode()
                     job.coordinator.put(f"{key}/own/{process}", own)
@@ -288,25 +314,28 @@ class Restorer:
             asked = "No step can be restored" if step is None else f"Step {step} cannot be restored"
             other = "" if newest is None else f" The newest restorable step is {newest}."
             raise NoRestorableStepError(f"{asked}: {answer['reason']}.{other}")
-        self._tell_differing(StepId(*answer["plan"]["step"]), answer["differing"])
+        self._tell_differing(survey, StepId(*answer["plan"]["step"]), answer["differing"])
         own = json.loads(job.coordinator.get(f"{key}/own/{job.process}", timeout))
         return PlanOfOne.from_json(job.process, answer["plan"], own)
 
-    def _tell_differing(self, step: StepId, processes: list[int]) -> None:
-        """Copies that differ are counted on all processes, once per step and manager."""
+    def _tell_differing(self, survey: Survey, step: StepId, processes: list[int]) -> None:
+        """Copies that differ are counted on all processes, once per leaf, step and manager."""
         if not processes or step in self._told_differing:
             return
         self._told_differing.add(step)
         log = self._job.log
-        log.metrics.add(Metric.REPLICA_DIVERGENCES)
-        log.metrics.set(Metric.LAST_DIVERGENT_STEP, step.step)
+        events = [event for event in survey.divergences if event.step == step.step]
+        tell_divergences(log, events, self._job.leads)
+        if not events:  # There were too many to be compared.
+            log.metrics.add(Metric.REPLICA_DIVERGENCES)
+            log.metrics.set(Metric.LAST_DIVERGENT_STEP, step.step)
         if self._job.leads:
             log.error(
                 "restore",
                 step.step,
                 f"replicas differ: {processes_named(processes)} sealed other bytes than most of those with the "
                 "same shards, or than the lowest slice where none are most, and get the bytes of these. A "
-                "device or memory damaged data silently: the lines of operation 'replicas' of its save tell",
+                "device or memory damaged data silently: lines of operation 'replicas' tell in which leaves",
             )
 
     def _mismatch(self, planner: Planner, plan: RestorePlan, wanted: Wanted) -> str:

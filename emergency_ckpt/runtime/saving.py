@@ -279,6 +279,7 @@ class SavePipeline(Worker[_Task]):
             promised=self._newest_complete or self._promised,
             metadata=task.content.metadata if task.content else {},
             missing=self._copies,
+            place=job.place,
         )
         job.local.seal(slot, manifest)
         task.sealed = True

@@ -15,18 +15,18 @@ from emergency_ckpt.agent.orders import Destination
 from emergency_ckpt.core.copies import survivable
 from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.lineage import StepId
-from emergency_ckpt.core.placement import assign_directories
 from emergency_ckpt.core.storage import storage_layout
 from emergency_ckpt.errors import ConfigError, NoRestorableStepError, PersistentStoreError, StateMismatchError
 from emergency_ckpt.jaxio.coordination import Coordinator, open_coordinator, service_address
 from emergency_ckpt.jaxio.layouts import build_layout
+from emergency_ckpt.jaxio.mesh_places import place_in
 from emergency_ckpt.jaxio.orbax_metadata import layout_metadata_files
 from emergency_ckpt.jaxio.topology import Topology, axis_position
-from emergency_ckpt.local.claim import directory_identity
-from emergency_ckpt.local.store import LocalStore, StoreOptions, held_positions
+from emergency_ckpt.local.store import LocalStore, StoreOptions
 from emergency_ckpt.persistent.store import Generation, PersistentStore
 from emergency_ckpt.runtime.agreement import agree, tell
 from emergency_ckpt.runtime.board import CoordinatedBoard
+from emergency_ckpt.runtime.directories import choose_directory
 from emergency_ckpt.runtime.job import LEADER, Job
 from emergency_ckpt.runtime.peers import Peers
 from emergency_ckpt.runtime.restoring import Restorer
@@ -83,6 +83,7 @@ def start_job(settings: Settings, mesh: jax.sharding.Mesh, abstract_state: Any) 
         persistent,
         generation,
         log,
+        place_in(mesh, topology.process_index),
     )
     try:
         restorer = Restorer(job, abstract_state, mesh)
@@ -309,13 +310,14 @@ def _open_local(
 ) -> LocalStore:
     """Opens this process's slots; no process goes on before all have theirs and agree on the layout."""
     opened: list[LocalStore] = []
-    ordinal = _choose_directory(coordinator, settings, run)
+    root, timeout = settings.local_directory, settings.coordination_timeout
+    ordinal = 0 if root is None else choose_directory(coordinator, "start/host", root, run, timeout)
 
     def mine() -> str:
         options = StoreOptions(
             ordinal=ordinal,
-            directory=settings.local_directory,
-            max_to_keep=settings.local_max_to_keep if settings.local_directory else 0,
+            directory=root,
+            max_to_keep=settings.local_max_to_keep if root else 0,
             wanted_slots=settings.wanted_slots,
             least_slots=settings.least_slots,
             foreign_run=settings.foreign_run,
@@ -340,29 +342,12 @@ def _open_local(
             )
 
     try:
-        agree(coordinator, "start/local", mine, decide, settings.coordination_timeout)
+        agree(coordinator, "start/local", mine, decide, timeout)
     except BaseException:
         for store in opened:
             store.close()
         raise
     return opened[0]
-
-
-def _choose_directory(coordinator: Coordinator, settings: Settings, run: str) -> int:
-    """The directory of this process below the ramdisk directory, which several processes may share."""
-    root = settings.local_directory
-    if root is None:
-        return 0
-    identities: list[str] = agree(
-        coordinator,
-        "start/host",
-        lambda: directory_identity(root),
-        lambda found: found,
-        settings.coordination_timeout,
-    )
-    process = coordinator.process_index
-    here = [p for p, identity in enumerate(identities) if identity == identities[process]]
-    return assign_directories(held_positions(root, run), here)[process]
 
 
 def _item_name(persistent: PersistentStore, mesh: jax.sharding.Mesh, replica_axis: int | str) -> str:

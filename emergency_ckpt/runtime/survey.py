@@ -12,11 +12,13 @@ from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.lineage import Activation, StepId, begun_from, newest_promised
 from emergency_ckpt.core.other_layouts import OtherLayout, Unusable
 from emergency_ckpt.core.planner import Planner
+from emergency_ckpt.core.replica_votes import Outvoted, SlotOf
 from emergency_ckpt.core.restore_plan import RestorePlan
 from emergency_ckpt.jaxio.topology import Topology
 from emergency_ckpt.local.store import LocalStore
 from emergency_ckpt.persistent.store import PersistentStore
 from emergency_ckpt.runtime.settings import Settings
+from emergency_ckpt.telemetry.events import ReplicaDivergenceEvent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,8 @@ class Survey:
       fetching: the processes that get something from elsewhere when the newest of the restorable is restored.
       planner: on process 0 only, for planning the restore.
       plan: of the newest step, only where the survey was taken.
+      asked: slots whose replicas differ; their processes say more of them (see `replica_survey`).
+      divergences: what came of that, leaf by leaf.
     """
 
     activations: tuple[Activation, ...]
@@ -46,10 +50,16 @@ class Survey:
     fetching: tuple[int, ...] = ()
     planner: Planner | None = None
     plan: RestorePlan | None = None
+    asked: tuple[SlotOf, ...] = ()
+    divergences: tuple[ReplicaDivergenceEvent, ...] = ()
 
     @property
     def newest(self) -> StepId | None:
         return self.restorable[-1] if self.restorable else None
+
+    def with_divergences(self, divergences: tuple[ReplicaDivergenceEvent, ...]) -> Survey:
+        """The same with what was asked for."""
+        return dataclasses.replace(self, asked=(), divergences=divergences)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -61,10 +71,14 @@ class Survey:
             "unusable": _unusable_json(self.unusable) if self.unusable else None,
             "persistent": [[s.generation, s.step] for s in self.persistent],
             "fetching": runs_to_json(self.fetching),
+            "asked": [[s.step.generation, s.step.step, s.process, s.layout, s.position] for s in self.asked],
+            "divergences": [
+                [e.step, e.leaf, e.boxes, e.deviating, e.versions, e.slices] for e in self.divergences
+            ],
         }
 
     @classmethod
-    def from_json(cls, raw: Any, planner: Planner | None) -> Survey:
+    def from_json(cls, raw: Any) -> Survey:
         return cls(
             tuple(Activation(g, s) for g, s in raw["activations"]),
             tuple(StepId(g, s) for g, s in raw["restorable"]),
@@ -74,7 +88,20 @@ class Survey:
             _parse_unusable(raw["unusable"]) if raw["unusable"] else None,
             tuple(StepId(g, s) for g, s in raw["persistent"]),
             runs_from_json(raw["fetching"]),
-            planner,
+            None,
+            None,
+            tuple(SlotOf(StepId(g, s), *slot) for g, s, *slot in raw["asked"]),
+            tuple(
+                ReplicaDivergenceEvent(
+                    step=step,
+                    leaf=leaf,
+                    boxes=tuple(boxes),
+                    deviating=tuple(deviating),
+                    versions=tuple(map(tuple, versions)),
+                    slices=tuple(map(tuple, slices)),
+                )
+                for step, leaf, boxes, deviating, versions, slices in raw["divergences"]
+            ),
         )
 
 
@@ -99,6 +126,7 @@ def take_survey(
     others: Mapping[str, OtherLayout],
     served: frozenset[int],
     stored: Layout | None = None,
+    outvoted: Mapping[SlotOf, Outvoted] | None = None,
 ) -> Survey:
     """Puts all inventories together. Process 0 calls it.
 
@@ -106,6 +134,7 @@ def take_survey(
       layout: what processes need.
       others: the layouts that they name beside ours. served: the processes whose slots can be fetched.
       stored: what slots hold, where that is something else.
+      outvoted: of replicas that were compared, what not most have.
     """
     newest = persistent.newest_generation()
     known = {a for inventory in inventories for a in inventory.activations} | set(persistent.activations())
@@ -121,6 +150,7 @@ def take_survey(
         others,
         served,
         stored,
+        dict(outvoted or {}),
     )
     plan, reason = planner.plan()
     generations = [i.highest_generation for i in inventories] + [s.generation for s in steps]

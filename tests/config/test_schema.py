@@ -36,6 +36,8 @@ MAXTEXT_DEFAULTS: dict[str, Any] = {
     "checkpoint_agent_tls_key": "",
     "checkpoint_agent_tls_ca": "",
     "checkpoint_agent_idle_seconds": 900.0,
+    "jax_distributed_initialization_timeout": 300,
+    "use_replicator_service": False,
     "enable_single_replica_ckpt_restoring": False,
     "enable_autocheckpoint": False,
     "load_full_state_path": "",

@@ -333,7 +333,7 @@ def test_a_job_of_half_the_hosts_takes_two_shards_for_each_of_its_own() -> None:
         [(0, 0, (0,)), (0, 1, (1,))],
         [(1, 2, (2,)), (1, 3, (3,))],
     ]
-    assert reason == "step 70: processes 0, 1 take 4 shards from slots of their own cut otherwise"
+    assert reason == "step 70: processes 0, 1 take 4 shards from slots of their own that are not kept"
 
 
 def test_a_struck_shard_is_taken_from_elsewhere_and_the_rest_of_the_slot_is_kept() -> None:

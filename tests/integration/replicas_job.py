@@ -49,8 +49,8 @@ def make_state(mesh: Mesh, step: int, damage: str = "") -> dict[str, Any]:
     return state
 
 
-def save_and_restore(root: str, slices: int, flags: dict[str, Any], damaged: int, leaf: str) -> dict[str, Any]:
-    """Steps 1 to 4; from step 3 on a leaf of process `damaged` has one bit too many. Then a restore."""
+def save_and_restore(root: str, slices: int, flags: dict[str, Any], damaged: dict[str, str]) -> dict[str, Any]:
+    """Steps 1 to 4; from step 3 on a leaf of each process in `damaged` has one bit too many. Then a restore."""
     mesh, process = make_mesh(slices), jax.process_index()
     heard = _Lines()
     absl_logging.get_absl_logger().addHandler(heard)
@@ -58,8 +58,8 @@ def save_and_restore(root: str, slices: int, flags: dict[str, Any], damaged: int
     raised: dict[int, str] = {}
     with CheckpointManager.from_config(config, mesh, make_state(mesh, 0)) as manager:
         for step in range(1, 5):
-            is_damaged = step >= DAMAGED_AT and process == damaged
-            manager.save(step, make_state(mesh, step, leaf if is_damaged else ""))
+            leaf = damaged.get(str(process), "") if step >= DAMAGED_AT else ""
+            manager.save(step, make_state(mesh, step, leaf))
             try:
                 manager.wait_until_finished()
             except ReplicaDivergenceError as error:
@@ -72,11 +72,20 @@ def save_and_restore(root: str, slices: int, flags: dict[str, Any], damaged: int
         report = manager.last_restore
         assert report is not None
         counters = manager.metrics_snapshot()
+    restored_lines = heard.lines[len(told["lines"]) :]
+    multihost_utils.sync_global_devices("restored")
+    with CheckpointManager.from_config(config, mesh, make_state(mesh, 0)) as manager:
+        manager.restore_or_init(lambda: make_state(mesh, 0))
+        assert manager.last_restore is not None
+        again = manager.last_restore.source
     right = make_state(mesh, 4)
     return {
         **told,
         "step": restored.step,
         "reason": report.reason,
+        "restored_lines": restored_lines,
+        "fetched": counters["fetched_bytes"],
+        "again": again,
         "restored": counters["replica_divergences"],
         "last": counters.get("last_divergent_step"),
         "wrong": [

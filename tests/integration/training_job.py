@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 import signal
@@ -19,11 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging as absl_logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from emergency_ckpt import CheckpointManager, Config
+from emergency_ckpt import CheckpointManager, Config, arrange_mesh
 from emergency_ckpt.agent.record import agent_directory, read_record
 from emergency_ckpt.cli.launcher.ramdisk import remove_tree
 from emergency_ckpt.errors import EmergencyCheckpointError, ExtrasError
@@ -114,17 +116,26 @@ def train(
     """
     flags = dict(flags)
     mesh = make_mesh(slices, flags.pop("fully_sharded", False))
+    arranged = flags.pop("arranged", None)  # "slices", or "hosts" as well
+    config = make_config(root, flags)
+    if arranged is not None:
+        mesh = arrange_mesh(
+            mesh, config.local_directory, config.checkpoint_directory, move_hosts=arranged == "hosts"
+        )
     process = jax.process_index()
     state = make_state(mesh, 0, rows)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-    manager = CheckpointManager.from_config(make_config(root, flags), mesh, abstract)
+    manager = CheckpointManager.from_config(config, mesh, abstract)
     listed, latest = list(manager.all_steps()), manager.latest_step()
     read = [read_part(manager, mesh, *asked) for asked in parts]
+    heard = _Lines("arrange_mesh")
+    absl_logging.get_absl_logger().addHandler(heard)
     if wanted is None:
         restored = manager.restore_or_init(lambda: state)
         state, start, extras = restored.state, restored.step or 0, dict(restored.extras)
     else:
         state, start, extras = manager.restore(wanted)["state"], wanted, {}
+    absl_logging.get_absl_logger().removeHandler(heard)
     check_state(state, mesh, start or loaded)
     if extras:
         assert extras == {"data": {"position": 100 * start + process}}, extras
@@ -149,6 +160,8 @@ def train(
         "listed": listed,
         "latest": latest,
         "parts": read,
+        "hints": heard.lines,
+        "mesh": [device.process_index for device in mesh.devices.flat],
         "start": start,
         "source": report.source if report else "scratch",
         "reason": report.reason if report else "",
@@ -189,6 +202,19 @@ def read_part(manager: CheckpointManager, mesh: Mesh, step: int, cut: str) -> st
         assert whole.tobytes() == right_bits.tobytes(), f"{name} does not belong to step {step}"
     assert manager.last_restore is not None
     return manager.last_restore.source
+
+
+class _Lines(logging.Handler):
+    """Keeps what is logged with some text in it."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+        self._text = text
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._text in (message := record.getMessage()):
+            self.lines.append(message)
 
 
 class _CommitGate:
