@@ -126,9 +126,7 @@ class Restorer:
             return json.loads(inventory.to_bytes()), job.peers.served
 
         answer = agree(job.coordinator, key, mine, decide, timeout)
-        survey = Survey.from_json(answer, surveyed[0].planner if surveyed else None)
-        own = surveyed[0] if surveyed else None
-        survey = own or Survey.from_json(answer)
+        survey = surveyed[0] if surveyed else Survey.from_json(answer)
         survey = compare_replicas(job, f"{key}/replicas", survey, lambda outvoted: takes[0](outvoted))
         self._plan_of_newest = survey.plan
         job.local.activate(survey.activations)
