@@ -53,6 +53,15 @@ def train_and_die(root: str, until: int, flags: dict[str, Any]) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def start_and_die(root: str, flags: dict[str, Any]) -> None:
+    """Makes a manager, alone, and is killed before anything is restored, and its agent with it."""
+    mesh = make_mesh(1)
+    manager = CheckpointManager.from_config(make_config(root, flags), mesh, make_state(mesh, 0))
+    wait_until_registered(manager)
+    os.kill(agent_pid(Path(root), 0), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def wait_until_registered(manager: CheckpointManager) -> None:
     """Until the agent knows what this process works on."""
     telling = manager._engine.job.peers._telling

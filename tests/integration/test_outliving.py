@@ -20,7 +20,7 @@ from emergency_ckpt.agent.client import PeerClient
 from emergency_ckpt.agent.record import LOG, agent_directory, read_record
 from emergency_ckpt.cli.launcher.ramdisk import remove_tree
 from emergency_ckpt.persistent.store import PersistentStore
-from tests.agent.served import agents_of
+from tests.agent.served import agents_of, start
 from tests.integration.outliving_job import agent_pid, train_and_stay
 from tests.integration.processes import REPOSITORY, Job, run_job
 from tests.integration.training_job import train
@@ -61,6 +61,11 @@ def wait_for(condition: Callable[[], bool], root: Path, seconds: float = 90) -> 
         logs = [log(root, p) for p in range(2) if (root / f"ramdisk_{p}").exists()]
         assert time.monotonic() < deadline, "\n".join(["nothing came of it", *logs])
         time.sleep(0.05)
+
+
+def alone(call: str) -> list[str]:
+    """The words of a command that is a job of one process."""
+    return [sys.executable, "-c", f"from tests.integration import outliving_job as job; job.{call}"]
 
 
 def train_and_kill(
@@ -120,12 +125,27 @@ def test_the_newest_step_is_drained_when_all_trainers_are_killed(root: Path, pro
 def test_the_container_command_holds_until_the_newest_step_is_drained(root: Path) -> None:
     local = root / "ramdisk_0"
     local.mkdir()
-    code = f"from tests.integration import outliving_job as job; job.train_and_die({str(root)!r}, 6, {{}})"
-    code = code.format(ONLY_FIRST_PERSISTENT)
     words = [sys.executable, "-m", "emergency_ckpt.cli.main", "run", "--local-directory", str(local)]
-    done = subprocess.run([*words, "--", sys.executable, "-c", code], timeout=120, cwd=REPOSITORY)
+    command = alone(f"train_and_die({str(root)!r}, 6, {ONLY_FIRST_PERSISTENT})")
+    done = subprocess.run([*words, "--", *command], timeout=120, cwd=REPOSITORY)
     assert done.returncode == 128 + signal.SIGKILL
     assert committed(root) == [1, 6]
+    assert_restored_without_ramdisks(root, 1, 6)
+
+
+def test_of_a_life_that_was_killed_with_its_agent_before_it_restored_the_step_before_is_drained(
+    root: Path,
+) -> None:
+    """By the agent that is started next, without a trainer."""
+    (root / "ramdisk_0").mkdir()
+    for call in (
+        f"train_and_die({str(root)!r}, 6, {ONLY_FIRST_PERSISTENT | NO_FLUSH})",
+        f"start_and_die({str(root)!r}, {ONLY_FIRST_PERSISTENT})",
+    ):
+        assert subprocess.run(alone(call), timeout=120, cwd=REPOSITORY).returncode == -signal.SIGKILL
+        assert committed(root) == [1]
+    start(root / "ramdisk_0")
+    wait_for(lambda: committed(root) == [1, 6], root)
     assert_restored_without_ramdisks(root, 1, 6)
 
 
