@@ -154,6 +154,13 @@ class Config(BaseModel):
         "raise ReplicaDivergenceError on the processes that hold them.",
     )
 
+    compare_device_copies: bool = Field(
+        False,
+        description="At each save, compare the copies of a shard on several devices of one process, too. "
+        "Slots store one of them, so this is extra work: each device reads its copies once more and "
+        "fingerprints them, by a program that is compiled at the first save.",
+    )
+
     # The agents, one per host: they serve the ramdisk's shards to other hosts, and drain them.
     checkpoint_agent: Literal["auto", "off"] = Field(
         "auto",

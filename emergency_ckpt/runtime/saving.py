@@ -30,11 +30,13 @@ from emergency_ckpt.errors import (
     PeerFailedError,
 )
 from emergency_ckpt.jaxio.binding import StateBinder
+from emergency_ckpt.jaxio.device_copies import DeviceComparison
 from emergency_ckpt.jaxio.outcome_agreement import OutcomeAgreement
 from emergency_ckpt.jaxio.snapshot import Snapshot, take_snapshot
 from emergency_ckpt.local.manifest import Manifest
 from emergency_ckpt.local.slot_views import OpenSlot
 from emergency_ckpt.runtime.copying import Copying
+from emergency_ckpt.runtime.device_copies import DeviceCopies
 from emergency_ckpt.runtime.job import Job
 from emergency_ckpt.runtime.replicas import Published, ReplicaComparison
 from emergency_ckpt.telemetry.events import SaveEvent, SkippedSaveEvent
@@ -70,6 +72,7 @@ class _Task:
     checksums: tuple[tuple[int, ...], ...] | None = None
     fingerprints: tuple[Fingerprints, ...] = ()
     published: Published | None = None
+    devices: DeviceComparison | None = None
     abandon_reason: str = ""
     sealed: bool = False
     succeeded: bool = False  # sealed, and its copies are in place
@@ -97,6 +100,9 @@ class SavePipeline(Worker[_Task]):
             job.log,
             job.settings.coordination_timeout,
             job.settings.on_replica_divergence,
+        )
+        self._device_copies = DeviceCopies(
+            job.settings.compare_device_copies, job.log, job.settings.on_replica_divergence
         )
         self._seeds = {
             shard: shard_seed(job.generation.number, job.layout, shard)
@@ -145,6 +151,7 @@ class SavePipeline(Worker[_Task]):
             task.slot, task.abandon_reason = job.local.begin(task.step, slot_wait, pins)
             if task.slot is not None:
                 job.log.metrics.add(Metric.SAVES_STARTED)
+                task.devices = self._device_copies.ask(task.step, task.content.state)
                 if not task.snapshot.may_defer:
                     task.checksums = self._fill(task.slot, task.snapshot)
         except BaseException as error:
@@ -247,6 +254,8 @@ class SavePipeline(Worker[_Task]):
         self._report(task, record, sealed_seconds)
         if record.outcome is Outcome.COMPLETE and task.published is not None:
             self._compare_replicas(task.step, task.published)
+        if task.devices is not None and (divergence := self._device_copies.compare(task.step, task.devices)):
+            self.note(divergence)
 
     def _compare_replicas(self, step: StepId, published: Published) -> None:
         try:

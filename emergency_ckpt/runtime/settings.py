@@ -69,6 +69,7 @@ class Settings:
       local_copies: in how many failure domains each shard of a local step lies at least.
       local_spread: and in no more slices than that.
       on_replica_divergence: whether copies that differ are an error beside a line in the log.
+      compare_device_copies: whether copies on several devices of one process are compared, too.
       flush_on_trainer_exit: whether agents drain the newest complete step when their trainers die.
     """
 
@@ -106,6 +107,7 @@ class Settings:
     local_spread: bool = False
     on_replica_divergence: Literal["warn", "raise"] = "warn"
     flush_on_trainer_exit: bool = True
+    compare_device_copies: bool = False
 
     @property
     def wanted_slots(self) -> int:
@@ -163,6 +165,7 @@ def settings_from_config(config: Config) -> Settings:
         flush_on_trainer_exit=config.agent_flush_on_trainer_exit,
         log_format=config.checkpoint_log_format,
         on_replica_divergence=config.on_replica_divergence,
+        compare_device_copies=config.compare_device_copies,
     )
 
 

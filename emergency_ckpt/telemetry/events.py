@@ -259,6 +259,37 @@ class ReplicaDivergenceEvent(Event):
         )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeviceDivergenceEvent(Event):
+    """Devices of one process hold different copies of one shard of a saved step.
+
+    Attributes:
+      leaf: its name. box: the part of it.
+      versions: ids of the devices that hold the same bytes, most of them first.
+    """
+
+    operation: ClassVar[str] = "replicas"
+    step: int
+    leaf: str
+    box: str
+    versions: tuple[tuple[int, ...], ...]
+
+    @property
+    def severity(self) -> Severity:
+        return "error"
+
+    def describe(self) -> str:
+        copies = [_counted("device", devices) for devices in self.versions]
+        if len(self.versions[0]) > len(self.versions[1]):
+            who = f"not what most have is on {', '.join(copies[1:])}; most: {copies[0]}"
+        else:
+            who = f"{' and '.join(copies)} differ, and nothing tells which of them is right"
+        return (
+            f"copies of {self.leaf}{self.box} in this process differ, so some device damages data silently: "
+            f"{who}. One of them was saved; a restore gives it to all. Check this host's devices"
+        )
+
+
 _NAMED_BOXES = 3
 
 

@@ -11,6 +11,7 @@ import threading
 from typing import Literal
 
 from emergency_ckpt.telemetry.events import (
+    DeviceDivergenceEvent,
     DrainEvent,
     Event,
     RejectedStepEvent,
@@ -151,7 +152,7 @@ class Metrics:
                 values.pop(Metric.LAST_COMMITTED_STEP, None)
             case RejectedStepEvent():
                 values[Metric.STEPS_REJECTED] += 1
-            case ReplicaDivergenceEvent():
+            case ReplicaDivergenceEvent() | DeviceDivergenceEvent():
                 values[Metric.REPLICA_DIVERGENCES] += 1
                 values[Metric.LAST_DIVERGENT_STEP] = event.step
 

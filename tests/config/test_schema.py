@@ -58,6 +58,7 @@ OUR_DEFAULTS: dict[str, Any] = {
     "local_checkpoint_foreign_run": "evict",
     "local_save_during_drain": "pause",
     "on_replica_divergence": "warn",
+    "compare_device_copies": False,
     "checkpoint_agent": "auto",
     "checkpoint_agent_bind_address": "",
     "checkpoint_agent_advertise_address": "",

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emergency_ckpt.telemetry.events import (
+    DeviceDivergenceEvent,
     DrainEvent,
     Event,
     RejectedStepEvent,
@@ -49,6 +50,7 @@ EVENTS: list[Event] = [
     SkippedSaveEvent(step=140, blocked_seconds=1, reason="no slot is free: step 120 is drained from both"),
     DrainEvent(step=120, bytes=1024**2, seconds=2, result="committed"),
     DrainEvent(step=130, bytes=0, seconds=0, result="failed", reason="403\nforbidden"),
+    DeviceDivergenceEvent(step=120, leaf="w", box="[0:4]", versions=((0, 1, 3), (2,))),
     RejectedStepEvent(step=130, saved_generation=2, reason="block 4 of params.w[0:4] does not match"),
     RestoreEvent(
         step=120,
