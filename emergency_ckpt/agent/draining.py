@@ -16,8 +16,10 @@ from emergency_ckpt.core.upload_assignment import assign_uploads
 from emergency_ckpt.errors import CorruptDataError, EmergencyCheckpointError, PersistentStoreError
 from emergency_ckpt.local.slot_views import SealedSlot
 from emergency_ckpt.persistent.arrays import WriteOptions
+from emergency_ckpt.persistent.attempts import Attempt, StepNames
 from emergency_ckpt.persistent.committer import StepContent, commit
-from emergency_ckpt.persistent.store import Attempt, Generation, PersistentStore, StepNames
+from emergency_ckpt.persistent.records import Generation
+from emergency_ckpt.persistent.store import PersistentStore
 from emergency_ckpt.persistent.writer import PartReport, report_failure, wait_for_parts, write_part
 
 Stop = Callable[[], str | None]
@@ -80,7 +82,7 @@ def carry_out(
     attempt = _attempt(destination, share.step, share.ordinal)
     try:
         store.check_generation(attempt)
-        if store.is_committed(attempt):
+        if store.committed(attempt):
             return 0  # By an agent that died before it could say so, or by one that took over.
         report = _write(store, destination, share, attempt, slot)
         if share.commits:

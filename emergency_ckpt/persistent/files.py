@@ -1,7 +1,7 @@
 """Byte-level operations on the persistent tier, and their form for file systems.
 
 Everything above talks to `Files`, so that another kind of store needs only these operations. Paths are
-relative to a root, their parts joined by '/'. What `create`, `write` and `commit` made is durable on return.
+relative to a root, their parts joined by '/'. What `create`, `write` and `rename` made is durable on return.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from emergency_ckpt.errors import CorruptDataError, PersistentStoreError
 from emergency_ckpt.persistent.bounded import within
@@ -66,15 +66,45 @@ class Files(Protocol):
         """Deletes a directory with all its content; nothing happens if there is none."""
         ...
 
-    def commit(self, source: str, target: str) -> None:
+    def modified(self, path: str) -> int:
+        """When a directory was last written to: nanoseconds of Unix time. Raises FileNotFoundError."""
+        ...
+
+    def kvstore(self, path: str = "") -> dict[str, Any]:
+        """TensorStore's key-value store specification of a directory."""
+        ...
+
+
+@runtime_checkable
+class RenamingFiles(Files, Protocol):
+    """Files whose directories can be renamed."""
+
+    def rename(self, source: str, target: str) -> None:
         """Gives the directory `source` the name `target` in one atomic operation.
 
         Raises FileExistsError if `target` is there, FileNotFoundError if `source` is not.
         """
         ...
 
-    def kvstore(self, path: str = "") -> dict[str, Any]:
-        """TensorStore's key-value store specification of a directory."""
+
+class VersionedFiles(Files, Protocol):
+    """Files that can be replaced on condition that nobody else did so meanwhile, as objects can."""
+
+    def below(self, path: str) -> VersionedFiles: ...
+
+    def version(self, path: str) -> str | None:
+        """What tells the content of a file from any other that it had or will have; None if there is none."""
+        ...
+
+    def replace(self, path: str, data: bytes, version: str | None) -> str | None:
+        """Writes a file that is still of this version, or still absent; returns its new one, None if it is not.
+
+        Where the store does not honour conditions, this looks first and writes then.
+        """
+        ...
+
+    def delete(self, path: str) -> None:
+        """Deletes a file; nothing happens if there is none."""
         ...
 
 
@@ -141,8 +171,8 @@ class LocalFiles:
                 with contextlib.suppress(FileNotFoundError):
                     shutil.rmtree(self._root / path)
 
-    def commit(self, source: str, target: str) -> None:
-        with self._failing("commit", target):
+    def rename(self, source: str, target: str) -> None:
+        with self._failing("rename", target):
             for directory, _, _ in os.walk(self._root / source, onerror=_raise):
                 _sync_directory(Path(directory))
             try:
@@ -152,6 +182,10 @@ class LocalFiles:
                     raise FileExistsError(errno.EEXIST, "exists", self.locate(target)) from error
                 raise
             _sync_directory((self._root / target).parent)
+
+    def modified(self, path: str) -> int:
+        with self._failing("look at", path):
+            return (self._root / path).stat().st_mtime_ns
 
     def kvstore(self, path: str = "") -> dict[str, Any]:
         return {"driver": "file", "path": self.locate(path).rstrip("/") + "/"}

@@ -19,7 +19,7 @@ from emergency_ckpt.core.schedule import SaveSchedule
 from emergency_ckpt.errors import ConfigError
 from emergency_ckpt.jaxio.binding import HOST_PLATFORMS
 from emergency_ckpt.persistent.arrays import WriteOptions
-from emergency_ckpt.persistent.store import StepNames
+from emergency_ckpt.persistent.attempts import StepNames
 from emergency_ckpt.runtime.policies import (
     AskedPolicy,
     Preservation,

@@ -10,8 +10,9 @@ import os
 import sys
 from typing import Any
 
+from emergency_ckpt.persistent.attempts import Attempt
 from emergency_ckpt.persistent.files import LocalFiles
-from emergency_ckpt.persistent.store import Attempt, PersistentStore
+from emergency_ckpt.persistent.store import PersistentStore
 from tests.persistent.saving import save, small_state
 
 
@@ -51,9 +52,9 @@ class DyingFiles(LocalFiles):
         self._countdown.tick()
         super().delete_tree(path)
 
-    def commit(self, source: str, target: str) -> None:
+    def rename(self, source: str, target: str) -> None:
         self._countdown.tick()
-        super().commit(source, target)
+        super().rename(source, target)
 
 
 def main(root: str, operation: int) -> None:

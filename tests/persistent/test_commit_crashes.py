@@ -13,12 +13,13 @@ import pytest
 
 from emergency_ckpt.core.lineage import Activation, StepId
 from emergency_ckpt.errors import PersistentStoreError
+from emergency_ckpt.persistent.attempts import Attempt
 from emergency_ckpt.persistent.committer import commit, commit_stages
 from emergency_ckpt.persistent.reader import StepReader
-from emergency_ckpt.persistent.store import Attempt, PersistentStore, without_void
+from emergency_ckpt.persistent.store import PersistentStore, without_void
 from tests.persistent.saving import assert_same, layout_of, read_shards, save, small_state, write_parts
 
-STAGES = 8
+STAGES = 9
 
 
 def prepared(root: Path) -> PersistentStore:
@@ -36,7 +37,7 @@ def assert_old_or_new(store: PersistentStore) -> bool:
     """Whether the new step is there; every step that is listed must be whole."""
     steps = {s.step_id: s for s in without_void(store.steps(), store.activations())}
     for step_id, step in steps.items():
-        assert_same(read_shards(StepReader(step.path)), small_state(step_id.generation))
+        assert_same(read_shards(StepReader(step.location)), small_state(step_id.generation))
     assert StepId(1, 10) in steps
     assert set(steps) <= {StepId(1, 10), StepId(2, 20)}
     return StepId(2, 20) in steps
@@ -89,7 +90,7 @@ def test_a_commit_that_stops_after_any_stage_is_invisible_and_does_not_hinder_th
             commit(store, stopped, layout, parts)
     save(store, Attempt(generation, 20, "default", ordinal=1), small_state(6))
     (step,) = store.steps()
-    assert_same(read_shards(StepReader(step.path)), small_state(6))
+    assert_same(read_shards(StepReader(step.location)), small_state(6))
 
 
 def test_the_number_of_stages_is_what_these_tests_stop_after(tmp_path: Path) -> None:
@@ -111,7 +112,7 @@ def test_of_two_committers_of_one_attempt_one_commits_and_one_is_told(tmp_path: 
         assert len([r for r in results if isinstance(r, PersistentStoreError)]) == 1
         (step,) = store.steps()
         assert step in results
-        assert_same(read_shards(StepReader(step.path)), small_state(3))
+        assert_same(read_shards(StepReader(step.location)), small_state(3))
 
 
 def test_attempts_at_the_same_step_that_race_leave_one_whole_step(tmp_path: Path) -> None:
