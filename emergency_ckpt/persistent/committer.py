@@ -125,7 +125,7 @@ def commit_stages(
     side_name = side_file_name(attempt.generation.number, attempt.generation.nonce)
     ours = _our_files(store, attempt, layout, parts, content, extras)
     manifest = f"{attempt.item}/{OCDBT_MANIFEST}"
-    placement = store.place(attempt, [*written, *ours, manifest])
+    placement = store.place(attempt, [manifest, *written, *ours])
     yield "place found"
     context = new_context()
     stores = [part_store_name(attempt, part.part) for part in parts if part.shards]

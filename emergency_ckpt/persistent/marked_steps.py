@@ -1,16 +1,16 @@
 """Steps on object stores: written where they stay, visible by a marker object that is put last.
 
 There is no rename, so a step's directory may hold objects of several attempts. What is large has its attempt's
-name; the few objects with names that Orbax gives (the root of the array store, metadata) are put only over what
-the committer saw before it began, so that of two committers only one gets through, and one that wakes up late
-changes nothing. The marker says which attempt the step is and carries the checksums of its chief objects: a
-mixture, which only a store without conditional puts lets happen, is damage to the reader and never believed.
+name. The few objects with names that Orbax gives (the root of the array store, metadata) are put only over what
+the committer saw before it began: of two committers one gets through, one that wakes up late changes nothing.
+The marker says which attempt the step is and carries the checksums of its chief objects: a mixture, which only
+a store without conditional puts lets happen, is damage to the reader and never believed.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from absl import logging
 
@@ -32,6 +32,8 @@ from emergency_ckpt.persistent.step_files import (
     parse_side_file_name,
 )
 
+# Its presence says that the marker may be there.
+_PUBLISHING = "publishing"
 _RECORD = re.compile(r".+-g(\d+)-[0-9a-f]+-\d+")
 
 
@@ -62,11 +64,12 @@ class MarkedSteps:
         name = self.directory(attempt)
         return name if self.is_committed(self._files.entries(name)) else None
 
-    def place(self, attempt: Attempt, paths: Collection[str]) -> Placement:
+    def place(self, attempt: Attempt, paths: Sequence[str]) -> Placement:
         files = self._files.below(self.directory(attempt))
         item_marker = f"{attempt.item}/{ORBAX_COMMIT_FILE}"
         versions = {path: files.version(path) for path in (*paths, item_marker)}
-        return _Marked(files, attempt, versions, lambda: self._tidy(attempt))
+        records = self._files.below(self.records(attempt))
+        return _Marked(files, records, attempt, paths[0], versions, lambda: self._tidy(attempt))
 
     def _tidy(self, attempt: Attempt) -> None:
         """After a commit: whatever fails here, the step stands, and `sweep` finds what is left."""
@@ -77,6 +80,8 @@ class MarkedSteps:
             logging.warning("%s is committed; what it needs no more could not be deleted: %s", attempt, error)
 
     def abandon(self, attempt: Attempt) -> None:
+        if any(entry.name == _PUBLISHING for entry in self._files.entries(self.records(attempt))):
+            return  # Its marker may be there, or may yet arrive. `sweep` takes what is of no use.
         item = f"{self.directory(attempt)}/{attempt.item}"
         for entry in self._files.entries(item):
             if parse_store_name(entry.name) == owner_of(attempt):
@@ -194,64 +199,78 @@ class MarkedSteps:
 class _Marked:
     """Puts objects over what was there when it was made, and over nothing else.
 
+    The first path is the key to the others: who has put it last owns the step, and gives way to nobody but a
+    committer that began later and put it in turn. One that wakes up late finds everything replaced, and stops.
+
     `versions`: by path, the version that it replaces, None where it creates.
     """
 
     def __init__(
         self,
         files: VersionedFiles,
+        records: VersionedFiles,
         attempt: Attempt,
+        key: str,
         versions: Mapping[str, str | None],
         tidy: Callable[[], None],
     ) -> None:
         self._files = files
+        self._records = records
         self._attempt = attempt
+        self._key = key
         self._versions = dict(versions)
-        self._written: set[str] = set()
         self._tidy = tidy
 
     def write(self, path: str, data: bytes) -> None:
-        put = self._files.replace(path, data, self._versions[path])
-        if put is None and self._same(path, data):
-            put = self._files.version(path)
-        if put is None:
-            raise self._interfered(path)
-        self._versions[path] = put
-        self._written.add(path)
+        if path == self._key:
+            self._versions[path] = self._put(path, data, self._versions[path])
+            return
+        try:
+            self._put(path, data, self._versions[path])
+        except PersistentStoreError:
+            self._check_owned()
+            self._put(path, data, self._files.version(path))
 
     def publish(self, digests: Mapping[str, str]) -> bool:
         attempt = self._attempt
         mark = Mark(attempt.step_id, attempt.generation.nonce, attempt.ordinal, digests)
         self.write(f"{attempt.item}/{ORBAX_COMMIT_FILE}", mark.to_bytes())
-        for path in self._written:
-            if self._files.version(path) != self._versions[path]:
-                raise self._interfered(path)
+        self._records.write(_PUBLISHING, b"")
+        self._check_owned()
         if not self._files.create(ORBAX_COMMIT_FILE, mark.to_bytes()):
             self._take_over(mark)
         self._tidy()
         return True
 
+    def _put(self, path: str, data: bytes, version: str | None) -> str:
+        put = self._files.replace(path, data, version)
+        if put is None and self._same(path, data):
+            put = self._files.version(path)  # A request that had to be repeated, or equal bytes of another one.
+        if put is None:
+            raise self._interfered(path)
+        return put
+
+    def _same(self, path: str, data: bytes) -> bool:
+        try:
+            return self._files.read(path) == data
+        except FileNotFoundError:
+            return False
+
+    def _check_owned(self) -> None:
+        if self._files.version(self._key) != self._versions[self._key]:
+            raise self._interfered(self._key)
+
     def _take_over(self, mark: Mark) -> None:
         """Another committer's marker came in between, but the objects that it speaks of are ours by now."""
         version = self._files.version(ORBAX_COMMIT_FILE)
-        found = Mark.read(self._files)
-        if found == mark:
-            return  # Put by a request that had to be repeated.
-        if self._files.replace(ORBAX_COMMIT_FILE, mark.to_bytes(), version) is None:
-            raise self._interfered(ORBAX_COMMIT_FILE)
+        if Mark.read(self._files) != mark:
+            self._put(ORBAX_COMMIT_FILE, mark.to_bytes(), version)
 
     def _interfered(self, path: str) -> PersistentStoreError:
         return PersistentStoreError(
             f"{self._files.locate(path)} was written by somebody else meanwhile: another committer is at work "
             f"on the step of {self._attempt}. If it is not alive, write the step again with another attempt."
         )
-
-    def _same(self, path: str, data: bytes) -> bool:
-        """Whether somebody put the same: this writer, in a request that it had to repeat, or another one."""
-        try:
-            return self._files.read(path) == data
-        except FileNotFoundError:
-            return False
 
 
 def _items(entries: Collection[Entry]) -> list[str]:

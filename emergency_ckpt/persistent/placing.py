@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 from emergency_ckpt.persistent.attempts import TEMPORARY, Attempt, StepNames
@@ -66,8 +66,8 @@ class Placing(Protocol):
         """The directory of a committed step that has to go before the attempt's files may be written."""
         ...
 
-    def place(self, attempt: Attempt, paths: Collection[str]) -> Placement:
-        """For the committer, before it writes anything; `paths`: all that it is going to write."""
+    def place(self, attempt: Attempt, paths: Sequence[str]) -> Placement:
+        """For the committer, before it writes anything; `paths`: all that it is going to write, in order."""
         ...
 
     def abandon(self, attempt: Attempt) -> None:
@@ -115,7 +115,7 @@ class RenamedSteps:
     def in_the_way(self, attempt: Attempt) -> str | None:
         return None
 
-    def place(self, attempt: Attempt, paths: Collection[str]) -> Placement:
+    def place(self, attempt: Attempt, paths: Sequence[str]) -> Placement:
         return _Renamed(self._files, attempt, self.directory(attempt), self._names.name(attempt.step))
 
     def abandon(self, attempt: Attempt) -> None:

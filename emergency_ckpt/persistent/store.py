@@ -9,7 +9,7 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from absl import logging
@@ -251,7 +251,7 @@ class PersistentStore:
         """Whether somebody may be waiting for a part of the attempt."""
         return self._placing.is_open(attempt)
 
-    def place(self, attempt: Attempt, paths: Collection[str]) -> Placement:
+    def place(self, attempt: Attempt, paths: Sequence[str]) -> Placement:
         """What the committer of an attempt writes these files with. One process calls this.
 
         Raises as `commit` does.
