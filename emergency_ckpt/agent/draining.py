@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from emergency_ckpt.agent.orders import Destination, Life, Share
+from emergency_ckpt.core.locations import is_url
 from emergency_ckpt.core.upload_assignment import assign_uploads
 from emergency_ckpt.errors import CorruptDataError, EmergencyCheckpointError, PersistentStoreError
 from emergency_ckpt.local.slot_views import SealedSlot
@@ -37,7 +38,7 @@ def destination_of(
     """Where a trainer's steps are drained to, in the words that an agent understands."""
     return Destination(
         life=Life(run, generation.number, generation.nonce),
-        root=os.path.realpath(store.files.locate()),
+        root=_resolved(store.files.locate()),
         item=item,
         prefix=store.names.prefix,
         digits=store.names.digits,
@@ -47,6 +48,10 @@ def destination_of(
         target_data_file_bytes=options.target_data_file_bytes,
         timeout_seconds=timeout_seconds,
     )
+
+
+def _resolved(location: str) -> str:
+    return location if is_url(location) else os.path.realpath(location)
 
 
 def open_store(destination: Destination) -> PersistentStore:

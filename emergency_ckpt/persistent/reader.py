@@ -38,7 +38,8 @@ from emergency_ckpt.persistent.arrays import (
     storage_dtype,
 )
 from emergency_ckpt.persistent.fields import parsed
-from emergency_ckpt.persistent.files import Files, LocalFiles
+from emergency_ckpt.persistent.files import Files
+from emergency_ckpt.persistent.object_store.opening import open_files
 from emergency_ckpt.persistent.step_files import (
     CHECKSUMS_FILE,
     EXTRAS_FILE,
@@ -95,7 +96,7 @@ class StepReader:
         directory_step: int | None = None,
         timeout_seconds: float = 300.0,
     ):
-        self._files: Files = LocalFiles(step) if isinstance(step, str | os.PathLike) else step
+        self._files: Files = open_files(step) if isinstance(step, str | os.PathLike) else step
         self._timeout_seconds = timeout_seconds
         self._context = new_context()
         self._arrays: dict[str, Any] = {}

@@ -17,8 +17,9 @@ from absl import logging
 from emergency_ckpt.core.lineage import Activation, Deletion, StepId, is_void
 from emergency_ckpt.errors import CorruptDataError, PersistentStoreError, StaleGenerationError
 from emergency_ckpt.persistent.attempts import Attempt, PersistentStep, StepNames
-from emergency_ckpt.persistent.files import Entry, Files, LocalFiles, RenamingFiles, VersionedFiles
+from emergency_ckpt.persistent.files import Entry, Files, RenamingFiles, VersionedFiles
 from emergency_ckpt.persistent.marked_steps import MarkedSteps
+from emergency_ckpt.persistent.object_store.opening import open_files
 from emergency_ckpt.persistent.origins import Origins
 from emergency_ckpt.persistent.placing import Placement, Placing, RenamedSteps
 from emergency_ckpt.persistent.reader import StepReader
@@ -62,7 +63,7 @@ class PersistentStore:
         self, root: str | os.PathLike[str], names: StepNames | None = None, files: Files | None = None
     ):
         self.names = names or StepNames()
-        self.files: Files = files or LocalFiles(root)
+        self.files: Files = files or open_files(root)
         self._placing: Placing = (
             RenamedSteps(self.files, self.names)
             if isinstance(self.files, RenamingFiles)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 
+from emergency_ckpt.core.locations import absolute, is_url
 from emergency_ckpt.persistent.files import Files, LocalFiles, ObjectFiles
 from emergency_ckpt.persistent.object_store.gcs import GcsStore
 from emergency_ckpt.persistent.object_store.operations import Limits, ObjectStore
 from emergency_ckpt.persistent.object_store.s3 import S3Store
-from emergency_ckpt.persistent.object_store.urls import BucketUrl, is_url, parse_url
+from emergency_ckpt.persistent.object_store.urls import BucketUrl, parse_url
 
 
 def open_files(location: str | os.PathLike[str], limits: Limits | None = None) -> Files:
@@ -21,6 +22,11 @@ def open_files(location: str | os.PathLike[str], limits: Limits | None = None) -
         return LocalFiles(location)
     url = parse_url(location)
     return ObjectFiles(open_bucket(url, limits), url.prefix)
+
+
+def check_location(location: str) -> str:
+    """The location in its one form, an absolute path or a URL. Raises ConfigError for a URL that cannot be one."""
+    return str(parse_url(location)) if is_url(location) else absolute(location)
 
 
 def open_bucket(url: BucketUrl, limits: Limits | None = None) -> ObjectStore:

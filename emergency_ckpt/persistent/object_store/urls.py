@@ -34,11 +34,6 @@ class BucketUrl:
         return f"{self.scheme}://{self.bucket}" + f"/{self.prefix}" * bool(self.prefix)
 
 
-def is_url(location: str) -> bool:
-    """Whether this is meant as a URL; anything else is the path of a directory."""
-    return _SCHEME.match(location) is not None
-
-
 def parse_url(location: str) -> BucketUrl:
     """The parts of a `gs://` or `s3://` URL, nothing in it decoded. Raises ConfigError for anything else."""
     match = _SCHEME.match(location)
