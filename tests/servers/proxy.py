@@ -221,3 +221,9 @@ class WeakS3(Proxy):
             self._both_looked.wait(0.2)
         self._both_looked.reset()
         return self.unconditional(request)
+
+    def only_if_absent(self, request: Request) -> Answer:
+        """As an older server of Ceph or MinIO: it knows one of the conditions."""
+        if any(name.lower() == "if-match" for name in request.headers):
+            return self.unconditional(request)
+        return Proxy.forward(self, request)

@@ -57,7 +57,12 @@ _CODES: Mapping[str, type[PersistentStoreError]] = {
     "ExpiredTokenException": StoreCredentialsExpiredError,
     "TokenRefreshRequired": StoreCredentialsExpiredError,
     "RequestExpired": StoreCredentialsExpiredError,
+    "AccessDenied": StorePermissionError,
+    "AllAccessDisabled": StorePermissionError,
+    "AccountProblem": StorePermissionError,
     "NoSuchBucket": StoreBucketMissingError,
+    # Of GCS, to requests that do not need the object.
+    "notFound": StoreBucketMissingError,
     "PermanentRedirect": StoreRegionError,
     "TemporaryRedirect": StoreRegionError,
     "AuthorizationHeaderMalformed": StoreRegionError,
@@ -105,6 +110,18 @@ def refusal(what: str, status: int, code: str, said: str = "", found_region: str
 def unreachable(what: str, text: str, passing: bool = True) -> Failure:
     """A request that got no answer."""
     return Failure(explained(StoreUnreachableError, what, _harmless(text)), passing)
+
+
+def broken_connection(error: Exception, what: str) -> Failure | None:
+    """What a connection that ended in the middle of an answer means; None for any other exception.
+
+    The libraries above turn most of these into exceptions of their own, but not all.
+    """
+    import urllib3.exceptions
+
+    if isinstance(error, urllib3.exceptions.HTTPError | ConnectionError | TimeoutError):
+        return unreachable(what, f"no whole answer ({type(error).__name__})")
+    return None
 
 
 def explained(kind: type[PersistentStoreError], what: str, text: str) -> PersistentStoreError:

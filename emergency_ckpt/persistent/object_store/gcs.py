@@ -13,7 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from emergency_ckpt.errors import ConfigError, StoreCredentialsError, StoreCredentialsExpiredError
-from emergency_ckpt.persistent.object_store.failures import explained, refusal, unreachable, without_secrets
+from emergency_ckpt.persistent.object_store.failures import (
+    broken_connection,
+    explained,
+    refusal,
+    unreachable,
+    without_secrets,
+)
 from emergency_ckpt.persistent.object_store.operations import Limits, ObjectInfo, Page
 from emergency_ckpt.persistent.object_store.repeating import Failure, repeated
 from emergency_ckpt.persistent.object_store.urls import check_key
@@ -268,4 +274,4 @@ def _explain(error: Exception, what: str) -> Failure | None:
         return unreachable(what, f"no secure connection: {error}", passing=False)
     if isinstance(error, http.RequestException):
         return unreachable(what, f"no answer ({type(error).__name__})")
-    return None
+    return broken_connection(error, what)

@@ -70,14 +70,12 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_p
 
 @pytest.fixture(params=["s3", "gcs"])
 def failing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Failing]:
-    upstream: S3Server | FakeGcs
     if request.param == "s3":
-        upstream = request.getfixturevalue("s3_with_bucket")
-        proxy = Proxy(upstream.endpoint)
-        use_s3(monkeypatch, proxy.endpoint, upstream.users["owner"])
+        server: S3Server = request.getfixturevalue("s3_with_bucket")
+        proxy = Proxy(server.endpoint)
+        use_s3(monkeypatch, proxy.endpoint, server.users["owner"])
     else:
-        upstream = request.getfixturevalue("fake_gcs")
-        proxy = Proxy(upstream.endpoint)
+        proxy = Proxy(request.getfixturevalue("fake_gcs").endpoint)
         use_gcs(monkeypatch, proxy.endpoint)
     url = parse_url(f"{'s3' if request.param == 's3' else 'gs'}://{BUCKET}")
     with running(proxy):
