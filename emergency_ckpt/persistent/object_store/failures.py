@@ -138,6 +138,8 @@ def tensorstore_failure(message: str, what: str) -> PersistentStoreError | None:
         if curl := re.search(r"CURL error ([^\[]*)", message):
             return unreachable(what, curl[1].strip(" .:")).error
         return None
+    if status[1] == "416":  # The object is shorter than it should be: damage, no refusal.
+        return None
     code = re.search(r"<Code>([A-Za-z]+)</Code>", message) or re.search(r"\"reason\\?\": \\?\"(\w+)", message)
     return refusal(what, int(status[1]), code[1] if code else "").error
 

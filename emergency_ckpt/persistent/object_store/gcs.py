@@ -80,11 +80,15 @@ class GcsStore:
                     retry=None,
                     raw_download=True,
                 )
-            except theirs.NotFound as error:
+            except theirs.GoogleAPICallError as error:
+                if error.response is not None:
+                    error.response.close()  # Of a download that was refused the client keeps the connection.
+                if isinstance(error, theirs.RequestRangeNotSatisfiable):
+                    return b""
+                if not isinstance(error, theirs.NotFound):
+                    raise
                 self._check_bucket()
                 raise FileNotFoundError(self.locate(key)) from error
-            except theirs.RequestRangeNotSatisfiable:
-                return b""
 
         # How much it is, is not known: the time limit of the socket notices where nothing comes.
         return self._ask_within(None, "reading", key, content)

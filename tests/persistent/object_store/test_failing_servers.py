@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import tensorstore as ts
 
 from emergency_ckpt.errors import PersistentStoreError, StoreThrottledError, StoreUnreachableError
 from emergency_ckpt.persistent.arrays import new_context, settle
-from emergency_ckpt.persistent.object_store.operations import Limits, ObjectStore
+from emergency_ckpt.persistent.object_store.operations import Limits, ObjectStore, Page
 from tests.persistent.object_store.conftest import QUICK, Failing
 from tests.servers.proxy import Fault, Kind, s3_error
 
@@ -52,7 +52,8 @@ def test_what_fails_in_passing_is_repeated_until_it_succeeds(failing: Failing, k
         assert name != "read" or result == b"some content"
         assert name != "put if absent" or result is not None
         if name == "list":
-            assert [i.key for page in result for i in page.objects] == [key, f"{key}.new"]
+            pages = cast(list[Page], result)
+            assert [i.key for page in pages for i in page.objects] == [key, f"{key}.new"]
         assert name not in ("delete", "delete many") or failing.store.head(key) is None
         failing.proxy.fail()
 
