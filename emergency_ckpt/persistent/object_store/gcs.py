@@ -259,8 +259,8 @@ def _explain(error: Exception, what: str) -> Failure | None:
     if isinstance(error, api.NotFound):
         return refusal(what, 404, "NoSuchBucket")
     if isinstance(error, api.GoogleAPICallError):
-        reasons = [str(found.get("reason", "")) for found in error.errors or () if isinstance(found, dict)]
-        return refusal(what, int(error.code or 0), reasons[0] if reasons else "", error.message or "")
+        said = next((found for found in error.errors or () if isinstance(found, dict)), {})
+        return refusal(what, int(error.code or 0), str(said.get("reason", "")), str(said.get("message", "")))
     if isinstance(error, storage.DataCorruption):
         return Failure(
             refusal(what, 0, "", "the bytes that came do not match their checksum").error, passing=True
