@@ -23,6 +23,7 @@ from emergency_ckpt.errors import (
     UnsupportedStateError,
 )
 from emergency_ckpt.persistent.chunks import chunk_shape
+from emergency_ckpt.persistent.object_store.failures import tensorstore_failure
 
 COMPRESSIONS = ("none", "zstd")
 _INLINE_BYTES = 1024
@@ -175,6 +176,9 @@ def _settle(
 
 
 def _translated(error: Exception, what: str) -> EmergencyCheckpointError:
+    if refused := tensorstore_failure(_text(error), what):
+        # Not as its cause: the message quotes the server's answer, which may have signatures in it.
+        return refused
     return _damaged(error, what) if _text(error).startswith(_DAMAGE) else _failed(error, what)
 
 

@@ -125,6 +125,7 @@ class Buckets:
             names = [name for name in names if name.encode() > last]
         items: list[dict[str, Any]] = []
         prefixes: dict[str, None] = {}
+        previous = ""
         for name in names:
             cut = name.find(delimiter, len(prefix)) if delimiter else -1
             told = name[: cut + len(delimiter)] if cut >= 0 else None

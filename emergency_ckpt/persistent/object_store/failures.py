@@ -57,7 +57,12 @@ _CODES: Mapping[str, type[PersistentStoreError]] = {
     "ExpiredTokenException": StoreCredentialsExpiredError,
     "TokenRefreshRequired": StoreCredentialsExpiredError,
     "RequestExpired": StoreCredentialsExpiredError,
+    "AccessDenied": StorePermissionError,
+    "AllAccessDisabled": StorePermissionError,
+    "AccountProblem": StorePermissionError,
     "NoSuchBucket": StoreBucketMissingError,
+    # Of GCS, to requests that do not need the object.
+    "notFound": StoreBucketMissingError,
     "PermanentRedirect": StoreRegionError,
     "TemporaryRedirect": StoreRegionError,
     "AuthorizationHeaderMalformed": StoreRegionError,
@@ -107,6 +112,18 @@ def unreachable(what: str, text: str, passing: bool = True) -> Failure:
     return Failure(explained(StoreUnreachableError, what, _harmless(text)), passing)
 
 
+def broken_connection(error: Exception, what: str) -> Failure | None:
+    """What a connection that ended in the middle of an answer means; None for any other exception.
+
+    The libraries above turn most of these into exceptions of their own, but not all.
+    """
+    import urllib3.exceptions
+
+    if isinstance(error, urllib3.exceptions.HTTPError | ConnectionError | TimeoutError):
+        return unreachable(what, f"no whole answer ({type(error).__name__})")
+    return None
+
+
 def explained(kind: type[PersistentStoreError], what: str, text: str) -> PersistentStoreError:
     return kind(f"{what}: {text}. {ADVICE[kind]}")
 
@@ -120,6 +137,8 @@ def tensorstore_failure(message: str, what: str) -> PersistentStoreError | None:
     if status is None:
         if curl := re.search(r"CURL error ([^\[]*)", message):
             return unreachable(what, curl[1].strip(" .:")).error
+        return None
+    if status[1] == "416":  # The object is shorter than it should be: damage, no refusal.
         return None
     code = re.search(r"<Code>([A-Za-z]+)</Code>", message) or re.search(r"\"reason\\?\": \\?\"(\w+)", message)
     return refusal(what, int(status[1]), code[1] if code else "").error

@@ -13,7 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from emergency_ckpt.errors import ConfigError, StoreCredentialsError, StoreCredentialsExpiredError
-from emergency_ckpt.persistent.object_store.failures import explained, refusal, unreachable, without_secrets
+from emergency_ckpt.persistent.object_store.failures import (
+    broken_connection,
+    explained,
+    refusal,
+    unreachable,
+    without_secrets,
+)
 from emergency_ckpt.persistent.object_store.operations import Limits, ObjectInfo, Page
 from emergency_ckpt.persistent.object_store.repeating import Failure, repeated
 from emergency_ckpt.persistent.object_store.urls import check_key
@@ -74,11 +80,15 @@ class GcsStore:
                     retry=None,
                     raw_download=True,
                 )
-            except theirs.NotFound as error:
+            except theirs.GoogleAPICallError as error:
+                if error.response is not None:
+                    error.response.close()  # Of a download that was refused the client keeps the connection.
+                if isinstance(error, theirs.RequestRangeNotSatisfiable):
+                    return b""
+                if not isinstance(error, theirs.NotFound):
+                    raise
                 self._check_bucket()
                 raise FileNotFoundError(self.locate(key)) from error
-            except theirs.RequestRangeNotSatisfiable:
-                return b""
 
         # How much it is, is not known: the time limit of the socket notices where nothing comes.
         return self._ask_within(None, "reading", key, content)
@@ -249,8 +259,8 @@ def _explain(error: Exception, what: str) -> Failure | None:
     if isinstance(error, api.NotFound):
         return refusal(what, 404, "NoSuchBucket")
     if isinstance(error, api.GoogleAPICallError):
-        reasons = [str(found.get("reason", "")) for found in error.errors or () if isinstance(found, dict)]
-        return refusal(what, int(error.code or 0), reasons[0] if reasons else "", error.message or "")
+        said = next((found for found in error.errors or () if isinstance(found, dict)), {})
+        return refusal(what, int(error.code or 0), str(said.get("reason", "")), str(said.get("message", "")))
     if isinstance(error, storage.DataCorruption):
         return Failure(
             refusal(what, 0, "", "the bytes that came do not match their checksum").error, passing=True
@@ -268,4 +278,4 @@ def _explain(error: Exception, what: str) -> Failure | None:
         return unreachable(what, f"no secure connection: {error}", passing=False)
     if isinstance(error, http.RequestException):
         return unreachable(what, f"no answer ({type(error).__name__})")
-    return None
+    return broken_connection(error, what)

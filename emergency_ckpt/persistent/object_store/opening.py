@@ -25,7 +25,7 @@ def open_files(location: str | os.PathLike[str], limits: Limits | None = None) -
 
 
 def check_location(location: str) -> str:
-    """The location in its one form, an absolute path or a URL. Raises ConfigError for a URL that cannot be one."""
+    """The location in its one form, a full path or a URL. Raises ConfigError for a URL that cannot be one."""
     return str(parse_url(location)) if is_url(location) else absolute(location)
 
 

@@ -56,8 +56,9 @@ def repeated(
         seconds = left if attempt_seconds is None else min(left, attempt_seconds + allowance)
         try:
             return within(seconds, what, lambda number=tries: request(number))
-        except StoreUnreachableError as error:  # Of `within`: the library's own errors are not of this class.
-            failure, cause = Failure(error, passing=True), error
+        except StoreUnreachableError as error:  # Of `within`: the libraries' own errors are not of this class.
+            text = f"{what}: no answer within {seconds:.3g} s. Check the endpoint, the network and the server."
+            failure, cause = Failure(StoreUnreachableError(text), passing=True), error
         except Exception as error:
             known = explain(error, what)
             if known is None:

@@ -18,7 +18,13 @@ from emergency_ckpt.errors import (
     StoreRegionError,
     StoreUnsupportedError,
 )
-from emergency_ckpt.persistent.object_store.failures import explained, refusal, unreachable, without_secrets
+from emergency_ckpt.persistent.object_store.failures import (
+    broken_connection,
+    explained,
+    refusal,
+    unreachable,
+    without_secrets,
+)
 from emergency_ckpt.persistent.object_store.operations import Limits, ObjectInfo, Page
 from emergency_ckpt.persistent.object_store.repeating import Failure, repeated
 from emergency_ckpt.persistent.object_store.s3_settings import S3Settings, resolve
@@ -234,7 +240,7 @@ class S3Store:
             return unreachable(what, f"no answer ({type(error).__name__})")
         if isinstance(error, theirs.BotoCoreError):
             return Failure(explained(StoreUnsupportedError, what, f"boto3 cannot do it ({error})"))
-        return None
+        return broken_connection(error, what)
 
 
 class _Refused(Exception):

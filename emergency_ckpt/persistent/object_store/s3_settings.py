@@ -80,8 +80,8 @@ class S3Settings:
         method = credentials.method if credentials is not None else None
         if credentials is None:
             raise StoreCredentialsError(
-                f"no credentials for {server}: neither AWS_ACCESS_KEY_ID, nor a profile, nor a role of this host"
-                " gives any. Set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
+                f"no credentials for {server}: neither AWS_ACCESS_KEY_ID, nor a profile, nor a role of this"
+                " host gives any. Set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
             )
         if method in _ENVIRONMENT:
             return {"type": "environment"}
@@ -100,8 +100,8 @@ class S3Settings:
         if method in _MACHINE:
             return {"type": "imds"}
         raise StoreCredentialsError(
-            f"the credentials for {server} come from {method!r}, which TensorStore cannot use. Give the profile a"
-            " line `credential_process = aws configure export-credentials --profile NAME`, and use it by"
+            f"the credentials for {server} come from {method!r}, which TensorStore cannot use. Give the profile"
+            " a line `credential_process = aws configure export-credentials --profile NAME`, and use it by"
             " AWS_PROFILE; or export them as AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN."
         )
 
