@@ -18,7 +18,7 @@ find_python = $(shell for python in python3.13 python3.12 python3.11 python3; do
 PYTHON ?= $(find_python)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format explore bench clean
+.PHONY: help venv services demo test lint format explore bench clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -37,6 +37,9 @@ $(STAMP): pyproject.toml
 	fi
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,demo]'
 	@touch $@
+
+services: ## servers that tests use (Debian; needs root): without them those tests are skipped
+	bash .ci/install
 
 demo: $(STAMP) ## train, lose a whole slice, come back (under 3 minutes)
 	$(BIN)/emergency-ckpt demo $(DEMO_ARGS)

@@ -73,6 +73,42 @@ class PersistentStoreError(EmergencyCheckpointError, OSError):
     """The persistent tier could not be read or written."""
 
 
+class StoreUnreachableError(PersistentStoreError):
+    """The store does not answer: a wrong endpoint, no network, a server that is down or hangs."""
+
+
+class StoreCredentialsError(PersistentStoreError):
+    """There are no credentials for the object store, or it does not know them."""
+
+
+class StoreCredentialsExpiredError(StoreCredentialsError):
+    """The credentials for the object store were good once and are expired."""
+
+
+class StorePermissionError(PersistentStoreError):
+    """The credentials are good, and may not do this: the bucket is another account's, or a right is missing."""
+
+
+class StoreBucketMissingError(PersistentStoreError):
+    """There is no such bucket."""
+
+
+class StoreRegionError(PersistentStoreError):
+    """The bucket is in another region than the one that is configured."""
+
+
+class StoreThrottledError(PersistentStoreError):
+    """The store asks for fewer requests, and kept doing so through all repetitions."""
+
+
+class StoreFullError(PersistentStoreError):
+    """The store, or the quota in it, has no room left."""
+
+
+class StoreUnsupportedError(PersistentStoreError):
+    """The store does not have an operation that is needed."""
+
+
 class StaleGenerationError(PersistentStoreError):
     """A newer generation of this run exists: this process belongs to a job that was replaced."""
 

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from emergency_ckpt.cli.launcher.ramdisk import remove_tree
+from tests.servers.shared_ceph import S3Server, s3_server_of_run
 
 # Before anything imports jax: eight devices, so that meshes with a replica axis fit into one process.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -47,6 +48,12 @@ def fresh_ramdisk() -> Iterator[Path]:
         yield path
     finally:
         remove_tree(path)
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> S3Server:
+    """A real S3 server (Ceph's), one for the whole run; see `tests.servers.environment` for how to use it."""
+    return s3_server_of_run(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="session", autouse=True)

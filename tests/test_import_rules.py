@@ -107,7 +107,8 @@ def run_python(code: str) -> str:
 
 
 # Prints which of the heavy packages are loaded: an empty line is what the tests want.
-REPORT_HEAVY = "import sys; print(*sorted({'jax', 'jaxlib', 'orbax', 'flax'} & set(sys.modules)))"
+HEAVY = {"jax", "jaxlib", "orbax", "flax", "boto3", "google.cloud.storage"}
+REPORT_HEAVY = f"import sys; print(*sorted({HEAVY} & set(sys.modules)))"
 
 
 def test_the_package_starts_without_jax() -> None:

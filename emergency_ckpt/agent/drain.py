@@ -30,7 +30,9 @@ from emergency_ckpt.errors import (
 )
 from emergency_ckpt.local.slot_views import SealedSlot
 from emergency_ckpt.local.store import LocalStore
-from emergency_ckpt.persistent.store import Attempt, Generation, PersistentStore
+from emergency_ckpt.persistent.attempts import Attempt
+from emergency_ckpt.persistent.records import Generation
+from emergency_ckpt.persistent.store import PersistentStore
 from emergency_ckpt.telemetry.events import DrainEvent, DrainResult
 from emergency_ckpt.telemetry.log import CheckpointLogger
 

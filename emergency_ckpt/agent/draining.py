@@ -12,12 +12,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from emergency_ckpt.agent.orders import Destination, Life, Share
+from emergency_ckpt.core.locations import is_url
 from emergency_ckpt.core.upload_assignment import assign_uploads
 from emergency_ckpt.errors import CorruptDataError, EmergencyCheckpointError, PersistentStoreError
 from emergency_ckpt.local.slot_views import SealedSlot
 from emergency_ckpt.persistent.arrays import WriteOptions
+from emergency_ckpt.persistent.attempts import Attempt, StepNames
 from emergency_ckpt.persistent.committer import StepContent, commit
-from emergency_ckpt.persistent.store import Attempt, Generation, PersistentStore, StepNames
+from emergency_ckpt.persistent.records import Generation
+from emergency_ckpt.persistent.store import PersistentStore
 from emergency_ckpt.persistent.writer import PartReport, read_part, report_failure, wait_for_parts, write_part
 
 Stop = Callable[[], str | None]
@@ -39,7 +42,7 @@ def destination_of(
     """Where a trainer's steps are drained to, in the words that an agent understands."""
     return Destination(
         life=Life(run, generation.number, generation.nonce),
-        root=os.path.realpath(store.files.locate()),
+        root=_resolved(store.files.locate()),
         item=item,
         prefix=store.names.prefix,
         digits=store.names.digits,
@@ -52,6 +55,10 @@ def destination_of(
         max_to_keep=max_to_keep,
         keep_period=keep_period,
     )
+
+
+def _resolved(location: str) -> str:
+    return location if is_url(location) else os.path.realpath(location)
 
 
 def open_store(destination: Destination) -> PersistentStore:
@@ -102,7 +109,7 @@ def carry_out(
     attempt = _attempt(destination, share)
     try:
         store.check_generation(attempt)
-        if store.is_committed(attempt):
+        if store.committed(attempt):
             return 0  # By an agent that died before it could say so, or by one that took over.
         report = _written(store, share, attempt) if resumed else None
         if report is None and resumed and not share.commits and store.is_claimed(attempt):

@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 from emergency_ckpt.agent.endpoint import Endpoint
 from emergency_ckpt.agent.slot_id import SlotId
 from emergency_ckpt.core.lineage import StepId
+from emergency_ckpt.core.locations import is_url
+from emergency_ckpt.persistent.object_store.opening import check_location
 
 MAX_PROCESSES = 65536
 MAX_ORDER_BYTES = 32 * 1024 * 1024
@@ -71,7 +73,9 @@ class Destination:
 
     def __post_init__(self) -> None:
         root = _typed(self.root, str)
-        if not os.path.isabs(root) or "\0" in root or os.path.normpath(root) != root:
+        if is_url(root):
+            check_location(root)
+        elif not os.path.isabs(root) or "\0" in root or os.path.normpath(root) != root:
             raise ValueError(f"the persistent directory is no absolute path without detours: {root!r:.200}")
         if not _NAME.fullmatch(_typed(self.item, str)):
             raise ValueError(f"no name of an item: {self.item!r:.80}")

@@ -9,6 +9,8 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from emergency_ckpt.core.locations import is_url
+
 if TYPE_CHECKING:
     from emergency_ckpt.config.schema import Config
 
@@ -32,6 +34,8 @@ _NEED_LOCAL_TIER = (
     "checkpoint_agent_idle_seconds",
     "agent_flush_on_trainer_exit",
 )
+
+_STORES = ("s3://", "gs://")
 
 
 def contradictions(config: Config) -> list[str]:
@@ -99,7 +103,7 @@ def _local_tier(config: Config) -> Iterator[str]:
 
 
 def _shared_storage(config: Config) -> Iterator[str]:
-    if "://" in config.base_output_directory or not config.run_name:
+    if is_url(config.base_output_directory) or not config.run_name:
         return
     local, persistent = str(config.local_directory), config.checkpoint_directory
     if os.path.commonpath((local, persistent)) in (local, persistent):
@@ -151,11 +155,10 @@ def _persistent_tier(config: Config) -> Iterator[str]:
             f"{_said(config, 'base_output_directory')}, but {_said(config, 'run_name')}. Checkpoints go to "
             "base_output_directory/run_name/checkpoints: set run_name, the same on every start of the run."
         )
-    if "://" in config.base_output_directory:
+    if is_url(config.base_output_directory) and not config.base_output_directory.startswith(_STORES):
         yield (
-            f"{_said(config, 'base_output_directory')} with {_said(config, 'enable_checkpointing')}: object "
-            "stores and other URLs (gs://, s3://) are not supported in this version. Set base_output_directory "
-            "to a directory that all hosts share, for example a mounted bucket or NFS."
+            f"{_said(config, 'base_output_directory')} is the URL of no store that is supported. Set it to "
+            "s3://bucket/prefix, to gs://bucket/prefix, or to a directory that all hosts share."
         )
 
 

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from emergency_ckpt.config import checks
 from emergency_ckpt.config.describe import explain
+from emergency_ckpt.core.locations import absolute, joined
 from emergency_ckpt.errors import ConfigError
 
 
@@ -73,7 +74,8 @@ class Config(BaseModel):
     )
     base_output_directory: PathText = Field(
         "",
-        description="Directory that holds the outputs of all runs, on storage that every process reaches.",
+        description="Holds the outputs of all runs: s3://bucket/prefix, gs://bucket/prefix, or a directory on "
+        "storage that every process reaches.",
     )
 
     # Saving to the persistent tier.
@@ -312,7 +314,7 @@ class Config(BaseModel):
 
     @property
     def checkpoint_directory(self) -> str:
-        """Absolute path of the run's checkpoints in the persistent tier.
+        """Absolute path, or URL, of the run's checkpoints in the persistent tier.
 
         A string, not a `Path`: a `Path` would damage the URL of an object store.
         """
@@ -322,8 +324,7 @@ class Config(BaseModel):
                 f"There is no directory for persistent checkpoints: {missing} is empty. "
                 "It is built as base_output_directory/run_name/checkpoints; set both flags."
             )
-        base = os.path.abspath(os.path.expanduser(self.base_output_directory))
-        return os.path.join(base, self.run_name, "checkpoints")
+        return joined(absolute(self.base_output_directory), self.run_name, "checkpoints")
 
     @property
     def local_directory(self) -> Path | None:

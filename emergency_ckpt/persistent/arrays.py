@@ -23,7 +23,7 @@ from emergency_ckpt.errors import (
     UnsupportedStateError,
 )
 from emergency_ckpt.persistent.chunks import chunk_shape
-from emergency_ckpt.persistent.files import Files
+from emergency_ckpt.persistent.object_store.failures import tensorstore_failure
 
 COMPRESSIONS = ("none", "zstd")
 _INLINE_BYTES = 1024
@@ -69,14 +69,14 @@ def new_context() -> ts.Context:
     )
 
 
-def ocdbt(files: Files, directory: str, target_data_file_bytes: int | None = None) -> dict[str, Any]:
-    """TensorStore's specification of the OCDBT store in a directory.
+def ocdbt(base: dict[str, Any], target_data_file_bytes: int | None = None) -> dict[str, Any]:
+    """TensorStore's specification of the OCDBT store in a key-value store, such as `Files.kvstore` names.
 
     Values of up to 1 KiB, array metadata among them, lie inside the tree nodes, which carry checksums.
     """
     spec: dict[str, Any] = {
         "driver": "ocdbt",
-        "base": files.kvstore(directory),
+        "base": base,
         "cache_pool": "cache_pool#ocdbt",
         "config": {"max_inline_value_bytes": _INLINE_BYTES},
     }
@@ -176,6 +176,9 @@ def _settle(
 
 
 def _translated(error: Exception, what: str) -> EmergencyCheckpointError:
+    if refused := tensorstore_failure(_text(error), what):
+        # Not as its cause: the message quotes the server's answer, which may have signatures in it.
+        return refused
     return _damaged(error, what) if _text(error).startswith(_DAMAGE) else _failed(error, what)
 
 

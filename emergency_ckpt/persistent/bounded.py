@@ -11,13 +11,13 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-from emergency_ckpt.errors import PersistentStoreError
+from emergency_ckpt.errors import StoreUnreachableError
 
 _T = TypeVar("_T")
 
 
 def within(seconds: float, what: str, call: Callable[[], _T]) -> _T:
-    """What `call` returns or raises; PersistentStoreError, beginning with `what`, when the time is over."""
+    """What `call` returns or raises; StoreUnreachableError, beginning with `what`, when the time is over."""
     ended: concurrent.futures.Future[_T] = concurrent.futures.Future()
 
     def run() -> None:
@@ -30,7 +30,7 @@ def within(seconds: float, what: str, call: Callable[[], _T]) -> _T:
     thread.start()
     thread.join(seconds)
     if thread.is_alive():
-        raise PersistentStoreError(
+        raise StoreUnreachableError(
             f"{what}: no answer within {seconds:g} s. Check that the store is mounted and reachable."
         )
     return ended.result()

@@ -1,7 +1,7 @@
-"""Committing a step whose parts are written: merge, describe, rename.
+"""Committing a step whose parts are written: merge, describe, publish.
 
-The rename is the commit and comes last: whatever is interrupted before it leaves an attempt that no reader
-sees. Parts are merged into an empty store in one transaction, so nothing of another attempt can fill a hole.
+Publishing comes last and is atomic (`placing`): whatever is interrupted before it leaves an attempt that no
+reader sees.
 """
 
 from __future__ import annotations
@@ -27,15 +27,17 @@ from emergency_ckpt.persistent.arrays import (
     ocdbt,
     settle,
 )
+from emergency_ckpt.persistent.attempts import Attempt, PersistentStep, part_store_name
 from emergency_ckpt.persistent.chunks import chunk_count
 from emergency_ckpt.persistent.files import Files
-from emergency_ckpt.persistent.orbax_values import orbax_values, tree_with_values
+from emergency_ckpt.persistent.merging import Merge
+from emergency_ckpt.persistent.orbax_values import OrbaxValues, orbax_values, tree_with_values
 from emergency_ckpt.persistent.step_files import (
     CHECKSUMS_FILE,
     CLAIM_FILE,
     EXTRAS_FILE,
     LAYOUT_FILE,
-    ORBAX_COMMIT_FILE,
+    OCDBT_MANIFEST,
     ORBAX_METRICS_FILE,
     ORBAX_STEP_FILE,
     ORBAX_STRINGS_FILE,
@@ -49,8 +51,8 @@ from emergency_ckpt.persistent.step_files import (
     seal,
     side_file_name,
 )
-from emergency_ckpt.persistent.store import Attempt, PersistentStep, PersistentStore
-from emergency_ckpt.persistent.writer import PartReport, part_store_name
+from emergency_ckpt.persistent.store import PersistentStore
+from emergency_ckpt.persistent.writer import PartReport
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +85,15 @@ def commit(
     on the attempt, StaleGenerationError when a newer generation exists. After any error write the step again
     with another attempt.
     """
-    for _ in commit_stages(store, attempt, layout, parts, content, options):
-        pass
-    return store.commit(attempt)
+    if held := store.committed(attempt):
+        store.abandon(attempt)
+        return held
+    stages = commit_stages(store, attempt, layout, parts, content, options)
+    while True:
+        try:
+            next(stages)
+        except StopIteration as ended:
+            return ended.value
 
 
 def commit_stages(
@@ -95,56 +103,57 @@ def commit_stages(
     parts: Sequence[PartReport],
     content: StepContent | None = None,
     options: WriteOptions | None = None,
-) -> Generator[str, None, None]:
-    """Everything of `commit` but the rename; yields the name of each stage when it is done."""
+) -> Generator[str, None, PersistentStep]:
+    """What `commit` does; yields the name of each stage when it is done."""
     content = content or StepContent()
     content = dataclasses.replace(content, values={n: captured(n, v) for n, v in content.values.items()})
     options = options or WriteOptions()
-    files = store.attempt_files(attempt)
+    files, records = store.attempt_files(attempt), store.attempt_records(attempt)
     store.check_generation(attempt)
     _check_parts(attempt, layout, parts)
     _check_values(attempt, layout, content)
-    if not files.create(CLAIM_FILE, b""):
+    if not records.create(CLAIM_FILE, b""):
         raise PersistentStoreError(
             f"{attempt}: another committer is, or was, at work in {files.locate()}."
             " If it is not alive, write the step again with another attempt."
         )
     yield "claimed"
+    values = orbax_values(content.values)
+    extras = _joined_extras(attempt, parts)
+    items = _items_of(extras)
+    written = _orbax_files(attempt, layout, content, values, items)
+    side_name = side_file_name(attempt.generation.number, attempt.generation.nonce)
+    ours = _our_files(store, attempt, layout, parts, content, extras)
+    manifest = f"{attempt.item}/{OCDBT_MANIFEST}"
+    placement = store.place(attempt, [manifest, *written, *ours])
+    yield "place found"
     context = new_context()
     stores = [part_store_name(attempt, part.part) for part in parts if part.shards]
-    values = orbax_values(content.values)
     if values.numbers:
         stores.append(part_store_name(attempt, "values"))
         _write_numbers(files, f"{attempt.item}/{stores[-1]}", attempt, values.numbers, context, options)
         yield "values written"
-    _merge(files, attempt, stores, context, options)
+    merged = Merge(files, attempt, context, options.timeout_seconds)
+    root = merged.merge(stores)
     yield "merged"
-    _check_merged(files, attempt, layout, parts, len(values.numbers), context, options)
+    chunks = leaf_chunks(layout, parts[0].max_chunk_bytes if parts else options.max_chunk_bytes)
+    merged.check(
+        2 * len(values.numbers) + sum(1 + chunk_count(leaf.shape, chunks[leaf.name]) for leaf in layout.leaves)
+    )
     yield "merge checked"
-    for path, data in layout.metadata_files:
-        if path != ORBAX_STEP_FILE:
-            described = tree_with_values(data, values) if path == ORBAX_TREE_FILE else data
-            files.write(f"{attempt.item}/{path}", described)
-    if values.strings:
-        files.write(f"{attempt.item}/{ORBAX_STRINGS_FILE}", json.dumps(values.strings).encode())
-    if content.metrics:
-        files.write(ORBAX_METRICS_FILE, json.dumps(content.metrics).encode())
-    extras = _joined_extras(attempt, parts)
-    items = _items_of(extras)
-    for name, item in items.items():
+    placement.write(manifest, root)
+    yield "merge written"
+    for name in items:
         files.make_directory(name)
-        for path, data in item.files.items():
-            files.write(f"{name}/{path}", data)
-    files.write(ORBAX_STEP_FILE, _step_metadata(layout, content, items))
+    for path, data in written.items():
+        placement.write(path, data)
     yield "Orbax's metadata written"
-    _write_side_files(store, files, attempt, layout, parts, content, extras)
+    for path, data in ours.items():
+        placement.write(path, data)
     yield "side files written"
-    files.delete_tree(PARTS_DIRECTORY)
+    records.delete_tree(PARTS_DIRECTORY)
     yield "part markers deleted"
-    marker = f"{attempt.step_id} was committed.\n".encode()
-    files.write(f"{attempt.item}/{ORBAX_COMMIT_FILE}", marker)
-    files.write(ORBAX_COMMIT_FILE, marker)
-    yield "marked"
+    return store.commit(attempt, placement, {side_name: digest(ours[side_name]), manifest: digest(root)})
 
 
 def _check_parts(attempt: Attempt, layout: Layout, parts: Sequence[PartReport]) -> None:
@@ -188,7 +197,7 @@ def _write_numbers(
     options: WriteOptions,
 ) -> None:
     what = f"writing the {len(numbers)} scalars of {attempt}"
-    kvstore = ocdbt(files, directory)
+    kvstore = ocdbt(files.kvstore(directory))
     transaction = ts.Transaction()
     specs = [array_spec(kvstore, LeafSpec(n, (), a.dtype.name), (), "none") for n, a in numbers.items()]
     opened = settle(
@@ -202,49 +211,6 @@ def _write_numbers(
         options.timeout_seconds,
     )
     settle([transaction.commit_async()], what, options.timeout_seconds)
-
-
-def _merge(
-    files: Files, attempt: Attempt, stores: Sequence[str], context: ts.Context, options: WriteOptions
-) -> None:
-    """Copies the parts' trees (not their data) into the item's own store, which must be empty."""
-    what = f"merging {len(stores)} parts of {attempt}"
-    parent = settle(
-        [ts.KvStore.open(ocdbt(files, attempt.item), context=context)], what, options.timeout_seconds
-    )[0]
-    if settle([parent.list()], what, options.timeout_seconds)[0]:
-        raise PersistentStoreError(f"{what}: {files.locate(attempt.item)} is not empty. Use another attempt.")
-    children = settle(
-        (ts.KvStore.open(ocdbt(files, f"{attempt.item}/{name}"), context=context) for name in stores),
-        what,
-        options.timeout_seconds,
-    )
-    transaction = ts.Transaction(atomic=True)
-    target = parent.with_transaction(transaction)
-    settle([child.experimental_copy_range_to(target) for child in children], what, options.timeout_seconds)
-    settle([transaction.commit_async()], what, options.timeout_seconds)
-
-
-def _check_merged(
-    files: Files,
-    attempt: Attempt,
-    layout: Layout,
-    parts: Sequence[PartReport],
-    scalars: int,
-    context: ts.Context,
-    options: WriteOptions,
-) -> None:
-    """Counts the keys: every chunk and every array's metadata must have arrived."""
-    what = f"checking the merged {attempt}"
-    chunks = leaf_chunks(layout, parts[0].max_chunk_bytes if parts else options.max_chunk_bytes)
-    expected = 2 * scalars + sum(1 + chunk_count(leaf.shape, chunks[leaf.name]) for leaf in layout.leaves)
-    merged = ts.KvStore.open(ocdbt(files, attempt.item), context=context)
-    keys = settle([settle([merged], what, options.timeout_seconds)[0].list()], what, options.timeout_seconds)[0]
-    if len(keys) != expected:
-        raise CorruptDataError(
-            f"{attempt}: {files.locate(attempt.item)} holds {len(keys)} chunks and array descriptions, expected"
-            f" {expected}. Write the step again with another attempt."
-        )
 
 
 def _joined_extras(attempt: Attempt, parts: Sequence[PartReport]) -> dict[str, bytes]:
@@ -275,15 +241,38 @@ def _step_metadata(layout: Layout, content: StepContent, items: Mapping[str, Ite
     return json.dumps(raw).encode()
 
 
-def _write_side_files(
+def _orbax_files(
+    attempt: Attempt,
+    layout: Layout,
+    content: StepContent,
+    values: OrbaxValues,
+    items: Mapping[str, Item],
+) -> dict[str, bytes]:
+    """The files that Orbax reads, by path, but for the arrays'."""
+    found: dict[str, bytes] = {}
+    for path, data in layout.metadata_files:
+        if path != ORBAX_STEP_FILE:
+            described = tree_with_values(data, values) if path == ORBAX_TREE_FILE else data
+            found[f"{attempt.item}/{path}"] = described
+    if values.strings:
+        found[f"{attempt.item}/{ORBAX_STRINGS_FILE}"] = json.dumps(values.strings).encode()
+    if content.metrics:
+        found[ORBAX_METRICS_FILE] = json.dumps(content.metrics).encode()
+    for name, item in items.items():
+        found.update({f"{name}/{path}": data for path, data in item.files.items()})
+    found[ORBAX_STEP_FILE] = _step_metadata(layout, content, items)
+    return found
+
+
+def _our_files(
     store: PersistentStore,
-    files: Files,
     attempt: Attempt,
     layout: Layout,
     parts: Sequence[PartReport],
     content: StepContent,
     extras: Mapping[str, bytes],
-) -> None:
+) -> dict[str, bytes]:
+    """The files of ours, by path; the side file, which has the checksums of the others, is the last."""
     checksums: list[tuple[int, ...]] = [()] * len(layout.shards)
     for part in parts:
         for shard, found in zip(part.shards, part.checksums, strict=True):
@@ -291,8 +280,6 @@ def _write_side_files(
     written = {LAYOUT_FILE: layout.to_bytes(), CHECKSUMS_FILE: checksums_to_bytes(checksums)}
     if extras:
         written[EXTRAS_FILE] = seal({"extras": extras_to_json(extras)})
-    for name, data in written.items():
-        files.write(name, data)
     side = SideInfo(
         run_id=store.run_id(),
         step_id=attempt.step_id,
@@ -306,4 +293,4 @@ def _write_side_files(
         metrics=content.metrics,
         digests={name: digest(data) for name, data in written.items()},
     )
-    files.write(side_file_name(attempt.generation.number, attempt.generation.nonce), side.to_bytes())
+    return {**written, side_file_name(attempt.generation.number, attempt.generation.nonce): side.to_bytes()}

@@ -1,7 +1,7 @@
-"""Byte-level operations on the persistent tier, and their form for file systems.
+"""The persistent tier's view of a store: directories and small files, on a file system or in a bucket.
 
-Everything above talks to `Files`, so that another kind of store needs only these operations. Paths are
-relative to a root, their parts joined by '/'. What `create`, `write` and `commit` made is durable on return.
+Everything above talks to `Files`. Paths are relative to a root, their parts joined by '/'. Both forms are made
+of the operations of an object store; a file system adds directories of its own and a rename that is atomic.
 """
 
 from __future__ import annotations
@@ -11,14 +11,17 @@ import dataclasses
 import errno
 import os
 import shutil
-import stat
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
-from emergency_ckpt.errors import CorruptDataError, PersistentStoreError
-from emergency_ckpt.persistent.bounded import within
+from emergency_ckpt.errors import StoreUnsupportedError
+from emergency_ckpt.persistent.object_store.file_system import (
+    FileSystemStore,
+    failing,
+    make_directory,
+    sync_directory,
+)
+from emergency_ckpt.persistent.object_store.operations import ObjectStore
 
 _ANSWER_SECONDS = 120.0
 
@@ -32,10 +35,13 @@ class Entry:
 
 
 class Files(Protocol):
-    """The operations that the persistent tier needs. Failures not named here are PersistentStoreErrors."""
+    """The operations that the persistent tier needs. Failures not named here are PersistentStoreErrors.
+
+    What `create`, `write`, `replace` and `rename` made is durable on return.
+    """
 
     def locate(self, path: str = "") -> str:
-        """The full path, for messages and for other programs."""
+        """The full path or URL, for messages and for other programs."""
         ...
 
     def below(self, path: str) -> Files:
@@ -59,18 +65,15 @@ class Files(Protocol):
         ...
 
     def make_directory(self, path: str) -> None:
-        """Makes a directory and its parents; nothing happens if it is there."""
+        """Makes a directory and its parents; nothing happens if it is there, or in a bucket, which has none."""
         ...
 
     def delete_tree(self, path: str) -> None:
         """Deletes a directory with all its content; nothing happens if there is none."""
         ...
 
-    def commit(self, source: str, target: str) -> None:
-        """Gives the directory `source` the name `target` in one atomic operation.
-
-        Raises FileExistsError if `target` is there, FileNotFoundError if `source` is not.
-        """
+    def modified(self, path: str) -> int:
+        """When a directory was last written to: nanoseconds of Unix time, 0 where the store does not say."""
         ...
 
     def kvstore(self, path: str = "") -> dict[str, Any]:
@@ -78,150 +81,145 @@ class Files(Protocol):
         ...
 
 
-class LocalFiles:
-    """A directory of a (possibly shared) POSIX file system.
+@runtime_checkable
+class RenamingFiles(Files, Protocol):
+    """Files whose directories can be renamed."""
 
-    `answer_seconds` is the limit for each single look into it: a mount whose server is gone never answers.
-    """
+    def rename(self, source: str, target: str) -> None:
+        """Gives the directory `source` the name `target` in one atomic operation.
 
-    def __init__(self, root: str | os.PathLike[str], answer_seconds: float = _ANSWER_SECONDS):
-        self._root = Path(root).absolute()
-        self._answer_seconds = answer_seconds
+        Raises FileExistsError if `target` is there, FileNotFoundError if `source` is not.
+        """
+        ...
+
+
+class VersionedFiles(Files, Protocol):
+    """Files that can be replaced on condition that nobody else did so meanwhile, as objects can."""
+
+    def below(self, path: str) -> VersionedFiles: ...
+
+    def version(self, path: str) -> str | None:
+        """What tells the content of a file from any other that it had or will have; None if there is none."""
+        ...
+
+    def replace(self, path: str, data: bytes, version: str | None) -> str | None:
+        """Writes a file that is still of this version, or still absent; returns its new one, None if it is not.
+
+        Where the store does not honour conditions, this looks first and writes then.
+        """
+        ...
+
+    def delete(self, path: str) -> None:
+        """Deletes a file; nothing happens if there is none."""
+        ...
+
+
+class ObjectFiles:
+    """The files below a prefix of an object store."""
+
+    def __init__(self, store: ObjectStore, prefix: str = ""):
+        self.store = store
+        self._prefix = prefix
 
     def locate(self, path: str = "") -> str:
-        return str(self._root / path)
+        return self.store.locate(self._key(path))
+
+    def below(self, path: str) -> ObjectFiles:
+        return ObjectFiles(self.store, self._key(path))
+
+    def entries(self, path: str = "") -> list[Entry]:
+        inside = self._inside(path)
+        found: list[Entry] = []
+        for page in self.store.list_pages(inside, "/"):
+            found += (Entry(info.key[len(inside) :], False) for info in page.objects)
+            found += (Entry(prefix[len(inside) : -1], True) for prefix in page.prefixes)
+        return sorted(entry for entry in found if entry.name)
+
+    def read(self, path: str) -> bytes:
+        return self.store.read(self._key(path))
+
+    def create(self, path: str, data: bytes) -> bool:
+        return self.replace(path, data, None) is not None
+
+    def write(self, path: str, data: bytes) -> None:
+        self.store.put(self._key(path), data)
+
+    def make_directory(self, path: str) -> None:
+        pass
+
+    def delete_tree(self, path: str) -> None:
+        for page in self.store.list_pages(self._inside(path)):
+            self.store.delete_many([info.key for info in page.objects])
+
+    def delete(self, path: str) -> None:
+        self.store.delete(self._key(path))
+
+    def version(self, path: str) -> str | None:
+        found = self.store.head(self._key(path))
+        return found.version if found else None
+
+    def replace(self, path: str, data: bytes, version: str | None) -> str | None:
+        key = self._key(path)
+        try:
+            if version is None:
+                return self.store.put_if_absent(key, data)
+            return self.store.put_if_unchanged(key, data, version)
+        except StoreUnsupportedError:
+            return self.store.put(key, data) if self.version(path) == version else None
+
+    def modified(self, path: str) -> int:
+        return 0  # A prefix has no time of its own.
+
+    def kvstore(self, path: str = "") -> dict[str, Any]:
+        return self.store.kvstore(self._inside(path))
+
+    def _key(self, path: str) -> str:
+        return "/".join(part for part in (self._prefix, path.strip("/")) if part)
+
+    def _inside(self, path: str) -> str:
+        """What the keys of everything in a directory begin with."""
+        key = self._key(path)
+        return f"{key}/" if key else ""
+
+
+class LocalFiles(ObjectFiles):
+    """A directory of a (possibly shared) POSIX file system, `answer_seconds` being the limit for each look."""
+
+    def __init__(self, root: str | os.PathLike[str], answer_seconds: float = _ANSWER_SECONDS):
+        super().__init__(FileSystemStore(root, answer_seconds))
+        self._root = Path(root).absolute()
+        self._answer_seconds = answer_seconds
 
     def below(self, path: str) -> LocalFiles:
         return LocalFiles(self._root / path, self._answer_seconds)
 
-    def entries(self, path: str = "") -> list[Entry]:
-        def listed() -> list[Entry]:
-            with self._failing("list", path):
-                try:
-                    with os.scandir(self._root / path) as found:
-                        return sorted(Entry(e.name, e.is_dir()) for e in found)
-                except FileNotFoundError:
-                    return []
-
-        return within(self._answer_seconds, f"listing {self.locate(path)}", listed)
-
-    def read(self, path: str) -> bytes:
-        def content() -> bytes:
-            with self._failing("read", path):
-                return _read_file(self._root / path)
-
-        return within(self._answer_seconds, f"reading {self.locate(path)}", content)
-
-    def create(self, path: str, data: bytes) -> bool:
-        target = self._root / path
-        with self._failing("create", path):
-            _make_directory(target.parent)
-            scratch = _write_durably(target.with_name(f".{target.name}.{uuid.uuid4().hex}"), data)
-            try:
-                return self._link(scratch, target, data)
-            finally:
-                scratch.unlink()
-                _sync_directory(target.parent)
-
-    def write(self, path: str, data: bytes) -> None:
-        target = self._root / path
-        with self._failing("write", path):
-            _make_directory(target.parent)
-            os.replace(_write_durably(target.with_name(f".{target.name}.{uuid.uuid4().hex}"), data), target)
-            _sync_directory(target.parent)
-
     def make_directory(self, path: str) -> None:
-        with self._failing("make directory", path):
-            _make_directory(self._root / path)
+        with failing("make directory", self.locate(path)):
+            make_directory(self._root / path)
 
     def delete_tree(self, path: str) -> None:
-        with self._failing("delete", path):
+        with failing("delete", self.locate(path)):
             while (self._root / path).exists():
                 # A name that is gone already was deleted by somebody else at the same time.
                 with contextlib.suppress(FileNotFoundError):
                     shutil.rmtree(self._root / path)
 
-    def commit(self, source: str, target: str) -> None:
-        with self._failing("commit", target):
+    def rename(self, source: str, target: str) -> None:
+        with failing("rename", self.locate(target)):
             for directory, _, _ in os.walk(self._root / source, onerror=_raise):
-                _sync_directory(Path(directory))
+                sync_directory(Path(directory))
             try:
                 os.rename(self._root / source, self._root / target)
             except OSError as error:
                 if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                     raise FileExistsError(errno.EEXIST, "exists", self.locate(target)) from error
                 raise
-            _sync_directory((self._root / target).parent)
+            sync_directory((self._root / target).parent)
 
-    def kvstore(self, path: str = "") -> dict[str, Any]:
-        return {"driver": "file", "path": self.locate(path).rstrip("/") + "/"}
-
-    def _link(self, scratch: Path, target: Path, data: bytes) -> bool:
-        """Gives `scratch` its name unless that is taken; a hard link does so with the content complete."""
-        try:
-            os.link(scratch, target)
-        except FileExistsError:
-            # Over NFS a repeated request reports EEXIST for a link that this very call has made.
-            return scratch.stat().st_nlink == 2
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
-                raise
-            return _create_exclusively(target, data)
-        return True
-
-    @contextlib.contextmanager
-    def _failing(self, operation: str, path: str) -> Iterator[None]:
-        """Turns what the operating system says into an error that names operation and path."""
-        try:
-            yield
-        except (FileNotFoundError, FileExistsError):
-            raise
-        except OSError as error:
-            raise PersistentStoreError(
-                f"could not {operation} {self.locate(path)}: {error.strerror or error}."
-                f" Check that the persistent directory is mounted, writable and not full."
-            ) from error
-
-
-def _read_file(path: Path) -> bytes:
-    """Content of a regular file; a pipe or a device in its place may never end, or act."""
-    mode = path.stat().st_mode
-    if not stat.S_ISREG(mode):
-        raise CorruptDataError(f"{path} should be a file and is none (its mode is {mode:#o}). Remove it.")
-    return path.read_bytes()
+    def modified(self, path: str) -> int:
+        with failing("look at", self.locate(path)):
+            return (self._root / path).stat().st_mtime_ns
 
 
 def _raise(error: OSError) -> None:
     raise error
-
-
-def _make_directory(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise NotADirectoryError(errno.ENOTDIR, f"{path} is no directory") from error
-
-
-def _write_durably(path: Path, data: bytes) -> Path:
-    with open(path, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return path
-
-
-def _create_exclusively(path: Path, data: bytes) -> bool:
-    """Create-if-absent where hard links are not supported."""
-    try:
-        _write_durably(path, data)
-    except FileExistsError:
-        return False
-    return True
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

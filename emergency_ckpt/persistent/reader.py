@@ -38,7 +38,8 @@ from emergency_ckpt.persistent.arrays import (
     storage_dtype,
 )
 from emergency_ckpt.persistent.fields import parsed
-from emergency_ckpt.persistent.files import Files, LocalFiles
+from emergency_ckpt.persistent.files import Files
+from emergency_ckpt.persistent.object_store.opening import open_files
 from emergency_ckpt.persistent.step_files import (
     CHECKSUMS_FILE,
     EXTRAS_FILE,
@@ -95,7 +96,7 @@ class StepReader:
         directory_step: int | None = None,
         timeout_seconds: float = 300.0,
     ):
-        self._files: Files = LocalFiles(step) if isinstance(step, str | os.PathLike) else step
+        self._files: Files = open_files(step) if isinstance(step, str | os.PathLike) else step
         self._timeout_seconds = timeout_seconds
         self._context = new_context()
         self._arrays: dict[str, Any] = {}
@@ -352,10 +353,10 @@ class StepReader:
 
     def _spec(self, name: str) -> dict[str, Any]:
         if self.side is not None:
-            kvstore = ocdbt(self._files, self.item)
+            kvstore = ocdbt(self._files.kvstore(self.item))
             return array_spec(kvstore, self.leaves[name], self._chunks[name], self.side.compression)
         if self._tree.ocdbt:
-            kvstore = {**ocdbt(self._files, self.item), "path": f"{name}/"}
+            kvstore = {**ocdbt(self._files.kvstore(self.item)), "path": f"{name}/"}
             del kvstore["config"]
         else:
             kvstore = self._files.kvstore(f"{self.item}/{name}".lstrip("/"))

@@ -36,6 +36,10 @@ CHECKSUMS_FILE = "emergency_ckpt.checksums"
 EXTRAS_FILE = "emergency_ckpt.extras.json"
 PARTS_DIRECTORY = "emergency_ckpt.parts"
 CLAIM_FILE = "emergency_ckpt.committer"
+OCDBT_MANIFEST = "manifest.ocdbt"  # the root of an OCDBT store
+
+# Those of ours whose names are the same in every step.
+OUR_FILES = (LAYOUT_FILE, CHECKSUMS_FILE, EXTRAS_FILE, CLAIM_FILE)
 
 _FORMAT_VERSION = 1
 _STEP_ADVICE = "The step is not usable; restore another one, or this file from a backup."
@@ -96,6 +100,47 @@ class SideInfo:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Mark:
+    """What the commit marker of a step on an object store says: which attempt the step is.
+
+    `digests`: the checksums of its side file and of the root of its array store, by path.
+    """
+
+    step_id: StepId
+    nonce: str
+    ordinal: int
+    digests: Mapping[str, str]
+
+    def to_bytes(self) -> bytes:
+        step = [self.step_id.generation, self.step_id.step]
+        return seal({"step_id": step, "nonce": self.nonce, "ordinal": self.ordinal, "digests": self.digests})
+
+    @classmethod
+    def read(cls, files: Files) -> Mark | None:
+        """The mark of the step whose files these are; None where the marker is another program's, or none.
+
+        Raises CorruptDataError, PersistentStoreError.
+        """
+        try:
+            data = files.read(ORBAX_COMMIT_FILE)
+        except FileNotFoundError:
+            return None
+        if not data.startswith(b"{"):
+            return None
+        where = files.locate(ORBAX_COMMIT_FILE)
+        return parsed(unseal(data, where, _STEP_ADVICE), cls._parse, where, _STEP_ADVICE)
+
+    @classmethod
+    def _parse(cls, raw: Any) -> Mark:
+        return cls(
+            step_id(raw["step_id"]),
+            typed(raw["nonce"], str),
+            whole_number(raw["ordinal"]),
+            {path: typed(found, str) for path, found in typed(raw["digests"], dict).items()},
+        )
+
+
 def read_side_info(files: Files, names: Iterable[str], directory_step: int | None = None) -> SideInfo | None:
     """What the side file among `names` says of the step whose files these are; None where there is none.
 
@@ -103,13 +148,20 @@ def read_side_info(files: Files, names: Iterable[str], directory_step: int | Non
     Raises CorruptDataError for a side file that is damaged, gone, or of another step than its name or that of
     the directory says; PersistentStoreError.
     """
-    known = [(said, name) for name in names if (said := parse_side_file_name(name))]
+    listed = list(names)
+    mark = Mark.read(files) if ORBAX_COMMIT_FILE in listed else None
+    if mark is not None:
+        listed = [side_file_name(mark.step_id.generation, mark.nonce)]
+    known = [(said, name) for name in listed if (said := parse_side_file_name(name))]
     if not known:
         return None
     said, name = max(known)
     where = files.locate(name)
     try:
-        side = SideInfo.from_bytes(files.read(name), where)
+        data = files.read(name)
+        side = SideInfo.from_bytes(data, where)
+        if mark is not None:
+            _check_marked(files, mark, name, data)
     except FileNotFoundError as error:
         raise CorruptDataError(
             f"{where} was listed and cannot be opened: the step was deleted just now, or is damaged."
@@ -126,6 +178,17 @@ def read_side_info(files: Files, names: Iterable[str], directory_step: int | Non
             " copied. Give it its own name again, or delete it."
         )
     return side
+
+
+def _check_marked(files: Files, mark: Mark, side_name: str, side: bytes) -> None:
+    """The chief objects must be those of the attempt that the marker names."""
+    for path, expected in mark.digests.items():
+        found = digest(side if path == side_name else files.read(path))
+        if found != expected:
+            raise CorruptDataError(
+                f"{files.locate(path)} is not of the attempt that {files.locate(ORBAX_COMMIT_FILE)} says was"
+                f" committed: its checksum is {found}, expected {expected}. {_STEP_ADVICE}"
+            )
 
 
 def side_file_name(generation: int, nonce: str) -> str:

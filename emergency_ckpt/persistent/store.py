@@ -1,26 +1,27 @@
 """The persistent root: run id, generations, activations, committed steps and attempts at writing one.
 
-The only place that knows the names in the root. A step is committed when its directory has its final name; an
-attempt lives under a name that carries its generation and nonce, so that what an old one left never mixes in.
+Where attempts lie, and how one becomes a step at once, depends on the kind of store: see `placing`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
 import uuid
-from collections.abc import Collection, Iterable, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, cast
 
 from absl import logging
 
 from emergency_ckpt.core.lineage import Activation, Deletion, StepId, is_void
 from emergency_ckpt.errors import CorruptDataError, PersistentStoreError, StaleGenerationError
-from emergency_ckpt.persistent.files import Files, LocalFiles
+from emergency_ckpt.persistent.attempts import Attempt, PersistentStep, StepNames
+from emergency_ckpt.persistent.files import Entry, Files, RenamingFiles, VersionedFiles
+from emergency_ckpt.persistent.marked_steps import MarkedSteps
+from emergency_ckpt.persistent.object_store.opening import open_files
 from emergency_ckpt.persistent.origins import Origins
+from emergency_ckpt.persistent.placing import Placement, Placing, RenamedSteps
 from emergency_ckpt.persistent.reader import StepReader
 from emergency_ckpt.persistent.records import (
     Generation,
@@ -33,6 +34,7 @@ from emergency_ckpt.persistent.step_files import (
     CLAIM_FILE,
     ITEM_NAMES,
     ORBAX_TREE_FILE,
+    Mark,
     parse_side_file_name,
     seal,
 )
@@ -43,68 +45,13 @@ _GENERATIONS = f"{_RECORDS}/generations"
 _ACTIVATIONS = f"{_RECORDS}/activations"
 _DELETION = f"{_RECORDS}/deletion.json"
 _RECORD = re.compile(r"(\d{8,})\.json")
-_TEMPORARY = ".orbax-checkpoint-tmp"
-_ATTEMPT = re.compile(r".+\.orbax-checkpoint-tmp-(?:g(\d+)-[0-9a-f]+-\d+|removed-[0-9a-f]+)")
+_ATTEMPTS = f"{_RECORDS}/attempts"
 # Orbax's name, and the one that its early versions used.
 _ROOT_METADATA, _OLD_ROOT_METADATA = "metadata/_ROOT_METADATA", "metadata/metadata"
 _ROOT_METADATA_FIELDS = ("internal_metadata", "custom_metadata")
 _MINT_TRIES = 1000
 _REPLACE_TRIES = 10
 UNKNOWN_NONCE = "unknown"
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class StepNames:
-    """How step directories are called: as Orbax's standard name format with the same prefix and length."""
-
-    prefix: str | None = None
-    digits: int | None = None
-
-    def name(self, step: int) -> str:
-        return f"{self.prefix}_" * (self.prefix is not None) + f"{step:0{self.digits or 0}d}"
-
-    def step(self, name: str) -> int | None:
-        """The step that a directory of this name holds, None if it holds none."""
-        number = name[len(self.prefix) + 1 :] if self.prefix is not None else name
-        if not (number.isascii() and number.isdigit()):
-            return None
-        return int(number) if self.name(int(number)) == name else None
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class PersistentStep:
-    """A committed step. `nonce` is that of the generation that wrote it, None if another program or run did."""
-
-    step_id: StepId
-    path: Path
-    item: str
-    nonce: str | None
-
-    @property
-    def written_by_us(self) -> bool:
-        return self.nonce is not None
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Attempt:
-    """One try at writing one step; a further try of the same generation takes another `ordinal`.
-
-    `by` is the later generation that writes the step, where that is not the one that saved it: a life that
-    ended before it had saved anything leaves the step that it was to go on from.
-    """
-
-    generation: Generation
-    step: int
-    item: str
-    ordinal: int = 0
-    by: Generation | None = None
-
-    @property
-    def step_id(self) -> StepId:
-        return StepId(self.generation.number, self.step)
-
-    def __str__(self) -> str:
-        return f"attempt {self.ordinal} at {self.step_id}"
 
 
 class PersistentStore:
@@ -116,9 +63,13 @@ class PersistentStore:
     def __init__(
         self, root: str | os.PathLike[str], names: StepNames | None = None, files: Files | None = None
     ):
-        self.root = Path(root)
         self.names = names or StepNames()
-        self.files: Files = files or LocalFiles(root)
+        self.files: Files = files or open_files(root)
+        self._placing: Placing = (
+            RenamedSteps(self.files, self.names)
+            if isinstance(self.files, RenamingFiles)
+            else MarkedSteps(cast(VersionedFiles, self.files), self.names, _ATTEMPTS)
+        )
         self._origins = Origins(self.files, _RUN_ID, _GENERATIONS)
 
     # Run, generations, activations.
@@ -292,70 +243,94 @@ class PersistentStore:
 
     def open_step(self, step: PersistentStep) -> StepReader:
         """A reader of a committed step, which must be the one that the directory's name says."""
-        return StepReader(self.files.below(step.path.name), step.item, directory_step=step.step_id.step)
+        return StepReader(self.files.below(step.name), step.item, directory_step=step.step_id.step)
 
     def delete_step(self, step: PersistentStep) -> None:
         """Deletes a committed step. It disappears at once; its bytes follow."""
-        self._remove(step.path.name)
+        self._placing.remove(step.name, step.step_id.generation)
 
     # Attempts.
 
     def begin(self, attempt: Attempt) -> None:
-        """Makes the attempt's directory. Every process that writes a part may call this."""
-        self.files.make_directory(f"{self._attempt_name(attempt)}/{attempt.item}")
+        """Prepares the attempt's directory. Every process that writes a part may call this."""
+        self._placing.begin(attempt)
 
     def attempt_files(self, attempt: Attempt) -> Files:
         """The files of an uncommitted step."""
-        return self.files.below(self._attempt_name(attempt))
+        return self.files.below(self._placing.directory(attempt))
 
-    def commit(self, attempt: Attempt) -> PersistentStep:
-        """Gives a written attempt the name of its step. One process calls this, after everything is in place.
+    def attempt_records(self, attempt: Attempt) -> Files:
+        """The files by which the writers of an attempt and its committer know of each other."""
+        return self.files.below(self._placing.records(attempt))
+
+    def is_open(self, attempt: Attempt) -> bool:
+        """Whether somebody may be waiting for a part of the attempt."""
+        return self._placing.is_open(attempt)
+
+    def place(self, attempt: Attempt, paths: Sequence[str]) -> Placement:
+        """What the committer of an attempt writes these files with. One process calls this.
+
+        Raises as `commit` does.
+        """
+        self.check_generation(attempt)
+        if (name := self._placing.in_the_way(attempt)) is not None:
+            if self.committed(attempt):
+                raise PersistentStoreError(f"{attempt}: another attempt has just committed the step")
+            self._make_way(name, attempt)
+        return self._placing.place(attempt, paths)
+
+    def commit(self, attempt: Attempt, placement: Placement, digests: Mapping[str, str]) -> PersistentStep:
+        """Makes a written attempt a step. One process calls this, after everything is in place.
 
         A void step in the way is replaced. If the same attempt's step is there already, nothing happens.
         Raises StaleGenerationError when a newer generation exists, PersistentStoreError when a step that is
         not void is in the way.
         """
         self.check_generation(attempt)
-        source, target = self._attempt_name(attempt), self.names.name(attempt.step)
+        name = self.names.name(attempt.step)
         for _ in range(_REPLACE_TRIES):
             try:
-                self.files.commit(source, target)
-                return self._committed(attempt)
+                if placement.publish(digests):
+                    return self._committed(attempt)
             except FileNotFoundError as error:
-                held = self._step_in(target, attempt.step)
+                held = self._step_in(name, attempt.step)
                 if held and self._is_of(held, attempt):
                     return held
                 raise PersistentStoreError(
-                    f"{attempt} has lost its directory {self.files.locate(source)}: somebody removed it."
-                    " Write the step again with another attempt."
+                    f"{attempt} has lost its directory {self.files.locate(self._placing.directory(attempt))}:"
+                    " somebody removed it. Write the step again with another attempt."
                 ) from error
-            except FileExistsError:
-                held = self._step_in(target, attempt.step)
-                if held and self._is_of(held, attempt):
-                    self._remove(source)
-                    return held
-                if held and not is_void(held.step_id, self.activations()):
-                    raise PersistentStoreError(
-                        f"{self.files.locate(target)} holds {held.step_id}, which no restore made void, so"
-                        f" {attempt} cannot take its place. Delete that step, or save under another number."
-                    ) from None
-                self._remove(target)
+            held = self._step_in(name, attempt.step)
+            if held and self._is_of(held, attempt):
+                self._placing.abandon(attempt)
+                return held
+            self._make_way(name, attempt)
         raise PersistentStoreError(
-            f"{self.files.locate(target)} was replaced {_REPLACE_TRIES} times while {attempt} was committed:"
+            f"{self.files.locate(name)} was replaced {_REPLACE_TRIES} times while {attempt} was committed:"
             " several jobs are writing to this directory. Stop all but one."
         )
 
-    def is_committed(self, attempt: Attempt) -> bool:
-        """Whether the step of this attempt is there, be it by another attempt of the same generation."""
+    def _make_way(self, name: str, attempt: Attempt) -> None:
+        """Removes a void step, or what is none, whose place an attempt takes."""
+        held = self._step_in(name, attempt.step)
+        if held and not is_void(held.step_id, self.activations()) and not self._is_of(held, attempt):
+            raise PersistentStoreError(
+                f"{self.files.locate(name)} holds {held.step_id}, which no restore made void, so"
+                f" {attempt} cannot take its place. Delete that step, or save under another number."
+            )
+        self._placing.remove(name, attempt.generation.number - 1)
+
+    def committed(self, attempt: Attempt) -> PersistentStep | None:
+        """The step of this attempt where it is there, be it by another attempt of the same generation."""
         name = self.names.name(attempt.step)
         if not self.files.entries(name):
-            return False
+            return None
         held = self._step_in(name, attempt.step)
-        return held is not None and self._is_of(held, attempt)
+        return held if held is not None and self._is_of(held, attempt) else None
 
     def is_claimed(self, attempt: Attempt) -> bool:
         """Whether a committer is, or was, at work on an attempt: then all its parts were there."""
-        return any(entry.name == CLAIM_FILE for entry in self.attempt_files(attempt).entries())
+        return any(entry.name == CLAIM_FILE for entry in self.attempt_records(attempt).entries())
 
     def check_generation(self, attempt: Attempt) -> None:
         """Raises StaleGenerationError unless the newest generation of the run makes this attempt.
@@ -380,7 +355,7 @@ class PersistentStore:
 
     def abandon(self, attempt: Attempt) -> None:
         """Removes what an attempt has written so far."""
-        self._remove(self._attempt_name(attempt))
+        self._placing.abandon(attempt)
 
     def remove_leftovers(self, current: Generation) -> list[str]:
         """Removes attempts of generations older than `current` and half-deleted steps; returns their names.
@@ -388,25 +363,14 @@ class PersistentStore:
         Attempts of `current` stay, since they may be in progress, and so does what other programs write (see
         `remove_foreign_leftovers`).
         """
-        removed = []
-        for entry in self.files.entries():
-            match = _ATTEMPT.fullmatch(entry.name)
-            if match and entry.is_directory and int(match[1] or 0) < current.number:
-                self.files.delete_tree(entry.name)
-                removed.append(entry.name)
-        return removed
+        return self._placing.sweep(current.number)
 
     def remove_foreign_leftovers(self) -> list[str]:
-        """Removes steps that other programs left temporary, by Orbax's naming; returns their names.
+        """Removes steps that other programs left uncommitted; returns their names.
 
         Attempts of this package stay, of whatever generation. A program that is still writing loses its step.
         """
-        removed = []
-        for entry in self.files.entries():
-            if entry.is_directory and _TEMPORARY in entry.name and not _ATTEMPT.fullmatch(entry.name):
-                self.files.delete_tree(entry.name)
-                removed.append(entry.name)
-        return removed
+        return self._placing.sweep_foreign()
 
     # What describes all steps.
 
@@ -440,12 +404,9 @@ class PersistentStore:
         return self.files.create(_ROOT_METADATA, json.dumps(content).encode())
 
     def _committed(self, attempt: Attempt) -> PersistentStep:
-        return PersistentStep(
-            attempt.step_id,
-            self.root / self.names.name(attempt.step),
-            attempt.item,
-            attempt.generation.nonce,
-        )
+        name = self.names.name(attempt.step)
+        nonce = attempt.generation.nonce
+        return PersistentStep(attempt.step_id, name, self.files.locate(name), attempt.item, nonce)
 
     def _is_of(self, held: PersistentStep, attempt: Attempt) -> bool:
         return (held.step_id, held.nonce) == (attempt.step_id, attempt.generation.nonce)
@@ -453,6 +414,8 @@ class PersistentStore:
     def _step_in(self, name: str, step: int) -> PersistentStep | None:
         """The step that a committed directory holds; None, with a log line, if it holds no state we know."""
         entries = self.files.entries(name)
+        if not self._placing.is_committed(entries):
+            return None
         items = [item for item in ITEM_NAMES if any(e.name == item and e.is_directory for e in entries)]
         if not items and any(e.name == ORBAX_TREE_FILE for e in entries):
             items = [""]
@@ -461,25 +424,27 @@ class PersistentStore:
                 "%s holds no item named %s: not used.", self.files.locate(name), " or ".join(ITEM_NAMES)
             )
             return None
-        ours = sorted(filter(None, (parse_side_file_name(e.name) for e in entries)))
-        if not ours or self._origins.is_foreign(name, *ours[-1]):
-            return PersistentStep(StepId(0, step), self.root / name, items[0], None)
-        generation, nonce = ours[-1]
-        return PersistentStep(StepId(generation, step), self.root / name, items[0], nonce)
+        where = self.files.locate(name)
+        saved_by = self._saved_by(name, entries)
+        if saved_by is None or self._origins.is_foreign(name, *saved_by):
+            return PersistentStep(StepId(0, step), name, where, items[0], None)
+        generation, nonce = saved_by
+        return PersistentStep(StepId(generation, step), name, where, items[0], nonce)
 
-    def _attempt_name(self, attempt: Attempt) -> str:
-        generation = attempt.generation
-        name = self.names.name(attempt.step)
-        return f"{name}{_TEMPORARY}-g{generation.number}-{generation.nonce}-{attempt.ordinal}"
+    def _saved_by(self, name: str, entries: Iterable[Entry]) -> tuple[int, str] | None:
+        """Number and nonce of the generation that wrote a step, as its side file's name says.
 
-    def _remove(self, name: str) -> None:
-        """Takes a directory out of sight in one operation, then deletes it."""
-        aside = f"{name.partition(_TEMPORARY)[0]}{_TEMPORARY}-removed-{uuid.uuid4().hex}"
-        try:
-            self.files.commit(name, aside)
-        except FileNotFoundError:
-            return
-        self.files.delete_tree(aside)
+        Of several, left by attempts that came to nothing, the marker names the one.
+        """
+        ours = sorted(filter(None, (parse_side_file_name(entry.name) for entry in entries)))
+        if len(ours) > 1:
+            try:
+                mark = Mark.read(self.files.below(name))
+            except CorruptDataError:  # Whoever reads the step finds out, and says so.
+                mark = None
+            if mark is not None:
+                return mark.step_id.generation, mark.nonce
+        return ours[-1] if ours else None
 
     def _record_names(self, directory: str) -> list[str]:
         names = [e.name for e in self.files.entries(directory) if _RECORD.fullmatch(e.name)]

@@ -26,6 +26,7 @@ from emergency_ckpt.persistent.arrays import (
     settle,
     storage_dtype,
 )
+from emergency_ckpt.persistent.attempts import Attempt, part_store_name
 from emergency_ckpt.persistent.fields import parsed, typed, whole_number
 from emergency_ckpt.persistent.step_files import (
     PARTS_DIRECTORY,
@@ -34,7 +35,7 @@ from emergency_ckpt.persistent.step_files import (
     seal,
     unseal,
 )
-from emergency_ckpt.persistent.store import Attempt, PersistentStore
+from emergency_ckpt.persistent.store import PersistentStore
 
 _POLL_SECONDS = (0.02, 1.0)
 _MAX_REASON = 4000
@@ -92,7 +93,9 @@ def write_part(
     files = store.attempt_files(attempt)
     found = {shard: tuple(checksums(shard)) for shard in shards}
     chunks = leaf_chunks(layout, options.max_chunk_bytes)
-    kvstore = ocdbt(files, f"{attempt.item}/{part_store_name(attempt, part)}", options.target_data_file_bytes)
+    kvstore = ocdbt(
+        files.kvstore(f"{attempt.item}/{part_store_name(attempt, part)}"), options.target_data_file_bytes
+    )
     context = new_context()
     for batch in _batches(layout, shards, options.concurrent_bytes):
         transaction = ts.Transaction()
@@ -139,7 +142,7 @@ def write_part(
         extras=dict(extras or {}),
     )
     raw = {field.name: getattr(report, field.name) for field in dataclasses.fields(report)}
-    files.write(_marker(part), seal({**raw, "extras": extras_to_json(report.extras)}))
+    store.attempt_records(attempt).write(_marker(part), seal({**raw, "extras": extras_to_json(report.extras)}))
     return report
 
 
@@ -156,7 +159,7 @@ def wait_for_parts(
     Raises PersistentStoreError after `timeout_seconds`, naming the parts that are missing, or when stopped, or
     when the writer of a part reported that it failed.
     """
-    files = store.attempt_files(attempt)
+    files = store.attempt_records(attempt)
     deadline = time.monotonic() + timeout_seconds
     pause = _POLL_SECONDS[0]
     while True:
@@ -183,14 +186,14 @@ def wait_for_parts(
 
 def report_failure(store: PersistentStore, attempt: Attempt, part: int, reason: str) -> None:
     """Tells whoever waits for a part that it will not come. Raises PersistentStoreError."""
-    files = store.attempt_files(attempt)
-    if files.entries():  # Otherwise nobody has begun to wait, or everybody has ended.
+    if store.is_open(attempt):
+        files = store.attempt_records(attempt)
         files.write(f"{PARTS_DIRECTORY}/{_failure_name(part)}", reason[:_MAX_REASON].encode())
 
 
 def read_part(store: PersistentStore, attempt: Attempt, part: int) -> PartReport:
     """The report of a finished part. Raises FileNotFoundError if it is not finished."""
-    files = store.attempt_files(attempt)
+    files = store.attempt_records(attempt)
     where = files.locate(_marker(part))
     advice = "Write the step again with another attempt."
     return parsed(unseal(files.read(_marker(part)), where, advice), _parse_report, where, advice)
@@ -210,11 +213,6 @@ def _parse_report(raw: Any) -> PartReport:
     if len(report.shards) != len(report.checksums):
         raise ValueError(f"{len(report.shards)} shards have {len(report.checksums)} lists of checksums")
     return report
-
-
-def part_store_name(attempt: Attempt, part: int | str) -> str:
-    """Directory of a part's own OCDBT store within the item; Orbax's name for such stores plus our nonce."""
-    return f"ocdbt.process_{attempt.generation.nonce}p{part}"
 
 
 def _marker_name(part: int) -> str:

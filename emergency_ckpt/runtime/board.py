@@ -7,7 +7,7 @@ from datetime import timedelta
 
 from emergency_ckpt.agent.drain import Verdict
 from emergency_ckpt.jaxio.coordination import Coordinator
-from emergency_ckpt.persistent.store import Attempt
+from emergency_ckpt.persistent.attempts import Attempt
 
 
 class CoordinatedBoard:

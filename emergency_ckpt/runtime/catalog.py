@@ -13,10 +13,10 @@ from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.core.retention import SavedStep, best_step
 from emergency_ckpt.errors import CorruptDataError, NoRestorableStepError
 from emergency_ckpt.local.slot_views import SealedSlot
-from emergency_ckpt.persistent.reader import StepReader
+from emergency_ckpt.persistent.attempts import PersistentStep
 from emergency_ckpt.persistent.step_facts import StepFacts, read_handlers, read_step_facts
 from emergency_ckpt.persistent.step_files import ORBAX_STEP_FILE
-from emergency_ckpt.persistent.store import PersistentStep, without_void
+from emergency_ckpt.persistent.store import without_void
 from emergency_ckpt.runtime.contents import StepContents
 from emergency_ckpt.runtime.items import STATE
 from emergency_ckpt.runtime.job import Job
@@ -75,7 +75,7 @@ class Catalog:
         if held is None:
             raise self._absent(step)
         items = [name for name in self._read_facts(held).handlers if name not in (STATE, _METRICS)]
-        return StepContents.of_reader(StepReader(held.path, held.item), items)
+        return StepContents.of_reader(self._job.persistent.open_step(held), items)
 
     def infos(self, steps: Sequence[PersistentStep]) -> list[SavedStep]:
         """Committed steps as policies see them, ascending by number. Each is read once while it is asked for.
@@ -114,11 +114,11 @@ class Catalog:
         facts = self._read_facts(held)
         committed = facts.committed_nanoseconds
         # Early versions of Orbax kept no times; like Orbax's own manager we then take the directory's.
-        time = utc_time(held.path.stat().st_mtime_ns if committed is None else committed)
+        time = utc_time(self._job.persistent.files.modified(held.name) if committed is None else committed)
         return SavedStep(held.step_id.step, time, facts.metrics or None)
 
     def _read_facts(self, held: PersistentStep) -> StepFacts:
-        facts = read_step_facts(self._job.persistent.files.below(held.path.name), held.step_id.step)
+        facts = read_step_facts(self._job.persistent.files.below(held.name), held.step_id.step)
         return dataclasses.replace(facts, handlers=_with_state(facts.handlers, held.item))
 
     def _local_slot(self, step: int) -> SealedSlot | None:

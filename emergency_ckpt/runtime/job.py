@@ -78,7 +78,8 @@ class Job:
             if held.step_id == step:
                 return self.persistent.open_step(held)
         raise PersistentStoreError(
-            f"{step} disappeared from {self.persistent.root} since it was listed; was it deleted by hand?"
+            f"{step} disappeared from {self.persistent.files.locate()} since it was listed; was it deleted by"
+            " hand?"
         )
 
     def begin_generation(self, generation: Generation) -> None:

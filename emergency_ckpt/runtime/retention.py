@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from emergency_ckpt.core.retention import given_up_steps, superseded_steps
 from emergency_ckpt.errors import PersistentStoreError
-from emergency_ckpt.persistent.store import PersistentStep, without_void
+from emergency_ckpt.persistent.attempts import PersistentStep
+from emergency_ckpt.persistent.store import without_void
 from emergency_ckpt.runtime.catalog import Catalog
 from emergency_ckpt.runtime.job import Job
 

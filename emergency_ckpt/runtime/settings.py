@@ -19,7 +19,8 @@ from emergency_ckpt.core.schedule import SaveSchedule
 from emergency_ckpt.errors import ConfigError
 from emergency_ckpt.jaxio.binding import HOST_PLATFORMS
 from emergency_ckpt.persistent.arrays import WriteOptions
-from emergency_ckpt.persistent.store import StepNames
+from emergency_ckpt.persistent.attempts import StepNames
+from emergency_ckpt.persistent.object_store.opening import check_location
 from emergency_ckpt.runtime.policies import (
     AskedPolicy,
     Preservation,
@@ -45,8 +46,8 @@ class Settings:
     """How one manager works.
 
     Attributes:
-      persistent_directory: root of the persistent tier. local_directory: ramdisk directory, None for no local
-        tier.
+      persistent_directory: root of the persistent tier, a path or a URL. local_directory: ramdisk
+        directory, None for no local tier.
       schedule: when each tier saves; asked_locally, asked_persistently: whom process 0 asks where it says so.
       local_max_to_keep, persistent_max_to_keep: complete steps kept per tier (None: all).
       persistent_keep_period: steps divisible by it are never deleted.
@@ -73,7 +74,7 @@ class Settings:
       flush_on_trainer_exit: whether agents drain the newest complete step when their trainers die.
     """
 
-    persistent_directory: Path
+    persistent_directory: str
     local_directory: Path | None
     schedule: SaveSchedule
     local_max_to_keep: int = 1
@@ -137,7 +138,7 @@ def settings_from_config(config: Config) -> Settings:
     timeout = config.checkpoint_drain_timeout_seconds
     concurrent_bytes = config.checkpoint_storage_concurrent_gb * 10**9
     return Settings(
-        persistent_directory=Path(config.checkpoint_directory),
+        persistent_directory=check_location(config.checkpoint_directory),
         local_directory=config.local_directory,
         schedule=SaveSchedule.of_periods(
             config.local_checkpoint_period if config.saves_locally else 0, config.checkpoint_period
@@ -200,11 +201,6 @@ def settings_from_orbax(
 
     options = options or orbax_emergency.CheckpointManagerOptions()
     _refuse_unsupported(options)
-    if "://" in str(persistent_directory):
-        raise ConfigError(
-            f"persistent_directory={str(persistent_directory)!r} is no directory: object stores and other URLs "
-            "(gs://, s3://) are not supported in this version. Give a directory that all processes reach."
-        )
     local, persistent = options.local, options.persistent
     multiprocessing = options.multiprocessing_options or orbax_emergency.MultiprocessingOptions()
     local_path = Path(local_directory) if local_directory else None
@@ -217,7 +213,7 @@ def settings_from_orbax(
         drain_timeout = _positive("async_options.timeout_secs", options.async_options.timeout_secs)
         after_commit = options.async_options.post_finalization_callback
     return Settings(
-        persistent_directory=Path(persistent_directory),
+        persistent_directory=check_location(os.fspath(persistent_directory)),
         local_directory=local_path,
         schedule=SaveSchedule(local_rule, persistent_rule),
         asked_locally=asked_locally,

@@ -59,7 +59,7 @@ def start_job(settings: Settings, mesh: jax.sharding.Mesh, abstract_state: Any) 
     log = CheckpointLogger(context, Metrics(), settings.log_format, settings.event_listener)
 
     def make_root() -> tuple[str, str]:
-        settings.persistent_directory.mkdir(parents=True, exist_ok=True)
+        persistent.files.make_directory("")
         _keep_root_metadata(persistent, settings.root_metadata, log)
         return persistent.run_id(), _item_name(persistent, mesh, settings.replica_axis)
 
@@ -106,7 +106,7 @@ def start_job(settings: Settings, mesh: jax.sharding.Mesh, abstract_state: Any) 
         StartEvent(
             step=survey.newest.step if survey.newest else None,
             local_directory=str(local.directory) if local.directory else None,
-            persistent_directory=str(settings.persistent_directory),
+            persistent_directory=settings.persistent_directory,
             slots=local.slot_count,
             slot_bytes=layout.data_bytes(topology.process_index),
             process_count=topology.process_count,

@@ -73,13 +73,15 @@ class Job:
 
     def wait_for_part(self, drain: str) -> None:
         """Until the part of process 0 is written, and the drain waits for others."""
-        while not list(self.store.root.glob("*/emergency_ckpt.parts/0.json")):
+        while not list(Path(self.store.files.locate()).glob("*/emergency_ckpt.parts/0.json")):
             assert self.owner.look(drain).ending is None
 
     @property
     def left(self) -> list[str]:
         """Steps and attempts in the persistent root."""
-        return sorted(path.name for path in self.store.root.iterdir() if path.name.startswith("7"))
+        return sorted(
+            path.name for path in Path(self.store.files.locate()).iterdir() if path.name.startswith("7")
+        )
 
 
 @pytest.fixture

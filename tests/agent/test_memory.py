@@ -74,14 +74,16 @@ def test_a_drain_that_was_asked_for_goes_on_after_its_agent_and_trainer_were_kil
     job.save(7)
     with job.trainer(flush=False):
         job.owner.begin(job.destination, job.share(7, 0, 1))
-        job.wait_for(lambda: bool(list(job.store.root.glob("7*/emergency_ckpt.parts/0.json"))))
+        job.wait_for(lambda: bool(list(Path(job.store.files.locate()).glob("7*/emergency_ckpt.parts/0.json"))))
         kill_agent(job)
     start(job.disk.root)
     job.wait_for(lambda: "once more" in job.log)
     _write_other_part(job)
     job.wait_for(lambda: job.committed == [StepId(1, 7)])
     job.wait_for(lambda: not (agent_directory(job.disk.root) / MEMORY).exists())
-    assert [path.name for path in job.store.root.iterdir() if path.name.startswith("7")] == ["7"]
+    assert [path.name for path in Path(job.store.files.locate()).iterdir() if path.name.startswith("7")] == [
+        "7"
+    ]
 
 
 def test_a_drain_that_ended_in_the_middle_of_its_commit_is_done_by_another_attempt(job: Job) -> None:
@@ -89,7 +91,7 @@ def test_a_drain_that_ended_in_the_middle_of_its_commit_is_done_by_another_attem
     start(job.disk.root)
     _remember(job, Order(job.destination, job.share(7)))
     # What a commit that was begun leaves: the claim.
-    attempt = job.store.root / f"7.orbax-checkpoint-tmp-g1-{job.nonce}-0"
+    attempt = Path(job.store.files.locate()) / f"7.orbax-checkpoint-tmp-g1-{job.nonce}-0"
     attempt.mkdir()
     (attempt / "emergency_ckpt.committer").touch()
     start(job.disk.root)
@@ -115,7 +117,7 @@ def test_an_agent_that_is_told_to_end_leaves_what_it_could_not_finish_to_the_nex
     start(job.disk.root, finish_seconds=0.1)
     with job.trainer(flush=False):
         job.owner.begin(job.destination, job.share(7, 0, 1))
-        job.wait_for(lambda: bool(list(job.store.root.glob("7*/emergency_ckpt.parts/0.json"))))
+        job.wait_for(lambda: bool(list(Path(job.store.files.locate()).glob("7*/emergency_ckpt.parts/0.json"))))
         pid = pid_of(job.disk.root)
         os.kill(pid, signal.SIGTERM)
         wait_until_gone(pid)

@@ -73,8 +73,8 @@ def test_settings_that_agree_are_accepted(flags: dict[str, Any]) -> None:
         ),
         ({**RUN, "checkpoint_period": 0}, "enable_checkpointing", "checkpoint_period"),
         ({**RUN, "run_name": ""}, "base_output_directory", "run_name"),
-        ({**RUN, "base_output_directory": "gs://bucket/x"}, "base_output_directory", "enable_checkpointing"),
-        ({**RUN, "base_output_directory": "s3://bucket/x"}, "base_output_directory", "enable_checkpointing"),
+        ({**RUN, "base_output_directory": "az://bucket/x"}, "base_output_directory", "s3://"),
+        ({**RUN, "base_output_directory": "https://host/x"}, "base_output_directory", "s3://"),
         (
             {**RUN, "load_full_state_path": "/a", "load_parameters_path": "/b"},
             "load_full_state_path",

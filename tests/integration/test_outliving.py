@@ -159,7 +159,7 @@ def test_a_later_life_of_the_run_keeps_the_agents_from_draining(root: Path) -> N
         os.kill(agent_pid(root, process), signal.SIGCONT)
     wait_for(lambda: "flush after the end of its trainer: nothing is done" in log(root, 0), root)
     assert committed(root) == [1]
-    assert not list(store.root.glob("*tmp*"))
+    assert not list(Path(store.files.locate()).glob("*tmp*"))
 
 
 def test_without_the_committing_agent_another_one_drains_the_step(root: Path) -> None:

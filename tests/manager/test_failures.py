@@ -188,7 +188,7 @@ def test_a_run_that_lost_everything_is_not_silently_begun_from_scratch(
     manager.close()
     for path in ramdisk.rglob("slot_*.data"):
         path.write_bytes(bytes(path.stat().st_size))
-    for step in (manager._settings.persistent_directory).glob("[0-9]*"):
+    for step in Path(manager._settings.persistent_directory).glob("[0-9]*"):
         shutil.rmtree(step)
     with pytest.raises(NoRestorableStepError, match=r"was complete once.*use another run_name"):
         opened(options=options).restore_or_init(dict)
@@ -200,7 +200,7 @@ def test_a_first_save_that_was_cut_off_begins_from_scratch(opened: Opener, mesh:
     manager.close()
     for path in ramdisk.rglob("slot_*.data"):
         path.write_bytes(bytes(path.stat().st_size))
-    for step in (manager._settings.persistent_directory).glob("[0-9]*"):
+    for step in Path(manager._settings.persistent_directory).glob("[0-9]*"):
         shutil.rmtree(step)
     assert opened().restore_or_init(lambda: "fresh").state == "fresh"
 
@@ -226,7 +226,7 @@ def test_after_a_failed_restore_training_from_scratch_is_saved(
     manager.close()
     for path in ramdisk.rglob("slot_*.data"):
         path.write_bytes(bytes(path.stat().st_size))
-    for path in (manager._settings.persistent_directory).glob("*/default/**/d/*"):
+    for path in Path(manager._settings.persistent_directory).glob("*/default/**/d/*"):
         path.write_bytes(bytes(path.stat().st_size))
     manager = opened()
     with pytest.raises(NoRestorableStepError):
@@ -338,7 +338,7 @@ def test_a_second_try_after_a_failed_restore_does_not_begin_from_scratch(
     manager.close()
     for path in [
         *ramdisk.rglob("slot_*.data"),
-        *manager._settings.persistent_directory.glob("*/default/**/d/*"),
+        *Path(manager._settings.persistent_directory).glob("*/default/**/d/*"),
     ]:
         path.write_bytes(bytes(path.stat().st_size))
     manager = opened()

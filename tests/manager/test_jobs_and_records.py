@@ -195,7 +195,7 @@ def test_an_activation_that_was_recorded_although_the_store_reported_an_error_co
     manager = opened()
     monkeypatch.setattr(_LosesAnswers, "left", 1)
     store = manager._engine.job.persistent
-    monkeypatch.setattr(store, "files", _LosesAnswers(store.root))
+    monkeypatch.setattr(store, "files", _LosesAnswers(store.files.locate()))
     assert_same(manager.restore(None)["state"], make_state(mesh, 10))
     assert not _LosesAnswers.left, "an answer was lost"
     assert [a.step for a in store.activations()][-1] == 10

@@ -52,9 +52,9 @@ def test_a_step_that_is_being_drained_is_listed_where_it_is_the_newest(
 ) -> None:
     may_end, commit = threading.Event(), PersistentStore.commit
 
-    def commit_later(store: PersistentStore, attempt: Any) -> Any:
+    def commit_later(store: PersistentStore, attempt: Any, *written: Any) -> Any:
         assert may_end.wait(60)
-        return commit(store, attempt)
+        return commit(store, attempt, *written)
 
     manager = opened()
     save_all(manager, mesh, range(1, 5))

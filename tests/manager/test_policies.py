@@ -387,10 +387,10 @@ def test_a_save_on_its_way_counts_as_an_earlier_one_and_a_failed_one_does_not(
     may_end = threading.Event()
     commit = PersistentStore.commit
 
-    def commit_later(store: PersistentStore, attempt: Any) -> Any:
+    def commit_later(store: PersistentStore, attempt: Any, *written: Any) -> Any:
         assert may_end.wait(60)
         if attempt.step == 1:
-            return commit(store, attempt)
+            return commit(store, attempt, *written)
         raise PersistentStoreError("disk full")
 
     monkeypatch.setattr(PersistentStore, "commit", commit_later)

@@ -1,7 +1,7 @@
 """Run as a script: writes a step and dies, without cleaning up, before the n-th operation on the store's files.
 
-Arguments: a directory of roots, the first n and the one after the last. Prints n and exit code of each try: 9
-where it died, 0 where the step was committed before the n-th operation.
+Arguments: a directory of roots, the first n, the one after the last, a kind of store. Prints n and exit code of
+each try: 9 where it died, 0 where the step was committed before the n-th operation.
 """
 
 from __future__ import annotations
@@ -10,9 +10,12 @@ import os
 import sys
 from typing import Any
 
-from emergency_ckpt.persistent.files import LocalFiles
-from emergency_ckpt.persistent.store import Attempt, PersistentStore
+from emergency_ckpt.persistent.attempts import Attempt
+from emergency_ckpt.persistent.store import PersistentStore
+from tests.persistent.objects import open_store
 from tests.persistent.saving import save, small_state
+
+CHANGES = ("create", "write", "make_directory", "delete_tree", "delete", "replace")
 
 
 class Countdown:
@@ -27,39 +30,37 @@ class Countdown:
             os._exit(9)
 
 
-class DyingFiles(LocalFiles):
-    def __init__(self, root: Any, countdown: Countdown):
-        super().__init__(root)
+class Dying:
+    """Files of any kind; counts what changes something."""
+
+    def __init__(self, files: Any, countdown: Countdown):
+        self._files = files
         self._countdown = countdown
 
-    def below(self, path: str) -> DyingFiles:
-        return DyingFiles(self.locate(path), self._countdown)
+    def __getattr__(self, name: str) -> Any:
+        if name in CHANGES:
+            self._countdown.tick()
+        return getattr(self._files, name)
 
-    def create(self, path: str, data: bytes) -> bool:
+    def below(self, path: str) -> Dying:
+        return Dying(self._files.below(path), self._countdown)
+
+
+class DyingWithRenames(Dying):
+    """Of files that have them."""
+
+    def rename(self, source: str, target: str) -> None:
         self._countdown.tick()
-        return super().create(path, data)
-
-    def write(self, path: str, data: bytes) -> None:
-        self._countdown.tick()
-        super().write(path, data)
-
-    def make_directory(self, path: str) -> None:
-        self._countdown.tick()
-        super().make_directory(path)
-
-    def delete_tree(self, path: str) -> None:
-        self._countdown.tick()
-        super().delete_tree(path)
-
-    def commit(self, source: str, target: str) -> None:
-        self._countdown.tick()
-        super().commit(source, target)
+        self._files.rename(source, target)
 
 
-def main(root: str, operation: int) -> None:
-    generation = PersistentStore(root).newest_generation()
+def main(root: str, operation: int, kind: str) -> None:
+    intact = open_store(root, kind)
+    generation = intact.newest_generation()
     assert generation is not None
-    store = PersistentStore(root, files=DyingFiles(root, Countdown(operation)))
+    dying = DyingWithRenames if kind == "files" else Dying
+    files: Any = dying(intact.files, Countdown(operation))
+    store = PersistentStore(root, files=files)
     save(store, Attempt(generation, 20, "default", operation), small_state(2))
 
 
@@ -67,7 +68,7 @@ if __name__ == "__main__":
     for number in range(int(sys.argv[2]), int(sys.argv[3])):
         # Each try in a process of its own; nothing has started threads before the fork.
         if not (child := os.fork()):
-            main(f"{sys.argv[1]}/{number}", number)
+            main(f"{sys.argv[1]}/{number}", number, sys.argv[4])
             os._exit(0)
         _, status = os.waitpid(child, 0)
         print(number, os.waitstatus_to_exitcode(status))

@@ -11,9 +11,10 @@ from emergency_ckpt.core.layout import Layout, LeafSpec
 from emergency_ckpt.core.shards import Box, Shard, dtype_of
 from emergency_ckpt.core.upload_assignment import assign_uploads
 from emergency_ckpt.persistent.arrays import WriteOptions
+from emergency_ckpt.persistent.attempts import Attempt, PersistentStep
 from emergency_ckpt.persistent.committer import StepContent, commit
 from emergency_ckpt.persistent.reader import StepReader
-from emergency_ckpt.persistent.store import Attempt, PersistentStep, PersistentStore
+from emergency_ckpt.persistent.store import PersistentStore
 from emergency_ckpt.persistent.writer import PartReport, write_part
 
 Arrays = Mapping[str, np.ndarray]

@@ -17,11 +17,12 @@ from emergency_ckpt.jaxio.layouts import build_layout
 from emergency_ckpt.jaxio.orbax_metadata import layout_metadata_files
 from emergency_ckpt.jaxio.topology import Topology
 from emergency_ckpt.persistent.arrays import WriteOptions
+from emergency_ckpt.persistent.attempts import Attempt
 from emergency_ckpt.persistent.committer import StepContent
 from emergency_ckpt.persistent.files import LocalFiles
 from emergency_ckpt.persistent.reader import StepReader
 from emergency_ckpt.persistent.step_facts import read_step_facts
-from emergency_ckpt.persistent.store import Attempt, PersistentStore
+from emergency_ckpt.persistent.store import PersistentStore
 from tests.persistent.saving import assert_same, layout_of, read_shards, read_whole, save
 
 VALUES = {"lr": 0.5, "name": "run"}
@@ -50,9 +51,8 @@ def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     layout = layout_of(ARRAYS, tuple(VALUES), metadata_files=files)
     content = StepContent(VALUES, {}, {"loss": 1.0})
     options = WriteOptions(max_chunk_bytes=600)
-    return save(
-        store, Attempt(store.mint_generation(0, None), 3, "default"), ARRAYS, content, layout, options
-    ).path
+    attempt = Attempt(store.mint_generation(0, None), 3, "default")
+    return Path(save(store, attempt, ARRAYS, content, layout, options).location)
 
 
 def damaged_steps(intact: Path, scratch: Path) -> Iterator[tuple[str, Path]]:
@@ -109,7 +109,8 @@ def test_every_flip_within_array_data_is_detected_for_whole_shards_and_for_parts
     tmp_path: Path,
 ) -> None:
     store = PersistentStore(tmp_path)
-    scratch = save(store, Attempt(store.mint_generation(0, None), 3, "default"), {"w": ARRAYS["w"]}).path
+    attempt = Attempt(store.mint_generation(0, None), 3, "default")
+    scratch = Path(save(store, attempt, {"w": ARRAYS["w"]}).location)
     needle = ARRAYS["w"].tobytes()[:20]
     (holder,) = [path for path in scratch.rglob("d/*") if needle in path.read_bytes()]
     content = holder.read_bytes()
@@ -125,7 +126,8 @@ def test_every_flip_within_array_data_is_detected_for_whole_shards_and_for_parts
 
 def ours(root: Path) -> Path:
     store = PersistentStore(root)
-    return save(store, Attempt(store.mint_generation(0, None), 3, "default"), {"w": ARRAYS["w"]}).path
+    attempt = Attempt(store.mint_generation(0, None), 3, "default")
+    return Path(save(store, attempt, {"w": ARRAYS["w"]}).location)
 
 
 def of_plain_orbax(root: Path) -> Path:

@@ -13,10 +13,11 @@ import pytest
 
 from emergency_ckpt.core.lineage import Activation
 from emergency_ckpt.errors import CorruptDataError, PersistentStoreError
+from emergency_ckpt.persistent.attempts import Attempt
 from emergency_ckpt.persistent.bounded import within
 from emergency_ckpt.persistent.files import LocalFiles
 from emergency_ckpt.persistent.reader import StepReader
-from emergency_ckpt.persistent.store import UNKNOWN_NONCE, Attempt, PersistentStore
+from emergency_ckpt.persistent.store import UNKNOWN_NONCE, PersistentStore
 from tests.persistent.saving import read_shards, save, small_state
 
 
@@ -62,7 +63,7 @@ def root(tmp_path: Path) -> Path:
         generation = store.mint_generation(0, None)
         store.record_activation(Activation(number, None))
     save(store, Attempt(generation, 3, "default"), small_state())
-    return store.root
+    return Path(store.files.locate())
 
 
 def pipe_in_place_of(path: Path) -> Path:
@@ -95,7 +96,7 @@ def test_a_pipe_in_place_of_a_file_of_a_step_is_damage(root: Path, pattern: str)
     pipe_in_place_of(path)
     (held,) = PersistentStore(root).steps()
     with pytest.raises(CorruptDataError, match=f"{path} should be a file and is none"):
-        read_shards(StepReader(held.path))
+        read_shards(StepReader(held.location))
 
 
 @pytest.mark.parametrize("name", ["generations", "activations"])

@@ -22,9 +22,10 @@ from emergency_ckpt.jaxio.orbax_metadata import layout_metadata_files
 from emergency_ckpt.jaxio.state import LeafKind, flatten
 from emergency_ckpt.jaxio.topology import Topology
 from emergency_ckpt.persistent.arrays import WriteOptions
+from emergency_ckpt.persistent.attempts import Attempt, StepNames
 from emergency_ckpt.persistent.committer import StepContent
 from emergency_ckpt.persistent.reader import StepReader
-from emergency_ckpt.persistent.store import Attempt, PersistentStore, StepNames
+from emergency_ckpt.persistent.store import PersistentStore
 from tests.persistent.saving import assert_same, read_shards, save
 
 DTYPES = (

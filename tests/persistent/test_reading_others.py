@@ -66,7 +66,7 @@ def test_a_step_of_the_plain_manager_is_read(tmp_path: Path, use_ocdbt: bool, us
         manager.save(20, args=ocp.args.PyTreeSave(saved))
     (step,) = PersistentStore(tmp_path).steps()
     assert (step.step_id, step.item, step.written_by_us) == (StepId(0, 20), "default", False)
-    reader = StepReader(step.path)
+    reader = StepReader(step.location)
     check(reader, saved)
     assert reader.values() == {"lr": 0.25, "step": 12, "name": "run"}
 
@@ -80,7 +80,7 @@ def test_the_items_of_maxtext_and_of_the_emergency_manager_are_found(tmp_path: P
     assert [(s.step_id.step, s.item) for s in steps] == [(1, "items"), (2, "state")]
     for step in steps:
         out = np.empty(2, np.int32)
-        StepReader(step.path).read_box("x", Box((0,), (2,)), out)
+        StepReader(step.location).read_box("x", Box((0,), (2,)), out)
         assert out.tolist() == [step.step_id.step] * 2
 
 
@@ -90,7 +90,7 @@ def test_a_checkpoint_without_an_item_directory_is_read(tmp_path: Path) -> None:
         checkpointer.save(tmp_path / "7", saved)
     (step,) = PersistentStore(tmp_path).steps()
     assert step.item == ""
-    check(StepReader(step.path), saved)
+    check(StepReader(step.location), saved)
 
 
 def test_a_directory_without_a_state_is_no_step_and_is_told(

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from emergency_ckpt.core.lineage import Activation, StepId
 from emergency_ckpt.errors import CorruptDataError, PersistentStoreError, StaleGenerationError
+from emergency_ckpt.persistent.attempts import Attempt, StepNames
 from emergency_ckpt.persistent.files import LocalFiles
 from emergency_ckpt.persistent.reader import StepReader
-from emergency_ckpt.persistent.store import Attempt, PersistentStore, StepNames, without_void
+from emergency_ckpt.persistent.store import PersistentStore, without_void
 from tests.persistent.saving import assert_same, read_shards, save, small_state
 
 RACE = """
@@ -140,7 +141,7 @@ def test_void_steps_are_listed_until_they_are_filtered_out(tmp_path: Path) -> No
     assert [s.step_id for s in left] == [StepId(1, 10), StepId(2, 15)]
     store.delete_step(left[0])
     store.delete_step(left[0])
-    assert not left[0].path.exists()
+    assert not Path(left[0].location).exists()
     assert [s.step_id.step for s in store.steps()] == [20, 30, 15]
 
 
@@ -258,10 +259,10 @@ def test_a_directory_is_committed_only_to_a_free_name(tmp_path: Path) -> None:
     files.write("new/x", b"1")
     files.write("old/x", b"2")
     with pytest.raises(FileExistsError):
-        files.commit("new", "old")
+        files.rename("new", "old")
     with pytest.raises(FileNotFoundError):
-        files.commit("nothing", "other")
-    files.commit("new", "other")
+        files.rename("nothing", "other")
+    files.rename("new", "other")
     assert files.read("other/x") == b"1"
     assert files.entries("new") == []
 

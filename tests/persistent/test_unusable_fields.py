@@ -14,12 +14,13 @@ import pytest
 
 from emergency_ckpt.core.lineage import Activation, Deletion, StepId
 from emergency_ckpt.errors import CorruptDataError
+from emergency_ckpt.persistent.attempts import Attempt
 from emergency_ckpt.persistent.committer import StepContent
 from emergency_ckpt.persistent.files import LocalFiles
 from emergency_ckpt.persistent.reader import StepReader
 from emergency_ckpt.persistent.step_facts import read_step_facts
 from emergency_ckpt.persistent.step_files import digest, seal, unseal
-from emergency_ckpt.persistent.store import UNKNOWN_NONCE, Attempt, PersistentStore
+from emergency_ckpt.persistent.store import UNKNOWN_NONCE, PersistentStore
 from emergency_ckpt.persistent.writer import read_part
 from tests.persistent.saving import layout_of, read_shards, save, small_state, write_parts
 
@@ -128,7 +129,8 @@ def test_a_record_of_deletions_with_other_fields_does_not_count(tmp_path: Path, 
 def step(tmp_path: Path) -> Path:
     store = PersistentStore(tmp_path)
     attempt = Attempt(store.mint_generation(0, None), 3, "default")
-    return save(store, attempt, small_state(), StepContent(values={"lr": 0.5}, metrics={"loss": 1.0})).path
+    content = StepContent(values={"lr": 0.5}, metrics={"loss": 1.0})
+    return Path(save(store, attempt, small_state(), content).location)
 
 
 SIDE_FIELDS = [

@@ -23,9 +23,10 @@ from emergency_ckpt.local.manifest import Manifest
 from emergency_ckpt.local.slot_views import SealedSlot
 from emergency_ckpt.persistent import writer
 from emergency_ckpt.persistent.arrays import WriteOptions, settle
+from emergency_ckpt.persistent.attempts import Attempt
 from emergency_ckpt.persistent.committer import StepContent, commit
 from emergency_ckpt.persistent.reader import BoxRequest, StepReader
-from emergency_ckpt.persistent.store import Attempt, PersistentStore
+from emergency_ckpt.persistent.store import PersistentStore
 from emergency_ckpt.persistent.writer import wait_for_parts, write_part
 from tests.persistent.saving import (
     assert_same,
@@ -64,7 +65,7 @@ def test_a_step_comes_back_with_everything_it_was_given(store: PersistentStore, 
     step = save(store, attempt, small_state(), content)
     assert store.steps() == [step]
     assert step.written_by_us
-    reader = StepReader(step.path)
+    reader = StepReader(step.location)
     assert reader.verified
     assert reader.step_id == attempt.step_id
     assert reader.side is not None
@@ -109,7 +110,7 @@ def test_every_dtype_and_shape_comes_back_bit_for_bit(store: PersistentStore, at
     arrays |= {"scalar": np.asarray(-0.0, np.float32), "empty": np.zeros((0, 3), np.float32)}
     arrays |= {"one": np.ones(1, np.int8), "deep": np.arange(24, dtype=np.int64).reshape(2, 3, 2, 2)}
     step = save(store, attempt, arrays)
-    reader = StepReader(step.path)
+    reader = StepReader(step.location)
     assert_same(read_shards(reader), arrays)
     assert_same({name: read_whole(reader, name) for name in arrays}, arrays)
 
@@ -117,7 +118,7 @@ def test_every_dtype_and_shape_comes_back_bit_for_bit(store: PersistentStore, at
 def test_many_boxes_are_read_within_a_bound_of_bytes(store: PersistentStore, attempt: Attempt) -> None:
     arrays = {f"leaf{i}": np.full((16, 16), i, np.float32) for i in range(20)}
     options = WriteOptions(concurrent_bytes=3000, max_chunk_bytes=200)
-    reader = StepReader(save(store, attempt, arrays, options=options).path)
+    reader = StepReader(save(store, attempt, arrays, options=options).location)
     requests = [
         BoxRequest(shard.leaf, shard.box, np.empty(shard.box.shape, np.float32))
         for shard in reader.saved_checksums
@@ -274,7 +275,7 @@ def test_nothing_of_an_older_attempt_at_the_same_step_gets_in(store: PersistentS
     with pytest.raises(PersistentStoreError, match="not written exactly once"):
         commit(store, newer, layout, parts[1:])
     step = commit(store, newer, layout, parts)
-    assert_same(read_shards(StepReader(step.path)), arrays)
+    assert_same(read_shards(StepReader(step.location)), arrays)
 
 
 def test_extras_of_all_parts_are_committed_with_the_step(store: PersistentStore, attempt: Attempt) -> None:
@@ -285,12 +286,12 @@ def test_extras_of_all_parts_are_committed_with_the_step(store: PersistentStore,
         dataclasses.replace(part, extras={str(part.part): extras_text(part.part).encode()}) for part in parts
     ]
     step = commit(store, attempt, layout, with_extras)
-    assert StepReader(step.path).extras == {str(i): extras_text(i).encode() for i in range(4)}
-    assert {p.name: p.read_bytes() for p in (step.path / "data").iterdir()} == {
+    assert StepReader(step.location).extras == {str(i): extras_text(i).encode() for i in range(4)}
+    assert {p.name: p.read_bytes() for p in (Path(step.location) / "data").iterdir()} == {
         "shared": b"of 0",
         **{f"own_{i}": bytes([i]) for i in range(4)},
     }
-    described = json.loads((step.path / "_CHECKPOINT_METADATA").read_bytes())
+    described = json.loads((Path(step.location) / "_CHECKPOINT_METADATA").read_bytes())
     assert described["item_handlers"]["data"] == "some.Handler"
 
 
@@ -308,7 +309,7 @@ def test_a_value_without_a_form_is_refused_by_name(store: PersistentStore, attem
 def test_the_difference_to_a_wanted_state_is_told_leaf_by_leaf(
     store: PersistentStore, attempt: Attempt
 ) -> None:
-    reader = StepReader(save(store, attempt, small_state()).path)
+    reader = StepReader(save(store, attempt, small_state()).location)
     leaves = list(reader.leaves.values())
     assert reader.check_leaves(leaves) == ()
     assert reader.check_leaves(leaves[1:]) == (leaves[0].name,)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import orbax.checkpoint as ocp
@@ -109,7 +109,7 @@ def test_a_field_of_a_later_version_of_orbax_is_refused_unless_it_is_at_its_defa
         options = made if part == "" else CheckpointManagerOptions(**{part: made})
         return settings_from_orbax(None, "/bucket", options)
 
-    assert settings().persistent_directory == Path("/bucket")
+    assert settings().persistent_directory == "/bucket"
     with pytest.raises(ConfigError, match=r"not supported: (\w+\.)?novelty\."):
         settings(novelty=["new"])
 
@@ -160,9 +160,17 @@ def test_a_time_limit_of_nothing_is_refused_by_the_name_of_the_option(part: str,
         settings_with(part, **{field: 0})
 
 
-def test_an_object_store_is_refused_rather_than_taken_for_a_directory_of_that_name() -> None:
-    with pytest.raises(ConfigError, match=r"persistent_directory='gs://bucket/run' is no directory"):
-        settings_from_orbax("/local", "gs://bucket/run", None)
+@pytest.mark.parametrize("given", ["gs://bucket/run", "s3://bucket/run/", "s3://bucket"])
+def test_an_object_store_is_named_by_its_url(given: str) -> None:
+    assert settings_from_orbax("/local", given, None).persistent_directory == given.rstrip("/")
+
+
+@pytest.mark.parametrize("given", ["s3:/bucket/run", "http://host/run", "s3://Bucket/run", "az://bucket/run"])
+def test_what_is_no_url_of_a_store_is_refused_rather_than_taken_for_a_directory(
+    given: str,
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(given)):
+        settings_from_orbax("/local", given, None)
 
 
 def test_metadata_that_is_not_json_is_refused() -> None:

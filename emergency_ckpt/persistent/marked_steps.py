@@ -1,0 +1,277 @@
+"""Steps on object stores: written where they stay, visible by a marker object that is put last.
+
+There is no rename, so a step's directory may hold objects of several attempts. What is large has its attempt's
+name. The few objects with names that Orbax gives (the root of the array store, metadata) are put only over what
+the committer saw before it began: of two committers one gets through, one that wakes up late changes nothing.
+The marker says which attempt the step is and carries the checksums of its chief objects: a mixture, which only
+a store without conditional puts lets happen, is damage to the reader and never believed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+from absl import logging
+
+from emergency_ckpt.errors import PersistentStoreError
+from emergency_ckpt.persistent.attempts import (
+    Attempt,
+    StepNames,
+    StoreOwner,
+    owner_of,
+    parse_store_name,
+)
+from emergency_ckpt.persistent.files import Entry, VersionedFiles
+from emergency_ckpt.persistent.placing import Placement
+from emergency_ckpt.persistent.step_files import (
+    ITEM_NAMES,
+    ORBAX_COMMIT_FILE,
+    OUR_FILES,
+    Mark,
+    parse_side_file_name,
+)
+
+# Its presence says that the marker may be there.
+_PUBLISHING = "publishing"
+_RECORD = re.compile(r".+-g(\d+)-[0-9a-f]+-\d+")
+
+
+class MarkedSteps:
+    """`records` is a directory of the root that is no step."""
+
+    def __init__(self, files: VersionedFiles, names: StepNames, records: str) -> None:
+        self._files = files
+        self._names = names
+        self._records = records
+
+    def directory(self, attempt: Attempt) -> str:
+        return self._names.name(attempt.step)
+
+    def records(self, attempt: Attempt) -> str:
+        return f"{self._records}/{self._names.name(attempt.step)}-{attempt.tag}"
+
+    def begin(self, attempt: Attempt) -> None:
+        """Nothing has to be there before an object is put."""
+
+    def is_committed(self, entries: Collection[Entry]) -> bool:
+        return any(entry.name == ORBAX_COMMIT_FILE and not entry.is_directory for entry in entries)
+
+    def is_open(self, attempt: Attempt) -> bool:
+        return True  # Nothing tells; what is left of it is swept up.
+
+    def in_the_way(self, attempt: Attempt) -> str | None:
+        name = self.directory(attempt)
+        return name if self.is_committed(self._files.entries(name)) else None
+
+    def place(self, attempt: Attempt, paths: Sequence[str]) -> Placement:
+        files = self._files.below(self.directory(attempt))
+        item_marker = f"{attempt.item}/{ORBAX_COMMIT_FILE}"
+        versions = {path: files.version(path) for path in (*paths, item_marker)}
+        records = self._files.below(self.records(attempt))
+        return _Marked(files, records, attempt, paths[0], versions, lambda: self._tidy(attempt))
+
+    def _tidy(self, attempt: Attempt) -> None:
+        """After a commit: whatever fails here, the step stands, and `sweep` finds what is left."""
+        try:
+            self._sweep_others(self.directory(attempt), attempt.item, owner_of(attempt))
+            self._files.delete_tree(self.records(attempt))
+        except PersistentStoreError as error:
+            logging.warning("%s is committed; what it needs no more could not be deleted: %s", attempt, error)
+
+    def abandon(self, attempt: Attempt) -> None:
+        if any(entry.name == _PUBLISHING for entry in self._files.entries(self.records(attempt))):
+            return  # Its marker may be there, or may yet arrive. `sweep` takes what is of no use.
+        item = f"{self.directory(attempt)}/{attempt.item}"
+        for entry in self._files.entries(item):
+            if parse_store_name(entry.name) == owner_of(attempt):
+                self._files.delete_tree(f"{item}/{entry.name}")
+        self._files.delete_tree(self.records(attempt))
+
+    def remove(self, name: str, generation: int) -> None:
+        self._files.delete(f"{name}/{ORBAX_COMMIT_FILE}")
+        self._clear(name, generation)
+
+    def sweep(self, generation: int) -> list[str]:
+        removed: list[str] = []
+        for entry in self._files.entries():
+            if entry.is_directory and self._names.step(entry.name) is not None:
+                removed += self._sweep_step(entry.name, generation)
+        for entry in self._files.entries(self._records):
+            match = _RECORD.fullmatch(entry.name)
+            if match and int(match[1]) < generation:
+                self._files.delete_tree(f"{self._records}/{entry.name}")
+                removed.append(f"{self._records}/{entry.name}")
+        return removed
+
+    def sweep_foreign(self) -> list[str]:
+        removed: list[str] = []
+        for entry in self._files.entries():
+            if not entry.is_directory or self._names.step(entry.name) is None:
+                continue
+            entries = self._files.entries(entry.name)
+            if not self.is_committed(entries) and not self._is_ours(entry.name, entries):
+                self._files.delete_tree(entry.name)
+                removed.append(entry.name)
+        return removed
+
+    def _sweep_step(self, name: str, generation: int) -> list[str]:
+        """What earlier generations left in one step's directory."""
+        entries = self._files.entries(name)
+        if self.is_committed(entries):
+            mark = Mark.read(self._files.below(name))
+            if mark is None:  # Another program's.
+                return []
+            owner = StoreOwner(mark.step_id.generation, mark.nonce, mark.ordinal)
+            return [f for item in _items(entries) for f in self._sweep_others(name, item, owner, generation)]
+        if not self._is_ours(name, entries) or any(
+            owner.generation >= generation for owner in self._owners(name, entries)
+        ):
+            return []  # Another program's, or being written; what is old in it goes with the commit.
+        self._clear(name, generation - 1)
+        return [name]
+
+    def _sweep_others(self, name: str, item: str, committed: StoreOwner, below: int | None = None) -> list[str]:
+        """Removes stores of attempts that did not become this step: of earlier generations and attempts."""
+        removed: list[str] = []
+        for entry in self._files.entries(f"{name}/{item}"):
+            owner = parse_store_name(entry.name)
+            if owner is None or owner == committed:
+                continue
+            if owner < committed or (below is not None and owner.generation < below):
+                self._files.delete_tree(f"{name}/{item}/{entry.name}")
+                removed.append(f"{name}/{item}/{entry.name}")
+        for entry in self._files.entries(name):
+            said = parse_side_file_name(entry.name)
+            if said and said < (committed.generation, committed.nonce):
+                self._files.delete(f"{name}/{entry.name}")
+        return removed
+
+    def _clear(self, name: str, generation: int) -> None:
+        """Deletes what is in a step's directory, but for what generations after this one have written.
+
+        What says whose it is goes last, so that a removal that was cut short is taken up again.
+        """
+        entries = self._files.entries(name)
+        ours = [e for e in entries if e.name in OUR_FILES or parse_side_file_name(e.name)]
+        for entry in entries:
+            if entry in ours:
+                continue
+            if not entry.is_directory:
+                self._files.delete(f"{name}/{entry.name}")
+            elif entry.name in ITEM_NAMES:
+                self._clear_item(f"{name}/{entry.name}", generation)
+            else:
+                self._files.delete_tree(f"{name}/{entry.name}")
+        for entry in ours:
+            said = parse_side_file_name(entry.name)
+            if said is None or said[0] <= generation:
+                self._files.delete(f"{name}/{entry.name}")
+
+    def _clear_item(self, directory: str, generation: int) -> None:
+        entries = self._files.entries(directory)
+        # Its own marker first, what says whose it is last.
+        for entry in sorted(
+            entries, key=lambda e: (parse_store_name(e.name) is not None, e.name != ORBAX_COMMIT_FILE)
+        ):
+            owner = parse_store_name(entry.name)
+            if owner is not None and owner.generation > generation:
+                continue
+            if entry.is_directory:
+                self._files.delete_tree(f"{directory}/{entry.name}")
+            else:
+                self._files.delete(f"{directory}/{entry.name}")
+
+    def _is_ours(self, name: str, entries: Collection[Entry]) -> bool:
+        if any(e.name in OUR_FILES or parse_side_file_name(e.name) for e in entries):
+            return True
+        return bool(self._owners(name, entries))
+
+    def _owners(self, name: str, entries: Collection[Entry]) -> set[StoreOwner]:
+        found = (
+            parse_store_name(store.name)
+            for item in _items(entries)
+            for store in self._files.entries(f"{name}/{item}")
+        )
+        return {owner for owner in found if owner is not None}
+
+
+class _Marked:
+    """Puts objects over what was there when it was made, and over nothing else.
+
+    The first path is the key to the others: who has put it last owns the step, and gives way to nobody but a
+    committer that began later and put it in turn. One that wakes up late finds everything replaced, and stops.
+
+    `versions`: by path, the version that it replaces, None where it creates.
+    """
+
+    def __init__(
+        self,
+        files: VersionedFiles,
+        records: VersionedFiles,
+        attempt: Attempt,
+        key: str,
+        versions: Mapping[str, str | None],
+        tidy: Callable[[], None],
+    ) -> None:
+        self._files = files
+        self._records = records
+        self._attempt = attempt
+        self._key = key
+        self._versions = dict(versions)
+        self._tidy = tidy
+
+    def write(self, path: str, data: bytes) -> None:
+        if path == self._key:
+            self._versions[path] = self._put(path, data, self._versions[path])
+            return
+        try:
+            self._put(path, data, self._versions[path])
+        except PersistentStoreError:
+            self._check_owned()
+            self._put(path, data, self._files.version(path))
+
+    def publish(self, digests: Mapping[str, str]) -> bool:
+        attempt = self._attempt
+        mark = Mark(attempt.step_id, attempt.generation.nonce, attempt.ordinal, digests)
+        self.write(f"{attempt.item}/{ORBAX_COMMIT_FILE}", mark.to_bytes())
+        self._records.write(_PUBLISHING, b"")
+        self._check_owned()
+        if not self._files.create(ORBAX_COMMIT_FILE, mark.to_bytes()):
+            self._take_over(mark)
+        self._tidy()
+        return True
+
+    def _put(self, path: str, data: bytes, version: str | None) -> str:
+        put = self._files.replace(path, data, version)
+        if put is None and self._same(path, data):
+            put = self._files.version(path)  # A request that had to be repeated, or equal bytes of another one.
+        if put is None:
+            raise self._interfered(path)
+        return put
+
+    def _same(self, path: str, data: bytes) -> bool:
+        try:
+            return self._files.read(path) == data
+        except FileNotFoundError:
+            return False
+
+    def _check_owned(self) -> None:
+        if self._files.version(self._key) != self._versions[self._key]:
+            raise self._interfered(self._key)
+
+    def _take_over(self, mark: Mark) -> None:
+        """Another committer's marker came in between, but the objects that it speaks of are ours by now."""
+        version = self._files.version(ORBAX_COMMIT_FILE)
+        if Mark.read(self._files) != mark:
+            self._put(ORBAX_COMMIT_FILE, mark.to_bytes(), version)
+
+    def _interfered(self, path: str) -> PersistentStoreError:
+        return PersistentStoreError(
+            f"{self._files.locate(path)} was written by somebody else meanwhile: another committer is at work "
+            f"on the step of {self._attempt}. If it is not alive, write the step again with another attempt."
+        )
+
+
+def _items(entries: Collection[Entry]) -> list[str]:
+    return [entry.name for entry in entries if entry.is_directory and entry.name in ITEM_NAMES]
