@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import itertools
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -81,7 +82,7 @@ class _Read:
     direct: int | None = None
     copies: tuple[_Copy, ...] = ()
 
-    @property
+    @functools.cached_property
     def blocks(self) -> tuple[int, int]:
         """The blocks that are needed: first, and how many."""
         layout = self.source.layout
@@ -93,7 +94,7 @@ class _Read:
         begin = first * itemsize // BLOCK_BYTES
         return begin, -(-last * itemsize // BLOCK_BYTES) - begin
 
-    @property
+    @functools.cached_property
     def nbytes(self) -> int:
         first, count = self.blocks
         nbytes = self.source.layout.shard_nbytes[self.shard]
