@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import itertools
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -82,7 +81,7 @@ class _Read:
     direct: int | None = None
     copies: tuple[_Copy, ...] = ()
 
-    @functools.cached_property
+    @property
     def blocks(self) -> tuple[int, int]:
         """The blocks that are needed: first, and how many."""
         layout = self.source.layout
@@ -94,10 +93,12 @@ class _Read:
         begin = first * itemsize // BLOCK_BYTES
         return begin, -(-last * itemsize // BLOCK_BYTES) - begin
 
-    @functools.cached_property
+    @property
     def nbytes(self) -> int:
-        first, count = self.blocks
         nbytes = self.source.layout.shard_nbytes[self.shard]
+        if self.direct is not None:
+            return nbytes
+        first, count = self.blocks
         return min((first + count) * BLOCK_BYTES, nbytes) - first * BLOCK_BYTES
 
 
