@@ -18,7 +18,7 @@ find_python = $(shell for python in python3.13 python3.12 python3.11 python3; do
 PYTHON ?= $(find_python)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv services demo test lint format explore bench clean
+.PHONY: help venv services demo test lint format explore survivors bench clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -59,7 +59,10 @@ format: $(STAMP) ## let ruff rewrite what it can
 explore: $(STAMP) ## the slot machine, far deeper than in `make test` (up to an hour; EXPLORE_WORLDS per case)
 	EXPLORE_WORLDS=$(EXPLORE_WORLDS) $(BIN)/python -m pytest -s -k deep tests/core/test_slots_exhaustive.py
 
-bench: $(STAMP) ## measurements (of restore plans and peer fetches: python -m benchmarks.planning, benchmarks.fetching)
+survivors: $(STAMP) ## every loss that a job of three slices of two hosts survives (under ten minutes)
+	SURVIVORS=all $(BIN)/python -m pytest -n0 -k every_loss tests/integration/test_survivors.py
+
+bench: $(STAMP) ## measurements, beside Orbax and bare copies (some only: BENCH_ARGS="--only lost,fetch,plan")
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 clean: ## remove the virtual environment and all caches

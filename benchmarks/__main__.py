@@ -11,6 +11,7 @@ from pathlib import Path
 
 from benchmarks.facts import environment_facts, memory_bytes
 from benchmarks.job import BenchmarkFailedError, measure
+from benchmarks.jobless import measure as measure_jobless
 from benchmarks.plan import SECTIONS, Plan
 from benchmarks.report import add_derived, print_report, to_json
 from emergency_ckpt.cli.launcher.ramdisk import temporary_ramdisk
@@ -28,15 +29,24 @@ def main(argv: Sequence[str]) -> int:
             print(shortage, file=sys.stderr)
             return 1
         try:
-            result = measure(plan, lambda line: print(line, file=sys.stderr, flush=True))
+            result = measure(plan, _say)
         except BenchmarkFailedError as error:
             print(f"the benchmark failed: {error}", file=sys.stderr)
             return 1
+        jobless = measure_jobless(
+            plan.sections, directory, plan.size_mib, plan.repeats, args.plan_processes, _say
+        )
     add_derived(result.job, plan)
-    print_report(result, plan, facts, command)
+    jobless.add_to(result.job)
+    print_report(result, jobless.tables(), plan, facts, command)
     if args.json:
-        args.json.write_text(json.dumps(to_json(result, plan, facts, command), indent=1) + "\n")
+        found = {**to_json(result, plan, facts, command), **jobless.to_json()}
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
     return 0
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -50,6 +60,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--loop-steps", type=_count, default=4, help="train steps per round (default: 4)")
     parser.add_argument(
         "--memory-saves", type=_count, default=10_000, help="saves in the section memory (default: 10000)"
+    )
+    parser.add_argument(
+        "--plan-processes",
+        type=_counts,
+        default=(256, 1024, 4096),
+        help="sizes of jobs in the section plan (default: 256,1024,4096)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="writes everything that was measured")
     parser.add_argument(
@@ -67,6 +83,10 @@ def _count(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is less than 1")
     return value
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(map(_count, text.split(",")))
 
 
 def _sections(text: str) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from orbax.checkpoint.experimental.emergency import checkpoint_manager as orbax_
 
 from benchmarks.workload import State, Workload
 from emergency_ckpt import CheckpointManager, Config
+from emergency_ckpt.cli.launcher.ramdisk import remove_tree
 
 PERIOD = 1000
 
@@ -113,6 +114,16 @@ class Ours:
 
     def restore(self) -> State:
         return self._manager.restore(None)["state"]
+
+    def fetched_bytes(self) -> int:
+        """What came from other processes since the manager was opened."""
+        return int(self._manager.metrics_snapshot()["fetched_bytes"])
+
+    def lose(self) -> None:
+        """Everything that this process has on its ramdisk, as with its host. The manager is closed."""
+        directory = Path(self._config.local_checkpoint_directory)
+        remove_tree(directory)
+        directory.mkdir()
 
     def close(self) -> None:
         self._manager.close()

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from benchmarks.facts import REPOSITORY
-from benchmarks.plan import PROCESSES, Plan
+from benchmarks.plan import JOB_SECTIONS, PROCESSES, Plan
 from benchmarks.samples import Samples, joined, slowest
 from benchmarks.sections import PROGRESS
 from benchmarks.worker import result_path
@@ -45,7 +45,7 @@ class Result:
 
 def measure(plan: Plan, say: Callable[[str], None]) -> Result:
     """Runs the plan below `plan.directory`; `say` gets lines on how far it is. Raises BenchmarkFailedError."""
-    others = tuple(section for section in plan.sections if section != _LOOP)
+    others = tuple(section for section in plan.sections if section in JOB_SECTIONS and section != _LOOP)
     results: list[Result] = []
     for sections, environment in ((others, {}), ((_LOOP,), _KEEPS_FREED_MEMORY)):
         if not set(sections) & set(plan.sections):
@@ -55,6 +55,8 @@ def measure(plan: Plan, say: Callable[[str], None]) -> Result:
         directory.mkdir()
         results.append(_run(part, environment, say))
         remove_tree(directory)  # The next job needs the memory.
+    if not results:
+        return Result(0, Samples(), (), 0.0)
     processes = tuple(joined(each) for each in zip(*(result.processes for result in results), strict=True))
     seconds = sum(result.seconds for result in results)
     return Result(results[0].state_bytes, slowest(processes), processes, seconds)

@@ -7,8 +7,11 @@ import json
 
 MIB = 1024 * 1024
 PROCESSES = 2
-SECTIONS = ("memcpy", "save", "idle", "loop", "restore", "memory")
-"""In the order in which they run."""
+JOB_SECTIONS = ("memcpy", "save", "idle", "loop", "restore", "lost", "memory")
+"""What is measured in a job of PROCESSES, in the order in which it runs."""
+
+SECTIONS = (*JOB_SECTIONS, "fetch", "plan")
+"""All; the last two need no job (see `benchmarks.jobless`)."""
 
 # Copies of one process's bytes in memory at the worst moment, which is Orbax's restore: the state and what was
 # restored, three slots, Orbax's files and what it broadcasts, a share of the persistent step. Measured: 8.

@@ -7,6 +7,7 @@ newest of three steps is planned. Time is taken without tracing, memory with it,
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import json
 import math
@@ -14,6 +15,7 @@ import sys
 import time
 import tracemalloc
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -126,6 +128,43 @@ def scenarios(processes: int, leaves: int) -> dict[str, tuple[Callable[[], Plann
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """What one plan took."""
+
+    processes: int
+    leaves: int
+    lost: str
+    seconds: float
+    mib: float
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def measure_all(processes: Sequence[int], leaves: int) -> list[Figure]:
+    """Every scenario for every number of processes."""
+    return [
+        Figure(count, leaves, name, *measure(make, strikes))
+        for count in processes
+        for name, (make, strikes) in scenarios(count, leaves).items()
+    ]
+
+
+def as_table(figures: Sequence[Figure]) -> Table:
+    """For people."""
+    leaves = figures[0].leaves if figures else 0
+    table = Table(title=f"planning a restore, {leaves} leaves, 2 slices", title_justify="left")
+    for heading in ("processes", "what was lost", "plan", "per process", "memory at most"):
+        table.add_column(heading, justify="left" if heading.startswith("what") else "right")
+    for each in figures:
+        per_process = f"{each.seconds / each.processes * 1e6:.0f} µs"
+        table.add_row(
+            f"{each.processes}", each.lost, f"{each.seconds:.3f} s", per_process, f"{each.mib:.0f} MiB"
+        )
+    return table
+
+
 def main(argv: Sequence[str]) -> int:
     """Measures and prints a curve."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.planning", description=__doc__)
@@ -133,17 +172,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--leaves", type=int, default=1000, help="default: 1000")
     parser.add_argument("--json", action="store_true", help="one line of JSON per figure instead of a table")
     args = parser.parse_args(argv)
-    table = Table(title=f"planning a restore, {args.leaves} leaves, 2 slices", title_justify="left")
-    for heading in ("processes", "what was lost", "plan", "memory"):
-        table.add_column(heading, justify="left" if heading.startswith("what") else "right")
-    for processes in map(int, args.processes.split(",")):
-        for name, (make, strikes) in scenarios(processes, args.leaves).items():
-            seconds, mib = measure(make, strikes)
-            table.add_row(f"{processes}", name, f"{seconds:.3f} s", f"{mib:.0f} MiB")
-            if args.json:
-                print(json.dumps({"processes": processes, "lost": name, "seconds": seconds, "mib": mib}))
-    if not args.json:
-        Console(width=110, highlight=False).print(table)
+    figures = measure_all(tuple(map(int, args.processes.split(","))), args.leaves)
+    if args.json:
+        for each in figures:
+            print(json.dumps(each.to_json()))
+    else:
+        Console(width=110, highlight=False).print(as_table(figures))
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -29,6 +30,8 @@ _ROWS = (
     ("first restart: open the manager again", "first_reopen_seconds"),
     ("first restart: restore the local step", "first_restore_seconds"),
     ("first restart: both", "first_restart_seconds"),
+    ("restart, nothing lost: open and restore", "intact_restart_seconds"),
+    ("restart, one of two slices lost: open and restore", "slice_lost_restart_seconds"),
 )
 # Compared with the bare copy of the same bytes.
 _OF_MEMCPY = ("save_sealed_seconds", "save_complete_seconds", "restore_seconds", "restart_seconds")
@@ -42,8 +45,10 @@ def add_derived(job: Samples, plan: Plan) -> None:
             job.add(name, LENGTHENING, (with_saves - without) / plan.loop_steps)
 
 
-def print_report(result: Result, plan: Plan, facts: dict[str, Any], command: str) -> None:
-    """Writes the table and how to get it again to standard output."""
+def print_report(
+    result: Result, more: Sequence[Table], plan: Plan, facts: dict[str, Any], command: str
+) -> None:
+    """Writes the table, those of the sections without a job, and how to get it again to standard output."""
     console = Console(width=170, highlight=False)
     job = result.job
     size = f"{result.state_bytes / MIB:.0f} MiB"
@@ -68,6 +73,8 @@ def print_report(result: Result, plan: Plan, facts: dict[str, Any], command: str
             )
     if table.row_count:
         console.print(table)
+    for each in more:
+        console.print(each)
     if job.of(OURS, "memory_saves"):
         console.print(_memory_table(result))
     if judged := [each for each in judge(job) if each.steady]:
@@ -158,6 +165,12 @@ def _remarks(result: Result, plan: Plan) -> list[str]:
             missing = sum(job.of(name, "loop_incomplete_saves"))
             total = plan.loop_steps * len(job.of(name, "loop_incomplete_saves"))
             remarks.append(f"{name}: {total - missing:.0f} of {total} saves in the loop are complete")
+    if job.of(OURS, "slice_lost_fetched_bytes"):
+        moved = [sum(job.of(OURS, f"{name}_fetched_bytes")) / MIB for name in ("intact", "slice_lost")]
+        remarks.append(
+            f"over the network in a restart in which nothing was lost: {moved[0]:.0f} MiB; with one of two "
+            f"slices lost, which had {result.state_bytes / MIB:.0f} MiB: {moved[1]:.0f} MiB"
+        )
     if job.of(ORBAX, "save_complete_seconds"):
         remarks.append(
             "Orbax keeps a local copy in one slice only and has no checksums; sealed is complete there"

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from benchmarks.contenders import PERIOD, Contender, make_contenders
+from benchmarks.contenders import PERIOD, Contender, Ours, make_contenders
 from benchmarks.memory import measure_memory
 from benchmarks.plan import Plan
 from benchmarks.samples import Samples
@@ -59,6 +59,8 @@ class Measurements:
                 self._measure_loop()
             if "restore" in self._plan.sections:
                 self._measure_restores()
+            if "lost" in self._plan.sections:
+                self._measure_losses()
         if "memory" in self._plan.sections:
             measure_memory(
                 self._workload.mesh, self._plan.memory_saves, self._ramdisk, shared, self.samples, self._say
@@ -191,6 +193,26 @@ class Measurements:
                 self.samples.add(contender.name, f"{first}reopen_seconds", opened)
                 self.samples.add(contender.name, f"{first}restore_seconds", restored)
                 self.samples.add(contender.name, f"{first}restart_seconds", opened + restored)
+
+    def _measure_losses(self) -> None:
+        """How many bytes come over the network when nothing was lost, and when one of the two slices was."""
+        ours = next(contender for contender in self._contenders if isinstance(contender, Ours))
+        for name, has_lost in (("intact", False), ("slice_lost", jax.process_index() == 1)):
+            self._say(f"lost, {name}")
+            ours.save(self._next_step(), self._state)
+            ours.wait()
+            ours.close()
+            self._meet()
+            if has_lost:
+                ours.lose()
+            self._meet()
+            with self._timed(ours.name, f"{name}_restart_seconds"):
+                ours.open()
+                found = jax.block_until_ready(ours.restore())
+            require_same_bits(found, self._state, ours.name)
+            fetched, needed = ours.fetched_bytes(), self._workload.nbytes if has_lost else 0
+            self.samples.add(ours.name, f"{name}_fetched_bytes", float(fetched))
+            self.samples.add(ours.name, f"{name}_fetched_beside_bytes", float(abs(fetched - needed)))
 
     # Small things.
 

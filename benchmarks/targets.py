@@ -13,6 +13,8 @@ from benchmarks.plan import MIB
 from benchmarks.samples import Samples, Spread
 
 OURS, ORBAX, MEMCPY, NO_SAVES = "emergency_ckpt", "orbax", "memcpy", "no_saves"
+FETCH, BARE = "fetch", "bare copy"
+FETCH_STREAMS = (1, 2, 4, 8)
 LENGTHENING = "loop_lengthening_seconds"
 
 _Measured = Callable[[Samples], Spread | None]
@@ -65,6 +67,20 @@ def _ours(measurement: str) -> _Measured:
     return lambda job: Spread.of(job.of(OURS, measurement))
 
 
+def _fetch(shards: str, streams: int) -> Target:
+    name = fetch_measurement(shards, streams)
+    return Target(
+        f"fetch from another agent, {shards} shards, {streams} streams: part of the speed of a bare copy",
+        0.8,
+        lambda job: Spread.of_ratios(job.of(BARE, name), job.of(FETCH, name)),
+    )
+
+
+def fetch_measurement(shards: str, streams: int) -> str:
+    """The name under which samples of the section fetch are kept."""
+    return f"{shards} on {streams} streams, seconds"
+
+
 TARGETS = (
     Target(
         "local save, call to sealed: times as fast as Orbax",
@@ -103,6 +119,35 @@ TARGETS = (
         "growth of private memory from the first tenth of many saves to the last",
         4 * MIB,
         _ours("memory_growth_bytes"),
+        at_most=True,
+        unit=("MiB", 1 / MIB),
+    ),
+    Target(
+        "bytes over the network in a restart in which nothing was lost",
+        0,
+        _ours("intact_fetched_bytes"),
+        at_most=True,
+        unit=("B", 1.0),
+    ),
+    Target(
+        "bytes over the network beside the lost slice's, one of two being lost",
+        0,
+        _ours("slice_lost_fetched_beside_bytes"),
+        at_most=True,
+        unit=("B", 1.0),
+    ),
+    *(_fetch(shards, streams) for shards in ("64 MiB", "100 kB") for streams in FETCH_STREAMS),
+    Target(
+        "planning of a restore, same and other job shapes: the slowest plan",
+        2,
+        _ours("plan_seconds"),
+        at_most=True,
+        unit=("s", 1.0),
+    ),
+    Target(
+        "planning of a restore: memory at most",
+        1024 * MIB,
+        _ours("plan_bytes"),
         at_most=True,
         unit=("MiB", 1 / MIB),
     ),

@@ -11,18 +11,18 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
 
-from emergency_ckpt.agent.block_ranges import BlockRange, encode_ranges
+from emergency_ckpt.agent.block_ranges import Asked, BlockRange, gaps_behind
 from emergency_ckpt.agent.connection import MOST_BUFFERS, Answer, PeerConnection
 from emergency_ckpt.agent.endpoint import Endpoint
 from emergency_ckpt.agent.slot_id import SlotId
 from emergency_ckpt.agent.slots_on_disk import MAX_LAYOUT_BYTES, MAX_MANIFEST_BYTES
-from emergency_ckpt.core.checksums import block_seed
-from emergency_ckpt.core.layout import Layout
+from emergency_ckpt.core.checksums import shard_seed
+from emergency_ckpt.core.layout import SHARD_ALIGNMENT, Layout, SlotPlaces
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.core.shards import BLOCK_BYTES, block_ranges
 from emergency_ckpt.errors import CorruptDataError, CorruptShardsError, PeerUnavailableError
@@ -31,7 +31,6 @@ from emergency_ckpt.local.manifest import Manifest
 TIMEOUT = timedelta(seconds=20)
 _BATCH_BYTES = 256 * 1024 * 1024
 _BATCH_RANGES = 4096
-_BATCH_TEXT_BYTES = 512 * 1024
 _CACHED_BYTES = 1024 * 1024
 
 
@@ -159,28 +158,40 @@ class PeerClient:
         """Like `fetch`, for those who need only some blocks (of `BLOCK_BYTES`) of a shard."""
         if (manifest.layout, manifest.position) != (layout.hash, slot.position) or slot.layout != layout.hash:
             raise ValueError(f"layout {layout.hash} and the manifest of {manifest.step} are not of {slot}")
-        places = {shard: place for place, shard in enumerate(layout.process_shards[manifest.position])}
-        pieces = [piece for blocks in wanted for piece in _cut(blocks, layout, manifest, places)]
+        places = layout.slot_places(manifest.position)
+        place_of = {shard: place for place, shard in enumerate(places.shards.tolist())}
+        whole: dict[int, _Piece] = {}
+        parts: list[_Piece] = []
+        for blocks in wanted:
+            for piece in _cut(blocks, layout, manifest, place_of):
+                if piece.is_whole and piece.shard not in whole:
+                    whole[piece.shard] = piece
+                else:
+                    parts.append(piece)
         bad: set[int] = set()
+        pieces = [whole[shard] for shard in sorted(whole)] + parts
         with self._guard:
             for batch in _batches(pieces):
-                bad |= self._fetch_batch(slot, batch)
+                bad |= self._fetch_batch(slot, batch, places)
         if bad:
             self._raise_corrupt(slot, layout, manifest, bad)
         return sum(piece.target.nbytes for piece in pieces)
 
-    def _fetch_batch(self, slot: SlotId, batch: Sequence[_Piece]) -> set[int]:
-        """One request; returns the shards that are not what they should be."""
-        expected = sum(piece.target.nbytes for piece in batch)
+    def _fetch_batch(self, slot: SlotId, batch: Sequence[_Piece], places: SlotPlaces) -> set[int]:
+        """One request, whole shards first; returns the shards that are not what they should be."""
+        whole = [piece.shard for piece in batch if piece.is_whole]
+        parts = batch[len(whole) :]
+        gaps = [*gaps_behind(whole, places), *(0 for _ in parts)]
+        expected = sum(piece.target.nbytes for piece in batch) + sum(gaps)
 
         def read(answer: Answer) -> set[int]:
             if answer.length != expected:
                 raise self._nonsense(f"{answer.length} bytes of shards where {expected} were asked for")
-            return _receive(answer, batch)
+            return _receive(answer, zip(batch, gaps, strict=True))
 
-        body = encode_ranges(piece.asked for piece in batch)
+        asked = Asked(whole, [BlockRange(piece.shard, piece.first, piece.count) for piece in parts])
         return self._connection.exchange(
-            "POST", f"{slot.address}/shards", read, body=body, answer_bytes=expected
+            "POST", f"{slot.address}/shards", read, body=asked.to_bytes(), answer_bytes=expected
         )
 
     def _raise_corrupt(self, slot: SlotId, layout: Layout, manifest: Manifest, bad: set[int]) -> None:
@@ -209,24 +220,25 @@ class PeerClient:
         )
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Piece:
+class _Piece(NamedTuple):
     """Consecutive blocks of a shard that travel in one answer, and what they must be."""
 
-    asked_shard: int
-    asked: BlockRange
+    shard: int
+    is_whole: bool
+    first: int
+    count: int
     target: memoryview
     seed: int
     checksums: Sequence[int]
 
 
-def _cut(blocks: Blocks, layout: Layout, manifest: Manifest, places: Mapping[int, int]) -> Iterator[_Piece]:
+def _cut(blocks: Blocks, layout: Layout, manifest: Manifest, place_of: Mapping[int, int]) -> Iterator[_Piece]:
     """The pieces of what is wanted of a shard, none larger than a batch. Raises ValueError.
 
-    `places`: of each shard of the slot, its place among them.
+    `place_of`: of each shard of the slot, its place among them.
     """
     shard = blocks.shard
-    entry = places.get(shard)
+    entry = place_of.get(shard)
     if entry is None:
         raise ValueError(f"position {manifest.position} of layout {layout.hash} does not hold shard {shard}")
     nbytes = layout.shard_nbytes[shard]
@@ -242,53 +254,62 @@ def _cut(blocks: Blocks, layout: Layout, manifest: Manifest, places: Mapping[int
             f"contiguous, writable place of {place.nbytes} bytes"
         )
     checksums = manifest.checksums[entry]
-    of = layout.shards[shard]
-    seed = block_seed(manifest.step.generation, of, layout.leaf[of.leaf].dtype)
+    seed = shard_seed(manifest.step.generation, layout, shard)
+    if place.nbytes == nbytes <= _BATCH_BYTES:
+        if nbytes:
+            yield _Piece(shard, True, 0, total, place, seed, checksums)
+        return
     step = _BATCH_BYTES // BLOCK_BYTES
     for first in range(blocks.first, last, step):
         count = min(step, last - first)
         at = first * BLOCK_BYTES - begin
         target = place[at : min(at + count * BLOCK_BYTES, place.nbytes)]
-        asked = BlockRange(of, first, count)
-        yield _Piece(shard, asked, target, seed, checksums[first : first + count])
+        yield _Piece(shard, False, first, count, target, seed, checksums[first : first + count])
 
 
 def _batches(pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:
     """In order, each within the limits of one request."""
     batch: list[_Piece] = []
-    batch_bytes = text_bytes = 0
+    nbytes = 0
     for piece in pieces:
-        box = piece.asked.shard.box
-        # At most what its JSON can take: a character of a name may be escaped, a bound has up to 19 digits.
-        text = 6 * len(piece.asked.shard.leaf) + 40 * len(box.start) + 64
-        full = batch_bytes + piece.target.nbytes > _BATCH_BYTES or text_bytes + text > _BATCH_TEXT_BYTES
-        if batch and (full or len(batch) == _BATCH_RANGES):
+        if batch and (nbytes + piece.target.nbytes > _BATCH_BYTES or len(batch) == _BATCH_RANGES):
             yield batch
-            batch, batch_bytes, text_bytes = [], 0, 0
+            batch, nbytes = [], 0
         batch.append(piece)
-        batch_bytes += piece.target.nbytes
-        text_bytes += text
+        nbytes += piece.target.nbytes
     if batch:
         yield batch
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Part:
-    """A part of a block that is hashed at once, while it is in cache; `expected` of the last one of a block."""
+class _Part(NamedTuple):
+    """A part of a block that is hashed at once, while it is in cache.
+
+    `expected` is there for the last part of a block; `gap` bytes come behind it that nobody wants.
+    """
 
     shard: int
     target: memoryview
     seed: int
     begins: bool
     expected: int | None
+    gap: int
 
 
-def _receive(answer: Answer, batch: Iterable[_Piece]) -> set[int]:
-    """Puts all bytes into their places, hashing them while they are in cache; the shards that are not good."""
+def _receive(answer: Answer, pieces: Iterable[tuple[_Piece, int]]) -> set[int]:
+    """Puts all bytes into their places, hashing them while they are in cache; the shards that are not good.
+
+    `pieces`: each with the number of bytes that come behind it and are dropped.
+    """
     bad: set[int] = set()
+    dropped = memoryview(bytearray(SHARD_ALIGNMENT))
     block = xxhash.xxh3_64()
-    for group in _groups(part for piece in batch for part in _parts(piece)):
-        answer.fill([part.target for part in group])
+    for group in _groups(pieces):
+        targets: list[memoryview] = []
+        for part in group:
+            targets.append(part.target)
+            if part.gap:
+                targets.append(dropped[: part.gap])
+        answer.fill(targets)
         for part in group:
             if part.begins and part.expected is not None:
                 found = xxhash.xxh3_64_intdigest(part.target, part.seed)
@@ -301,36 +322,36 @@ def _receive(answer: Answer, batch: Iterable[_Piece]) -> set[int]:
     return bad
 
 
-def _parts(piece: _Piece) -> Iterator[_Part]:
-    ranges = block_ranges(piece.target.nbytes)
-    # No checksum is negative: what has too few or too many of them is bad.
-    fits = len(ranges) == len(piece.checksums)
-    for number, (begin, length) in enumerate(ranges):
-        end, expected = begin + length, piece.checksums[number] if fits else -1
-        for at in range(begin, end, _CACHED_BYTES):
-            until = min(at + _CACHED_BYTES, end)
-            is_last = until == end
-            yield _Part(
-                piece.asked_shard,
-                piece.target[at:until],
-                piece.seed,
-                at == begin,
-                expected if is_last else None,
-            )
-
-
-def _groups(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
-    """As many as lie in cache together."""
+def _groups(pieces: Iterable[tuple[_Piece, int]]) -> Iterator[list[_Part]]:
+    """Parts of them, as many as lie in cache together and one system call fills."""
     group: list[_Part] = []
     nbytes = 0
-    for part in parts:
-        if group and (nbytes + part.target.nbytes > _CACHED_BYTES or len(group) == MOST_BUFFERS):
-            yield group
-            group, nbytes = [], 0
-        group.append(part)
-        nbytes += part.target.nbytes
+    for piece, gap in pieces:
+        for part in _parts(piece, gap):
+            length = part.target.nbytes
+            if group and (nbytes + length > _CACHED_BYTES or 2 * len(group) >= MOST_BUFFERS):
+                yield group
+                group, nbytes = [], 0
+            group.append(part)
+            nbytes += length
     if group:
         yield group
+
+
+def _parts(piece: _Piece, gap: int) -> Iterator[_Part]:
+    shard, target, seed, checksums = piece.shard, piece.target, piece.seed, piece.checksums
+    # No checksum is negative: what has too few or too many of them is bad.
+    fits = len(checksums) == piece.count
+    if piece.count == 1 and target.nbytes <= _CACHED_BYTES:
+        yield _Part(shard, target, seed, True, checksums[0] if fits else -1, gap)
+        return
+    for number, (begin, length) in enumerate(block_ranges(target.nbytes)):
+        end, expected = begin + length, checksums[number] if fits else -1
+        for at in range(begin, end, _CACHED_BYTES):
+            until = min(at + _CACHED_BYTES, end)
+            of_block = expected if until == end else None
+            behind = gap if until == target.nbytes else 0
+            yield _Part(shard, target[at:until], seed, at == begin, of_block, behind)
 
 
 def _holding(row: Any) -> SlotHolding:

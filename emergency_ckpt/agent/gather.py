@@ -138,8 +138,10 @@ class _Read:
 
     @property
     def nbytes(self) -> int:
-        first, count = self.blocks
         nbytes = self.source.layout.shard_nbytes[self.shard]
+        if self.direct is not None:
+            return nbytes
+        first, count = self.blocks
         return min((first + count) * BLOCK_BYTES, nbytes) - first * BLOCK_BYTES
 
 

@@ -16,7 +16,7 @@ import os
 import ssl
 import stat
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +25,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from emergency_ckpt.agent.block_ranges import MAX_ANSWER_BYTES, MAX_REQUEST_BYTES, BlockRange, decode_ranges
+from emergency_ckpt.agent.block_ranges import MAX_REQUEST_BYTES, Asked
 from emergency_ckpt.agent.counters import Counters
 from emergency_ckpt.agent.door import BY_OWNER, REFUSAL, Door, MalformedRequests, guard, refuse
 from emergency_ckpt.agent.drains import Drains
@@ -38,8 +38,6 @@ from emergency_ckpt.agent.sending import Body, Sender
 from emergency_ckpt.agent.slot_id import SlotId, is_layout_hash
 from emergency_ckpt.agent.slots_on_disk import SlotOnDisk, SlotsOnDisk
 from emergency_ckpt.agent.trainers import Trainers, is_trainer_id
-from emergency_ckpt.core.layout import SlotEntry
-from emergency_ckpt.core.shards import Shard
 
 HEARTBEAT_SECONDS = 2.0
 HEARTBEAT = b".\n"
@@ -322,12 +320,12 @@ class ShardServer:
 
         Raises ValueError for a request that no client of ours makes, OSError for data that cannot be opened.
         """
-        ranges = decode_ranges(asked)
+        ranges = Asked.from_bytes(asked)
         slot = self._slots.find(wanted)
-        entries = self._slots.entries(slot) if slot is not None else None
-        if slot is None or entries is None:
+        places = self._slots.places(slot) if slot is not None else None
+        if slot is None or places is None:
             return None
-        pieces = _pieces(ranges, entries)
+        pieces = ranges.pieces(places)
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         descriptor = os.open(slot.data, flags)
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -370,20 +368,6 @@ class ShardServer:
 
     async def _on_disk(self, read: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._disk, read)
-
-
-def _pieces(ranges: Iterable[BlockRange], entries: Mapping[Shard, SlotEntry]) -> list[tuple[int, int]]:
-    """`(offset, length)` of each range in the data of a slot. Raises ValueError for what is not in it."""
-    pieces: list[tuple[int, int]] = []
-    for wanted in ranges:
-        entry = entries.get(wanted.shard)
-        if entry is None:
-            raise ValueError(f"this slot does not have the shard {wanted.shard!s:.200}")
-        begin, end = wanted.bytes_within(entry.nbytes)
-        pieces.append((entry.offset + begin, end - begin))
-    if sum(length for _, length in pieces) > MAX_ANSWER_BYTES:
-        raise ValueError(f"more than {MAX_ANSWER_BYTES} bytes were asked for in one request")
-    return pieces
 
 
 def _told(slot: SlotOnDisk) -> dict[str, Any]:

@@ -11,12 +11,10 @@ import dataclasses
 import os
 import re
 import threading
-from collections.abc import Mapping
 from pathlib import Path
 
 from emergency_ckpt.agent.slot_id import SlotId
-from emergency_ckpt.core.layout import Layout, SlotEntry
-from emergency_ckpt.core.shards import Shard
+from emergency_ckpt.core.layout import Layout, SlotPlaces
 from emergency_ckpt.errors import CorruptDataError, LocalDirectoryError
 from emergency_ckpt.local.claim import directories
 from emergency_ckpt.local.manifest import Manifest
@@ -71,9 +69,7 @@ class SlotsOnDisk:
         self._root = root
         self._guard = threading.Lock()
         self._known: dict[Path, tuple[_Stamp, SlotOnDisk | None]] = {}
-        self._tables: collections.OrderedDict[tuple[str, int], Mapping[Shard, SlotEntry]] = (
-            collections.OrderedDict()
-        )
+        self._places: collections.OrderedDict[tuple[str, int], SlotPlaces] = collections.OrderedDict()
 
     def all(self) -> list[SlotOnDisk]:
         """Every slot with a readable manifest."""
@@ -110,23 +106,23 @@ class SlotsOnDisk:
                     return data
         return None
 
-    def entries(self, slot: SlotOnDisk) -> Mapping[Shard, SlotEntry] | None:
+    def places(self, slot: SlotOnDisk) -> SlotPlaces | None:
         """Where each shard lies in the data of a slot; None where its layout is missing or does not fit."""
         key = (slot.id.layout, slot.id.position)
         with self._guard:
-            table = self._tables.get(key)
-            if table is None:
-                table = self._read_table(*key)
-                if table is None:
+            found = self._places.get(key)
+            if found is None:
+                found = self._read_places(*key)
+                if found is None:
                     return None
-                self._tables[key] = table
-                if len(self._tables) > _KEPT_TABLES:
-                    self._tables.popitem(last=False)
-            self._tables.move_to_end(key)
-        needed = max((entry.offset + entry.nbytes for entry in table.values()), default=0)
-        return table if needed <= slot.bytes else None
+                self._places[key] = found
+                if len(self._places) > _KEPT_TABLES:
+                    self._places.popitem(last=False)
+            self._places.move_to_end(key)
+        needed = int((found.offsets + found.sizes).max(initial=0))
+        return found if needed <= slot.bytes else None
 
-    def _read_table(self, layout_hash: str, position: int) -> Mapping[Shard, SlotEntry] | None:
+    def _read_places(self, layout_hash: str, position: int) -> SlotPlaces | None:
         data = self.layout_bytes(layout_hash)
         if data is None:
             return None
@@ -136,7 +132,7 @@ class SlotsOnDisk:
             return None
         if layout.hash != layout_hash or position >= layout.process_count:
             return None
-        return {layout.shards[entry.shard]: entry for entry in layout.slot_entries(position)}
+        return layout.slot_places(position)
 
     def _scan(self) -> list[SlotOnDisk]:
         found: dict[Path, tuple[_Stamp, SlotOnDisk | None]] = {}

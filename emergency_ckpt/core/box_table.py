@@ -17,7 +17,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from emergency_ckpt.core.shards import Box
+from emergency_ckpt.core.shards import Box, text_of_bounds
 
 Numbers: TypeAlias = npt.NDArray[np.int64]
 
@@ -73,6 +73,11 @@ class BoxTable:
     def box(self, row: int) -> Box:
         bounds: list[int] = self.rows[row].tolist()
         return Box(tuple(bounds[: self.dimensions]), tuple(bounds[self.dimensions :]))
+
+    def named(self, row: int) -> str:
+        """A box as text, as the box itself says it."""
+        bounds: list[int] = self.rows[row].tolist()
+        return text_of_bounds(bounds[: self.dimensions], bounds[self.dimensions :])
 
     @functools.cached_property
     def sizes(self) -> Numbers:

@@ -19,13 +19,17 @@ from emergency_ckpt.core.shards import BLOCK_BYTES, Shard, block_ranges
 
 def block_seed(generation: int, shard: Shard, dtype: str) -> int:
     """The seed for every block of this shard as saved in this generation."""
-    return xxhash.xxh3_64_intdigest(f"{generation}\0{shard.leaf}\0{shard.box}\0{dtype}".encode())
+    return _seed(generation, shard.leaf, str(shard.box), dtype)
 
 
 def shard_seed(generation: int, layout: Layout, shard: int) -> int:
     """The block seed of a shard of a layout, by its index."""
-    of = layout.shards[shard]
-    return block_seed(generation, of, layout.leaf[of.leaf].dtype)
+    leaf, box = layout.table.named(shard)
+    return _seed(generation, leaf, box, layout.leaf[leaf].dtype)
+
+
+def _seed(generation: int, leaf: str, box: str, dtype: str) -> int:
+    return xxhash.xxh3_64_intdigest(f"{generation}\0{leaf}\0{box}\0{dtype}".encode())
 
 
 def checksum_blocks(data: Any, seed: int, block_bytes: int = BLOCK_BYTES) -> tuple[int, ...]:

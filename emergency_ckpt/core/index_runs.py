@@ -31,15 +31,15 @@ def runs_to_json(indices: Sequence[int]) -> list[int | list[int]]:
     return found
 
 
-def runs_from_json(raw: Any) -> tuple[int, ...]:
-    """What `runs_to_json` wrote; raises ValueError or TypeError for anything else."""
+def runs_from_json(raw: Any, most: int = MOST_INDICES) -> tuple[int, ...]:
+    """What `runs_to_json` wrote of `most` indices; raises ValueError or TypeError for anything else."""
     if not isinstance(raw, list):
         raise TypeError(f"{raw!r:.80} is no list of runs")
     indices: list[int] = []
     for run in cast(list[Any], raw):
         first, count, step = cast(list[Any], run) if isinstance(run, list) else (run, 1, 1)
         first, count, step = whole_number(first), whole_number(count), whole_number(step)
-        if not 0 < count <= MOST_INDICES - len(indices) or not step or (indices and first <= indices[-1]):
+        if not 0 < count <= most - len(indices) or not step or (indices and first <= indices[-1]):
             raise ValueError(f"{run!r:.80} does not go on a list of ascending indices")
         indices.extend(range(first, first + count * step, step))
     return tuple(indices)

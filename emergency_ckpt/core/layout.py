@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import functools
+import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -65,6 +66,15 @@ class SlotEntry:
     shard: int
     offset: int
     nbytes: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)
+class SlotPlaces:
+    """Where the shards of a slot lie, as numbers: indices into `Layout.shards`, byte offsets and lengths."""
+
+    shards: Numbers
+    offsets: Numbers
+    sizes: Numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,15 +212,18 @@ class Layout:
         """Per shard, the processes that hold it, ascending."""
         return ShardHolders(self.held, len(self.shards))
 
-    def slot_entries(self, process: int) -> tuple[SlotEntry, ...]:
+    def slot_places(self, process: int) -> SlotPlaces:
         """Where each shard of `process` lies in its slot; equal shard sets give equal offsets."""
-        entries: list[SlotEntry] = []
-        at = 0
         held = self.held.of_process(process)
-        for shard, nbytes in zip(held.tolist(), self.shard_sizes[held].tolist(), strict=True):
-            entries.append(SlotEntry(shard, at, nbytes))
-            at += -(-nbytes // SHARD_ALIGNMENT) * SHARD_ALIGNMENT
-        return tuple(entries)
+        sizes = self.shard_sizes[held]
+        room = -(-sizes // SHARD_ALIGNMENT) * SHARD_ALIGNMENT
+        return SlotPlaces(held, np.cumsum(room) - room, sizes)
+
+    def slot_entries(self, process: int) -> tuple[SlotEntry, ...]:
+        """The same, shard by shard."""
+        places = self.slot_places(process)
+        rows = zip(places.shards.tolist(), places.offsets.tolist(), places.sizes.tolist(), strict=True)
+        return tuple(itertools.starmap(SlotEntry, rows))
 
     def typed(self, shard: int, data: np.ndarray) -> np.ndarray:
         """Flat uint8 bytes of a shard, as a view in its dtype and shape."""
@@ -219,10 +232,10 @@ class Layout:
 
     def data_bytes(self, process: int) -> int:
         """Bytes of the data region of a slot of `process`."""
-        entries = self.slot_entries(process)
-        return (
-            -(-(entries[-1].offset + entries[-1].nbytes) // SHARD_ALIGNMENT) * SHARD_ALIGNMENT if entries else 0
-        )
+        places = self.slot_places(process)
+        if not len(places.shards):
+            return 0
+        return -(-int(places.offsets[-1] + places.sizes[-1]) // SHARD_ALIGNMENT) * SHARD_ALIGNMENT
 
     @functools.cached_property
     def hash(self) -> str:
@@ -280,6 +293,9 @@ class Layout:
         for leaf in self.leaves:
             if math.prod(leaf.shape) * dtype_of(leaf.dtype).itemsize >= _MOST_LEAF_BYTES:
                 raise ValueError(f"leaf {leaf.name!r:.80} is larger than any memory")
+        room = self.shard_sizes.sum(dtype=np.float64) + SHARD_ALIGNMENT * len(self.shards)
+        if room >= _MOST_LEAF_BYTES:
+            raise ValueError("its shards are larger than any memory")
         for name, boxes in zip(self.table.leaves, self.table.boxes, strict=True):
             shape = np.array(self.leaf[name].shape, np.int64)
             if boxes.dimensions != len(shape) or (boxes.rows[:, boxes.dimensions :] > shape).any():

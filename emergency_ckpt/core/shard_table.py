@@ -56,6 +56,11 @@ class ShardTable(Sequence[Shard]):
         row = None if number is None else self.boxes[number].find(shard.box)
         return None if number is None or row is None else self.first[number] + row
 
+    def named(self, index: int) -> tuple[str, str]:
+        """The leaf and the box of a shard, in words; of many shards faster than of their objects."""
+        number = bisect.bisect_right(self.first, index) - 1
+        return self.leaves[number], self.boxes[number].named(index - self.first[number])
+
     def numbers_in(self, other: ShardTable) -> Numbers:
         """Per shard its index in another table, -1 where that has no such shard."""
         if self == other:

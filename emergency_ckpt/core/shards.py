@@ -77,7 +77,12 @@ class Box:
         )
 
     def __str__(self) -> str:
-        return "[" + ", ".join(f"{a}:{b}" for a, b in zip(self.start, self.stop, strict=True)) + "]"
+        return text_of_bounds(self.start, self.stop)
+
+
+def text_of_bounds(start: Sequence[int], stop: Sequence[int]) -> str:
+    """A box in words."""
+    return "[" + ", ".join([f"{a}:{b}" for a, b in zip(start, stop, strict=True)]) + "]"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, order=True)
@@ -136,3 +141,8 @@ def dtype_of(name: str) -> np.dtype:
 def block_ranges(nbytes: int, block_bytes: int = BLOCK_BYTES) -> list[tuple[int, int]]:
     """`(offset, length)` of every block of a shard of `nbytes`; the last one may be shorter."""
     return [(at, min(block_bytes, nbytes - at)) for at in range(0, nbytes, block_bytes)]
+
+
+def block_counts(nbytes: np.ndarray) -> np.ndarray:
+    """The number of blocks of shards of these sizes."""
+    return -(-nbytes // BLOCK_BYTES)

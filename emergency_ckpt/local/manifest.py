@@ -19,7 +19,7 @@ import xxhash
 from emergency_ckpt.core.arrangement import MeshPlace
 from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.lineage import Activation, StepId
-from emergency_ckpt.core.shards import block_ranges
+from emergency_ckpt.core.shards import block_counts
 from emergency_ckpt.core.values import Value, values_from_json, values_to_json
 from emergency_ckpt.errors import CorruptDataError, UnsupportedStateError
 from emergency_ckpt.local.small_files import read_file, replace_file
@@ -176,13 +176,12 @@ class Manifest:
         """Whether this manifest and this layout belong together; raises CorruptDataError otherwise."""
         if layout.hash != self.layout or not 0 <= self.position < layout.process_count:
             raise CorruptDataError(f"the manifest of {self.step} names layout {self.layout}, not {layout.hash}")
-        entries = layout.slot_entries(self.position)
         if layout.data_bytes(self.position) > data_bytes:
             raise CorruptDataError(
                 f"the slot of {self.step} has {data_bytes} bytes, its layout asks for "
                 f"{layout.data_bytes(self.position)}"
             )
-        blocks = [len(block_ranges(entry.nbytes)) for entry in entries]
+        blocks = block_counts(layout.slot_places(self.position).sizes).tolist()
         # A copy that has not come yet has no checksums.
         to_come = {place for place in self.missing if place < len(self.checksums) and not self.checksums[place]}
         listed = [
@@ -192,7 +191,7 @@ class Manifest:
         if listed != blocks:
             raise CorruptDataError(
                 f"the manifest of {self.step} does not fit its layout: {len(self.checksums)} shards listed, "
-                f"{len(entries)} expected"
+                f"{len(blocks)} expected"
             )
 
 

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import socket
 from datetime import timedelta
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from emergency_ckpt.agent.block_ranges import (
-    MAX_REQUEST_BYTES,
-    BlockRange,
-    decode_ranges,
-    encode_ranges,
-)
+from emergency_ckpt.agent.block_ranges import MAX_REQUEST_BYTES, Asked, BlockRange, gaps_behind
 from emergency_ckpt.agent.client import PeerClient
 from emergency_ckpt.agent.endpoint import Endpoint
 from emergency_ckpt.agent.slot_id import SlotId
+from emergency_ckpt.core.layout import SHARD_ALIGNMENT, Layout, LeafSpec
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.core.shards import Box, Shard
 from emergency_ckpt.errors import PeerUnavailableError
@@ -145,36 +143,55 @@ def test_another_run_has_nothing_here(disk: Ramdisk) -> None:
 
 
 @pytest.mark.parametrize(
-    "row",
+    "asked",
     [
-        ["big", [0], [33566777], 0, 0],
-        ["big", [0], [33566777], 3, 1],
-        ["big", [0], [33566777], 0, 4],
-        ["big", [0], [33566777], 2**62, 1],
-        ["big", [0], [33566777], 0, 2**63],
-        ["big", [0], [33566777], -1, 1],
-        ["big", [0], [33566777], True, 1],
-        ["big", [0], [33566777], 0.0, 1],
-        ["big", [0], [33566777], 0, 10**4000],
-        ["big", [1], [33566777], 0, 1],
-        ["big", [5], [3], 0, 1],
-        ["big", [0, 0], [1], 0, 1],
-        ["big", [0] * 65, [1] * 65, 0, 1],
-        ["empty", [0, 0], [0, 4], 0, 1],
-        ["nothing", [0], [1], 0, 1],
-        [7, [0], [1], 0, 1],
-        ["big", "0", "1", 0, 1],
-        ["big", [0], [33566777], 0],
-        {},
+        {"whole": [], "parts": [[0, 0, 0]]},
+        {"whole": [], "parts": [[0, 3, 1]]},
+        {"whole": [], "parts": [[0, 0, 4]]},
+        {"whole": [], "parts": [[0, 2**61, 1]]},
+        {"whole": [], "parts": [[0, 0, 2**63]]},
+        {"whole": [], "parts": [[0, -1, 1]]},
+        {"whole": [], "parts": [[0, True, 1]]},
+        {"whole": [], "parts": [[0, 0.0, 1]]},
+        {"whole": [], "parts": [[0, 0, 10**4000]]},
+        {"whole": [], "parts": [["big", 0, 1]]},
+        {"whole": [], "parts": [[0, 0]]},
+        {"whole": [], "parts": [[0, 0, 1, 1]]},
+        {"whole": [], "parts": [[10**6, 0, 1]]},
+        {"whole": [], "parts": [[2**61, 0, 1]]},
+        {"whole": [], "parts": {}},
+        {"whole": [], "parts": []},
+        {"whole": [10**6], "parts": []},
+        {"whole": [-1], "parts": []},
+        {"whole": [1, 0], "parts": []},
+        {"whole": [0, 0], "parts": []},
+        {"whole": [[0, 0, 1]], "parts": []},
+        {"whole": [[0, 5, 0]], "parts": []},
+        {"whole": [[0, 2**40, 1]], "parts": []},
+        {"whole": [[0, 3, 2**61]], "parts": []},
+        {"whole": [[0, 3]], "parts": []},
+        {"whole": ["0"], "parts": []},
+        {"whole": 0, "parts": []},
+        {"whole": [0]},
+        [],
         None,
     ],
-    ids=lambda row: repr(row)[:40],
+    ids=lambda asked: repr(asked)[:50],
 )
-def test_absurd_ranges_are_refused(served: tuple[Ramdisk, Endpoint], row: object) -> None:
+def test_absurd_ranges_are_refused(served: tuple[Ramdisk, Endpoint], asked: object) -> None:
     disk, endpoint = served
     slot = disk.save(STEP) if disk.store.sealed(STEP) is None else SlotId(RUN, STEP, disk.layout.hash, 0)
-    status, said = raw(endpoint, f"POST {slot.address}/shards", json.dumps([row]).encode())
+    status, said = raw(endpoint, f"POST {slot.address}/shards", json.dumps(asked).encode())
     assert (status, said["error"]) == (400, "malformed")
+
+
+def test_a_shard_without_bytes_is_refused(served: tuple[Ramdisk, Endpoint]) -> None:
+    disk, endpoint = served
+    slot = disk.save(STEP) if disk.store.sealed(STEP) is None else SlotId(RUN, STEP, disk.layout.hash, 0)
+    empty = disk.layout.shard_nbytes.index(0)
+    for asked in (Asked([empty]), Asked([], [BlockRange(empty, 0, 1)])):
+        status, said = raw(endpoint, f"POST {slot.address}/shards", asked.to_bytes())
+        assert (status, said["error"]) == (400, "malformed")
 
 
 @pytest.mark.parametrize(
@@ -188,7 +205,8 @@ def test_absurd_ranges_are_refused(served: tuple[Ramdisk, Endpoint], row: object
         b"[" * 900_000,
         b'{"a":' * 150_000,
         b"[" + b"1" * 10_000 + b"]",
-        json.dumps([["big", [0], [33566777], 0, 1]] * 17_000).encode()[:-2],
+        json.dumps({"whole": list(range(0, 60_000, 3)), "parts": []}).encode(),
+        json.dumps({"whole": [], "parts": [[0, 0, 1]] * 17_000}).encode(),
     ],
     ids=lambda body: repr(body[:20]),
 )
@@ -202,7 +220,7 @@ def test_bodies_that_are_no_lists_of_ranges_are_refused(served: tuple[Ramdisk, E
 def test_a_request_that_asks_for_more_than_a_gibibyte_is_refused(served: tuple[Ramdisk, Endpoint]) -> None:
     disk, endpoint = served
     slot = disk.save(STEP) if disk.store.sealed(STEP) is None else SlotId(RUN, STEP, disk.layout.hash, 0)
-    body = json.dumps([["big", [0], [2 * 16 * 2**20 + 12345], 0, 3]] * 100).encode()
+    body = Asked([], [BlockRange(0, 0, 3)] * 100).to_bytes()
     status, said = raw(endpoint, f"POST {slot.address}/shards", body)
     assert status == 400
     assert "bytes were asked for" in said["message"]
@@ -230,7 +248,7 @@ def test_oversize_and_broken_heads_are_refused(served: tuple[Ramdisk, Endpoint],
 def test_a_client_that_does_not_read_is_cut_and_its_place_is_free_again(disk: Ramdisk) -> None:
     slot = disk.save(STEP)
     endpoint = start(disk.root, stall_seconds=0.5)
-    body = json.dumps([["big", [0], [2 * 16 * 2**20 + 12345], 0, 3]] * 20).encode()
+    body = Asked([], [BlockRange(0, 0, 2)] * 20).to_bytes()
     lazy: list[socket.socket] = []
     for _ in range(40):  # More than there are places.
         connection = socket.create_connection((endpoint.host, endpoint.port), 30)
@@ -276,16 +294,40 @@ def test_a_request_that_does_not_arrive_whole_is_given_up(disk: Ramdisk) -> None
                 continue
 
 
-names = st.text(min_size=1, max_size=20)
-bounds = st.lists(st.tuples(st.integers(0, 100), st.integers(0, 100)), max_size=4).map(
-    lambda pairs: Box(tuple(min(p) for p in pairs), tuple(max(p) for p in pairs))
+numbers = st.integers(0, 2**40)
+
+
+@given(
+    st.lists(numbers, unique=True, max_size=20).map(sorted),
+    st.lists(st.builds(BlockRange, numbers, numbers, st.integers(1, 2**40)), max_size=20),
 )
-ranges = st.builds(BlockRange, st.builds(Shard, names, bounds), st.integers(0, 2**40), st.integers(1, 2**40))
+def test_what_is_asked_for_is_understood_as_it_was_meant(whole: list[int], parts: list[BlockRange]) -> None:
+    assume(whole or parts)
+    assert Asked.from_bytes(Asked(whole, parts).to_bytes()) == Asked(tuple(whole), parts)
 
 
-@given(st.lists(ranges, min_size=1, max_size=20))
-def test_what_is_asked_for_is_understood_as_it_was_meant(asked: list[BlockRange]) -> None:
-    assert decode_ranges(encode_ranges(asked)) == asked
+@given(st.lists(st.integers(0, 3 * SHARD_ALIGNMENT), max_size=12), st.data())
+def test_shards_that_follow_each_other_are_one_piece_and_the_gaps_account_for_all_of_it(
+    sizes: list[int], data: st.DataObject
+) -> None:
+    leaves = [LeafSpec(f"leaf{i:02}", (size,), "uint8") for i, size in enumerate(sizes)]
+    held = [Shard(leaf.name, Box.whole(leaf.shape)) for leaf in leaves]
+    mine = [shard for shard in held if data.draw(st.booleans())]
+    layout = Layout.build(leaves, {0: mine, 1: held}, (0, 1))
+    entries = [entry for entry in layout.slot_entries(0) if entry.nbytes and data.draw(st.booleans())]
+    wanted = [entry.shard for entry in entries]
+    places = layout.slot_places(0)
+    gaps = gaps_behind(wanted, places)
+    pieces = Asked(wanted).pieces(places)
+    slot = np.arange(layout.data_bytes(0)) // SHARD_ALIGNMENT  # Any content that tells places apart.
+    sent = np.concatenate([slot[:0], *(slot[offset : offset + length] for offset, length in pieces)])
+    at = 0
+    for entry, gap in zip(entries, gaps, strict=True):
+        assert (sent[at : at + entry.nbytes] == slot[entry.offset : entry.offset + entry.nbytes]).all()
+        assert 0 <= gap < SHARD_ALIGNMENT
+        at += entry.nbytes + gap
+    assert at == len(sent)
+    assert all(offset + length < after for (offset, length), (after, _) in itertools.pairwise(pieces))
 
 
 json_values = st.recursive(
@@ -297,14 +339,14 @@ json_values = st.recursive(
 @given(json_values)
 def test_any_other_json_is_refused_with_one_kind_of_error(value: object) -> None:
     try:
-        decode_ranges(json.dumps(value).encode())
+        Asked.from_bytes(json.dumps(value).encode())
     except ValueError:
         return
 
 
 @given(st.integers(0, 2**40), st.integers(0, 100), st.integers(-5, 100))
 def test_the_bytes_of_a_range_lie_within_its_shard(nbytes: int, first: int, count: int) -> None:
-    wanted = BlockRange(Shard("a", Box((), ())), first, count)
+    wanted = BlockRange(0, first, count)
     try:
         begin, end = wanted.bytes_within(nbytes)
     except ValueError:

@@ -41,9 +41,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.timeout(300)
 def test_a_small_run_measures_everything_for_both_managers(tmp_path: Path):
     written = tmp_path / "figures.json"
-    done = run(
-        "--size-mib", "2", "--repeats", "1", "--loop-steps", "1", "--memory-saves", "20", "--json", str(written)
-    )
+    small = ["--size-mib", "2", "--repeats", "1", "--loop-steps", "1", "--memory-saves", "20"]
+    done = run(*small, "--plan-processes", "4,8", "--json", str(written))
     assert done.returncode == 0, done.stderr
     figures = json.loads(written.read_text())
     for contender in (OURS, ORBAX):
@@ -52,6 +51,12 @@ def test_a_small_run_measures_everything_for_both_managers(tmp_path: Path):
     assert len(figures["samples_by_process"]) == 2
     assert figures["samples_of_the_job"][OURS]["memory_saves"] == [2.0, 10.0, 20.0]
     assert [each["target"] for each in figures["targets"]] == [target.title for target in TARGETS]
+    ours = figures["samples_of_the_job"][OURS]
+    assert ours["intact_fetched_bytes"] == ours["slice_lost_fetched_beside_bytes"] == [0]
+    assert ours["slice_lost_fetched_bytes"] == [figures["state_bytes_per_process"]]
+    assert {each["streams"] for each in figures["fetches"]} == {1, 2, 4, 8}
+    assert {each["processes"] for each in figures["plans"]} == {4, 8}
+    assert all(each["reached"] is not None for each in figures["targets"])
     assert figures["environment"]["packages"]["orbax-checkpoint"]
     assert f"again: {figures['command']}" in done.stdout
 

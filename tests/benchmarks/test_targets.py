@@ -5,7 +5,18 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.samples import Samples
-from benchmarks.targets import LENGTHENING, MEMCPY, ORBAX, OURS, TARGETS, judge
+from benchmarks.targets import (
+    BARE,
+    FETCH,
+    FETCH_STREAMS,
+    LENGTHENING,
+    MEMCPY,
+    ORBAX,
+    OURS,
+    TARGETS,
+    fetch_measurement,
+    judge,
+)
 
 
 def measured() -> Samples:
@@ -18,14 +29,22 @@ def measured() -> Samples:
         LENGTHENING: [0.1],
         "save_blocked_seconds": [5e-3],
         "memory_growth_bytes": [4.0 * 1024 * 1024],
+        "intact_fetched_bytes": [0.0],
+        "slice_lost_fetched_beside_bytes": [0.0],
+        "plan_seconds": [2.0],
+        "plan_bytes": [1024.0 * 1024 * 1024],
     }
+    names = [fetch_measurement(shards, streams) for shards in ("64 MiB", "100 kB") for streams in FETCH_STREAMS]
+    fetched = {name: [0.5] for name in names}
+    copied = {name: [0.4] for name in names}
     orbax = {
         "save_sealed_seconds": [0.1, 1.5, 9.0],
         "first_save_sealed_seconds": [2.0],
         "restore_seconds": [1.0],
         LENGTHENING: [0.5],
     }
-    return Samples({OURS: ours, ORBAX: orbax, MEMCPY: {"copy_seconds": [0.06, 0.06, 0.06]}})
+    memcpy = {"copy_seconds": [0.06, 0.06, 0.06]}
+    return Samples({OURS: ours, ORBAX: orbax, MEMCPY: memcpy, FETCH: fetched, BARE: copied})
 
 
 def test_a_target_that_is_just_reached_is_reached() -> None:
@@ -46,6 +65,10 @@ def test_a_target_that_is_just_reached_is_reached() -> None:
         (4, LENGTHENING, 0.101),
         (5, "save_blocked_seconds", 5.1e-3),
         (6, "memory_growth_bytes", 4.1 * 1024 * 1024),
+        (7, "intact_fetched_bytes", 1.0),
+        (8, "slice_lost_fetched_beside_bytes", 1.0),
+        (-2, "plan_seconds", 2.1),
+        (-1, "plan_bytes", 1025.0 * 1024 * 1024),
     ],
 )
 def test_a_target_that_is_just_missed_is_missed(index: int, measurement: str, value: float) -> None:
