@@ -31,11 +31,15 @@ Ending = Literal["sent", "slot_gone", "client_gone", "client_slow"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Body:
-    """What to send: `(offset, length)` pieces of a file while `is_current` holds. The sender closes it."""
+    """What to send: `(offset, length)` pieces of a file while `is_current` holds. The sender closes it.
+
+    `shards`: how many shards, or ranges of them, the pieces are.
+    """
 
     file: io.FileIO
     pieces: Sequence[tuple[int, int]]
     is_current: Callable[[], bool]
+    shards: int
 
     @property
     def nbytes(self) -> int:

@@ -312,7 +312,7 @@ class ShardServer:
             await asyncio.wait([sending])
             raise
         seconds = time.monotonic() - began
-        self.counters.count_answer(ending, len(body.pieces), body.nbytes, seconds)
+        self.counters.count_answer(ending, body.shards, body.nbytes, seconds)
         return response
 
     def _body(self, wanted: SlotId, asked: bytes) -> Body | None:
@@ -331,7 +331,8 @@ class ShardServer:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
             return None
-        return Body(io.FileIO(descriptor), pieces, slot.is_current)
+        asked_for = len(ranges.whole) + len(ranges.parts)
+        return Body(io.FileIO(descriptor), pieces, slot.is_current, asked_for)
 
     # How requests are handled.
 

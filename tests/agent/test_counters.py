@@ -10,6 +10,7 @@ from pathlib import Path
 from emergency_ckpt.agent.client import PeerClient
 from emergency_ckpt.agent.counters import Counters
 from emergency_ckpt.agent.endpoint import Endpoint
+from emergency_ckpt.core.layout import SHARD_ALIGNMENT
 from emergency_ckpt.core.lineage import StepId
 from tests.agent.jobs import make_job
 from tests.agent.served import Ramdisk, raw, start
@@ -111,7 +112,8 @@ def test_drains_flushes_and_refusals_are_counted_as_they_end(disk: Ramdisk, tmp_
     assert value("flushes_total", 'ending="failed"') == 0
     assert value("refusals_total", 'reason="slot_not_here"') == 1
     assert value("refusals_total", 'reason="unauthorized"') == 2
-    assert value("served_bytes_total") == size
+    # With what lies between shards that follow each other.
+    assert size <= value("served_bytes_total") < size + SHARD_ALIGNMENT * len(places)
     assert value("served_shards_total") == sum(place.nbytes > 0 for _, place in places)
     pages = {labels for name, labels in samples if name == f"{prefix}_requests_total"}
     assert 'page="other",status="401"' in pages

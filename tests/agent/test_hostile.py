@@ -21,12 +21,13 @@ import psutil
 import pytest
 import trustme
 
+from emergency_ckpt.agent.block_ranges import Asked, BlockRange
 from emergency_ckpt.agent.client import PeerClient
 from emergency_ckpt.agent.endpoint import Endpoint
 from emergency_ckpt.agent.record import LOG, agent_directory, read_record
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.errors import AgentStartError, PeerUnavailableError
-from tests.agent.served import LIMIT, RUN, Ramdisk, has_ended, pid_of, raw, start, wait_until_gone
+from tests.agent.served import BIG, LIMIT, RUN, Ramdisk, has_ended, pid_of, raw, start, wait_until_gone
 from tests.agent.test_counters import read
 
 STEP = StepId(1, 7)
@@ -36,7 +37,6 @@ PAGES += [f"{SLOT}/manifest", f"{SLOT}/shards", f"/v1/trainers/{'0' * 32}", "/v1
 PAGES += ["/v1/lives", "/v1/lives/drains", "/", "/nothing", "//healthz", "/healthz/", "/v1/../healthz"]
 METHODS = ["GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "CONNECT", "BREW", "get"]
 BOMB = gzip.compress(b"[" * 150_000_000, 1)
-BIG = json.dumps([["big", [0], [2 * 16 * 2**20 + 12345], 0, 3]] * 20).encode()
 
 
 def exchange(endpoint: Endpoint, data: bytes) -> bytes:
@@ -166,7 +166,7 @@ def test_files_that_are_no_files_or_lead_elsewhere_are_not_served(disk: Ramdisk,
     kept_data, kept_layout = tmp_path / "data", tmp_path / "layout"
     shutil.copy(data, kept_data)
     shutil.copy(layout, kept_layout)
-    asked = json.dumps([["small000", [0], [1], 0, 1]]).encode()
+    asked = Asked([next(index for index, nbytes in enumerate(disk.layout.shard_nbytes) if nbytes)]).to_bytes()
     assert raw(endpoint, f"POST {slot.address}/shards", asked)[0] == 200
     before = agent.num_fds()
     for number, put in enumerate(_in_place_of_files(secret)):
@@ -193,16 +193,18 @@ def test_files_that_are_no_files_or_lead_elsewhere_are_not_served(disk: Ramdisk,
 def test_a_slot_file_that_is_cut_while_it_is_sent_ends_the_answer_short(disk: Ramdisk) -> None:
     slot = disk.save(STEP)
     endpoint = start(disk.root)
+    shard = next(index for index, nbytes in enumerate(disk.layout.shard_nbytes) if nbytes == BIG)
+    asked = Asked([], [BlockRange(shard, 0, 3)] * 20).to_bytes()
     with socket.create_connection((endpoint.host, endpoint.port), 30) as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
         head = f"POST {slot.address}/shards HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {endpoint.token}\r\n"
-        connection.sendall(f"{head}Content-Length: {len(BIG)}\r\n\r\n".encode() + BIG)
+        connection.sendall(f"{head}Content-Length: {len(asked)}\r\n\r\n".encode() + asked)
         received = len(connection.recv(65536))
         os.truncate(disk.data_file(STEP), 4096)
         with contextlib.suppress(ConnectionResetError):
             while data := connection.recv(1024 * 1024):
                 received += len(data)
-    assert received < 20 * (2 * 16 * 2**20)
+    assert received < 20 * BIG
     with PeerClient(endpoint) as client:
         assert client.status()["pid"] == pid_of(disk.root)
     # The store must not write into what is not there any more.
