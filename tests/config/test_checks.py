@@ -38,6 +38,11 @@ def test_settings_that_agree_are_accepted(flags: dict[str, Any]) -> None:
         ({**EMERGENCY, "base_output_directory": ""}, "enable_emergency_checkpoint", "base_output_directory"),
         ({**EMERGENCY, "run_name": ""}, "enable_emergency_checkpoint", "run_name"),
         (
+            {**EMERGENCY, "local_checkpoint_spread": True, "checkpoint_agent": "off"},
+            "local_checkpoint_spread",
+            "checkpoint_agent",
+        ),
+        (
             {**MULTI_TIER, "local_checkpoint_directory": ""},
             "enable_multi_tier_checkpointing",
             "local_checkpoint_directory",
