@@ -99,11 +99,14 @@ def test_drains_flushes_and_refusals_are_counted_as_they_end(disk: Ramdisk, tmp_
     with PeerClient(endpoint) as client:
         slot = next(held.id for held in client.inventory() if held.id.step == StepId(1, 7))
         client.fetch(slot, disk.layout, client.manifest(slot), places := disk.places())
-    _, samples = read(endpoint)
     prefix = "emergency_ckpt_agent"
 
     def value(name: str, labels: str = "") -> float:
         return samples[f"{prefix}_{name}", labels]
+
+    # An answer is counted when its last byte is sent, and the client has that byte a moment before.
+    job.wait_for(lambda: read(endpoint)[1][f"{prefix}_served_shards_total", ""] > 0)
+    _, samples = read(endpoint)
 
     size = sum(disk.layout.shard_nbytes)
     assert value("drains_total", 'ending="committed"') == value("drain_seconds_count") == 2

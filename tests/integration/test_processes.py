@@ -4,7 +4,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from datetime import timedelta
+from pathlib import Path
 
 import jax
 import psutil
@@ -19,10 +21,14 @@ def describe_place(greeting):
     return [greeting, jax.process_index(), jax.process_count(), jax.device_count(), os.environ["EXTRA"]]
 
 
-def fail_in_one():
+def fail_in_one(directory: str):
+    said = Path(directory) / "said"
     if jax.process_index() == 1:
+        while not said.exists():
+            time.sleep(0.01)
         raise RuntimeError("no luck")
     print("waits for ever", flush=True)
+    said.touch()
     signal.pause()
 
 
@@ -37,9 +43,9 @@ def test_each_process_returns_its_result():
     assert found == [["hello", 0, 2, 4, "x"], ["hello", 1, 2, 4, "x"]]
 
 
-def test_a_failure_ends_the_job_and_shows_all_output():
+def test_a_failure_ends_the_job_and_shows_all_output(tmp_path: Path):
     with pytest.raises(AssertionError, match=r"(?s)waits for ever.*RuntimeError: no luck"):
-        run_job(fail_in_one, 2)
+        run_job(fail_in_one, 2, str(tmp_path))
 
 
 def test_signals_lines_and_leftovers():

@@ -98,13 +98,17 @@ def test_a_damaged_file_costs_at_most_its_step(
         assert_same(manager.restore(5)["state"], make_state(mesh, 5))
 
 
-@pytest.mark.parametrize(("kind", "at", "bit"), [("default/d/*", 18, 2), ("default/manifest.ocdbt", 14, 6)])
+@pytest.mark.parametrize(
+    ("kind", "at", "bit"), [("ocdbt.process_*merged/d/*", 18, 2), ("manifest.ocdbt", 14, 6)]
+)
 def test_a_flipped_bit_that_is_no_longer_a_tree_of_arrays_costs_its_step(
     intact: Path, mesh: Mesh, tmp_path: Path, kind: str, at: int, bit: int
 ) -> None:
     """TensorStore says so without a status, and it must not pass for a store that fails."""
     bucket = Path(shutil.copytree(intact, tmp_path / "bucket"))
-    for path in (bucket / "10").glob(kind):
+    files = list((bucket / "10/default").glob(kind))
+    assert files
+    for path in files:
         content = bytearray(path.read_bytes())
         content[at] ^= 1 << bit
         path.write_bytes(content)
