@@ -1,0 +1,57 @@
+"""Real jobs whose persistent directory is in a bucket: on a real S3 server, and on a fake of GCS."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+from typing import Any
+
+import boto3.session
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from tests.integration.bucket_job import save_lose_and_go_on
+from tests.integration.processes import run_job
+from tests.servers.environment import REGION, make_bucket, use_gcs, use_s3
+from tests.servers.fake_gcs import FakeGcs, running
+from tests.servers.shared_ceph import S3Server
+
+pytestmark = pytest.mark.server
+
+
+def test_a_job_on_s3_comes_back_from_the_bucket_and_orbax_reads_what_it_wrote(
+    s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, ramdisk: Path, tmp_path: Path
+) -> None:
+    bucket, keys = f"job-{uuid.uuid4().hex}", s3_server.users["owner"]
+    make_bucket(s3_server.endpoint, keys, bucket)
+    use_s3(monkeypatch, s3_server.endpoint, keys)
+    assert_lives(ramdisk, f"s3://{bucket}/runs")
+    session = boto3.session.Session(keys["access_key"], keys["secret_key"], region_name=REGION)
+    client = session.client("s3", endpoint_url=s3_server.endpoint)
+    download(client, bucket, "runs/job/checkpoints/12/", tmp_path)
+    restored = ocp.StandardCheckpointer().restore(tmp_path / "12/default")
+    np.testing.assert_array_equal(restored["count"], np.full((3,), 12, np.int32))
+
+
+def test_a_job_on_gcs_comes_back_from_the_bucket(monkeypatch: pytest.MonkeyPatch, ramdisk: Path) -> None:
+    with running(server := FakeGcs("jobs")):
+        use_gcs(monkeypatch, server.endpoint)
+        assert_lives(ramdisk, "gs://jobs/runs")
+
+
+def assert_lives(root: Path, url: str) -> None:
+    for first, second, third in run_job(save_lose_and_go_on, 2, str(root), url):
+        assert first["directory"] == f"{url}/job/checkpoints"
+        assert (first["start"], second["start"], third["start"]) == (0, 4, 8)
+        assert (second["source"], third["source"]) == ("persistent", "own slot")
+        assert [life["persistent"] for life in (first, second, third)] == [[3, 4], [6, 8], [9, 12]]
+
+
+def download(client: Any, bucket: str, prefix: str, into: Path) -> None:
+    """All objects below a prefix, as files."""
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+        for found in page["Contents"]:
+            path = into / found["Key"].split("/checkpoints/")[1]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            client.download_file(bucket, found["Key"], str(path))
