@@ -56,7 +56,9 @@ def test_a_small_run_measures_everything_for_both_managers(tmp_path: Path):
     assert ours["slice_lost_fetched_bytes"] == [figures["state_bytes_per_process"]]
     assert {each["streams"] for each in figures["fetches"]} == {1, 2, 4, 8}
     assert {each["processes"] for each in figures["plans"]} == {4, 8}
-    assert all(each["reached"] is not None for each in figures["targets"])
+    # Two loops of one step may take equally long, of which there is no ratio.
+    unknown = [each["target"] for each in figures["targets"] if each["reached"] is None]
+    assert [title for title in unknown if not title.startswith("train loop")] == []
     assert figures["environment"]["packages"]["orbax-checkpoint"]
     assert f"again: {figures['command']}" in done.stdout
 

@@ -17,6 +17,9 @@ from emergency_ckpt.persistent.object_store.operations import Limits
 
 _T = TypeVar("_T")
 
+# Of its own: a program that seeds Python's generator gets the same numbers whatever happens here.
+_JITTER = random.Random()
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Failure:
@@ -75,7 +78,7 @@ def repeated(
 def _pause(limits: Limits, tries: int) -> float:
     """Doubling from try to try, and different for each of many clients that were refused together."""
     shortest, longest = limits.pause_seconds
-    return random.uniform(0.5, 1.5) * min(shortest * 2**tries, longest)
+    return _JITTER.uniform(0.5, 1.5) * min(shortest * 2**tries, longest)
 
 
 def _after(error: PersistentStoreError, tries: int, seconds: float) -> PersistentStoreError:
