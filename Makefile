@@ -18,7 +18,7 @@ find_python = $(shell for python in python3.13 python3.12 python3.11 python3; do
 PYTHON ?= $(find_python)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv services demo test lint format explore survivors bench clean
+.PHONY: help venv services demo test long lint format explore survivors bench clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -46,6 +46,9 @@ demo: $(STAMP) ## train, lose a whole slice, come back (under 3 minutes)
 
 test: $(STAMP) ## all tests (options for pytest: PYTEST_ARGS="-x -k slots")
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+long: $(STAMP) ## the cases that `make test` leaves out, because it shows one of their kind
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile --long -m long $(PYTEST_ARGS)
 
 lint: $(STAMP) ## style, formatting and types
 	$(BIN)/ruff check .

@@ -37,12 +37,27 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+SMALL = ("--size-mib", "2", "--repeats", "1", "--loop-steps", "1", "--memory-saves", "20")
+
+
 @pytest.mark.slow
+def test_the_sections_that_are_asked_for_are_measured(tmp_path: Path):
+    written = tmp_path / "figures.json"
+    done = run(*SMALL, "--only", "save,plan", "--plan-processes", "4,8", "--json", str(written))
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(written.read_text())
+    for contender in (OURS, ORBAX):
+        measured = figures["summary"][contender].keys()
+        assert measured >= {name for name in BOTH if "save" in name}
+        assert "restore_seconds" not in measured
+    assert {each["processes"] for each in figures["plans"]} == {4, 8}
+
+
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_a_small_run_measures_everything_for_both_managers(tmp_path: Path):
     written = tmp_path / "figures.json"
-    small = ["--size-mib", "2", "--repeats", "1", "--loop-steps", "1", "--memory-saves", "20"]
-    done = run(*small, "--plan-processes", "4,8", "--json", str(written))
+    done = run(*SMALL, "--plan-processes", "4,8", "--json", str(written))
     assert done.returncode == 0, done.stderr
     figures = json.loads(written.read_text())
     for contender in (OURS, ORBAX):

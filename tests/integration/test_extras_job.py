@@ -35,7 +35,13 @@ def check_shared(life: list[Any], step: int) -> None:
     assert [answer["schedule"] for answer in life] == [f"schedule of {step}"] * count
 
 
-@pytest.mark.parametrize(("before", "after"), [((2, 4), (2, 2)), ((2, 2), (2, 4))], ids=["4 to 2", "2 to 4"])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        pytest.param((2, 4), (2, 2), id="4 to 2"),
+        pytest.param((2, 2), (2, 4), id="2 to 4", marks=pytest.mark.long),
+    ],
+)
 def test_declared_extras_come_back_on_another_number_of_processes(
     ramdisk: Path, before: tuple[int, int], after: tuple[int, int]
 ) -> None:

@@ -343,7 +343,7 @@ def test_one_slice_of_two_hosts_and_no_local_tier_work_as_well(tmp_path: Path) -
     assert off[3][1]["error"].startswith("PersistentStoreError: /nowhere does not exist or is empty")
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(1, 6))])
 def test_sigkill_of_a_slice_at_any_moment_loses_no_complete_step(ramdisk: Path, seed: int) -> None:
     """Whatever step any process said to be complete is restored at least, without the slice that was lost."""
     chance = random.Random(seed)

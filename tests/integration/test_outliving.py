@@ -113,7 +113,7 @@ def test_a_drain_that_runs_when_its_trainers_are_killed_goes_on_to_the_commit(ro
     assert_restored_without_ramdisks(root, 2, 10)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_the_newest_step_is_drained_when_all_trainers_are_killed(root: Path, processes: int) -> None:
     train_and_kill(root, processes, 6, ONLY_FIRST_PERSISTENT, {})
     wait_for(lambda: committed(root) == [1, 6], root)

@@ -12,7 +12,12 @@ from tests.integration.replicas_job import save_and_restore
 
 @pytest.mark.parametrize(
     ("leaf", "part"),
-    [("w", "w[0:16, 0:4]"), ("scale", "scale[0:16, 0:4]"), ("host", "host[0:5]"), ("lr", "lr")],
+    [
+        ("w", "w[0:16, 0:4]"),
+        ("lr", "lr"),
+        pytest.param("scale", "scale[0:16, 0:4]", marks=pytest.mark.long),
+        pytest.param("host", "host[0:5]", marks=pytest.mark.long),
+    ],
 )
 def test_of_three_slices_the_deviating_one_is_named_and_restores_from_the_others(
     ramdisk: Path, leaf: str, part: str

@@ -91,7 +91,12 @@ def test_a_loss_of_all_copies_of_a_shard_falls_back_to_the_persistent_step(ramdi
 
 @pytest.mark.parametrize(
     ("before", "after", "copies"),
-    [((2, 2), (1, 2), 1), ((1, 2), (2, 2), 1), ((2, 2), (1, 4), 2), ((1, 4), (2, 2), 1)],
+    [
+        ((1, 2), (2, 2), 1),
+        ((2, 2), (1, 4), 2),
+        pytest.param((2, 2), (1, 2), 1, marks=pytest.mark.long),
+        pytest.param((1, 4), (2, 2), 1, marks=pytest.mark.long),
+    ],
 )
 def test_ramdisks_restore_a_job_of_another_shape(
     ramdisk: Path, before: tuple[int, int], after: tuple[int, int], copies: int
