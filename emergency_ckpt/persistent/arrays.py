@@ -43,6 +43,7 @@ class WriteOptions:
         over 32 MiB is slower by half, since the C library gives their memory back after each.
       compression: "none" or "zstd".
       target_data_file_bytes: size at which OCDBT starts another data file; None for TensorStore's default.
+        `Files.data_file_bytes` counts where it is smaller, as in buckets.
       timeout_seconds: limit for each single wait for the store.
     """
 

@@ -40,6 +40,11 @@ class Files(Protocol):
     What `create`, `write`, `replace` and `rename` made is durable on return.
     """
 
+    @property
+    def data_file_bytes(self) -> int | None:
+        """The size beyond which writing several files is faster than one; None where it makes no difference."""
+        ...
+
     def locate(self, path: str = "") -> str:
         """The full path or URL, for messages and for other programs."""
         ...
@@ -117,6 +122,9 @@ class VersionedFiles(Files, Protocol):
 class ObjectFiles:
     """The files below a prefix of an object store."""
 
+    # One request puts an object, and one request is one stream; TensorStore has up to 32 of them on their way.
+    data_file_bytes: int | None = 32 * 1024**2
+
     def __init__(self, store: ObjectStore, prefix: str = ""):
         self.store = store
         self._prefix = prefix
@@ -184,6 +192,8 @@ class ObjectFiles:
 
 class LocalFiles(ObjectFiles):
     """A directory of a (possibly shared) POSIX file system, `answer_seconds` being the limit for each look."""
+
+    data_file_bytes = None
 
     def __init__(self, root: str | os.PathLike[str], answer_seconds: float = _ANSWER_SECONDS):
         super().__init__(FileSystemStore(root, answer_seconds))

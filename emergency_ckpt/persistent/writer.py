@@ -93,8 +93,10 @@ def write_part(
     files = store.attempt_files(attempt)
     found = {shard: tuple(checksums(shard)) for shard in shards}
     chunks = leaf_chunks(layout, options.max_chunk_bytes)
+    limits = (options.target_data_file_bytes, files.data_file_bytes)
     kvstore = ocdbt(
-        files.kvstore(f"{attempt.item}/{part_store_name(attempt, part)}"), options.target_data_file_bytes
+        files.kvstore(f"{attempt.item}/{part_store_name(attempt, part)}"),
+        min((limit for limit in limits if limit is not None), default=None),
     )
     context = new_context()
     for batch in _batches(layout, shards, options.concurrent_bytes):
