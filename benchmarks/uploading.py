@@ -16,7 +16,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -25,11 +24,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import boto3
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.bucket_contenders import MIB, Boto3, Bucket, Contender, Crt, Ours, make_state
+from benchmarks.own_server import own_server
 from benchmarks.samples import Samples, Spread
 from emergency_ckpt.persistent.attempts import Attempt
 from emergency_ckpt.persistent.object_store.operations import Limits
@@ -42,7 +41,6 @@ from emergency_ckpt.persistent.writer import read_part
 OURS = Ours.name
 DIRECTIONS = ("up", "down")
 _SLICES = (1, 2, 4)
-_READY_SECONDS = 150.0
 
 
 def measure(bucket: Bucket, nbytes: int, shard_bytes: int, rounds: int) -> Samples:
@@ -170,42 +168,6 @@ def _relay(upstream: str, bytes_per_second: float) -> Iterator[str]:
         yield f"127.0.0.1:{int(process.stdout.readline())}"
     finally:
         process.communicate(timeout=30)
-
-
-@contextlib.contextmanager
-def own_server() -> Iterator[Bucket]:
-    """A Ceph of our own, its data in memory, as long as this is open; AWS's settings lead to it."""
-    from tests.servers import ceph
-
-    if missing := ceph.missing_programs():
-        raise SystemExit(f"{', '.join(missing)} not installed: `make services`, or give --url s3://…")
-    directory = Path(tempfile.mkdtemp(prefix="emergency-ckpt-bench-s3-", dir="/dev/shm"))
-    keeper = subprocess.Popen(
-        [sys.executable, "-m", "tests.servers.ceph", str(directory), str(os.getpid())],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        ready = directory / ceph.READY_FILE
-        deadline = time.monotonic() + _READY_SECONDS
-        while not ready.exists():
-            if keeper.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit("Ceph did not start")
-            time.sleep(0.1)
-        found = json.loads(ready.read_text())
-        keys = found["users"]["owner"]
-        os.environ.update(
-            AWS_ENDPOINT_URL_S3=found["endpoint"],
-            AWS_REGION="us-east-1",
-            AWS_ACCESS_KEY_ID=keys["access_key"],
-            AWS_SECRET_ACCESS_KEY=keys["secret_key"],
-            AWS_EC2_METADATA_DISABLED="true",
-        )
-        boto3.client("s3").create_bucket(Bucket="bench")
-        yield Bucket("bench", "run")
-    finally:
-        keeper.terminate()
-        keeper.wait(60)
 
 
 def as_table(samples: Samples, nbytes: int) -> Table:

@@ -41,8 +41,8 @@ class Files(Protocol):
     """
 
     @property
-    def data_file_bytes(self) -> int | None:
-        """The size beyond which writing several files is faster than one; None where it makes no difference."""
+    def is_bucket(self) -> bool:
+        """Whether every file is an object that one request puts, and every read a request."""
         ...
 
     def locate(self, path: str = "") -> str:
@@ -122,8 +122,7 @@ class VersionedFiles(Files, Protocol):
 class ObjectFiles:
     """The files below a prefix of an object store."""
 
-    # One request puts an object, and one request is one stream; TensorStore has up to 32 of them on their way.
-    data_file_bytes: int | None = 32 * 1024**2
+    is_bucket: bool = True
 
     def __init__(self, store: ObjectStore, prefix: str = ""):
         self.store = store
@@ -193,7 +192,7 @@ class ObjectFiles:
 class LocalFiles(ObjectFiles):
     """A directory of a (possibly shared) POSIX file system, `answer_seconds` being the limit for each look."""
 
-    data_file_bytes = None
+    is_bucket = False
 
     def __init__(self, root: str | os.PathLike[str], answer_seconds: float = _ANSWER_SECONDS):
         super().__init__(FileSystemStore(root, answer_seconds))
