@@ -34,7 +34,7 @@ from emergency_ckpt.agent.job_pages import JobPages
 from emergency_ckpt.agent.memory import Order
 from emergency_ckpt.agent.orders import Registration
 from emergency_ckpt.agent.presence import Condition
-from emergency_ckpt.agent.sending import Body, Sender
+from emergency_ckpt.agent.sending import Body, Ending, Sender
 from emergency_ckpt.agent.slot_id import SlotId, is_layout_hash
 from emergency_ckpt.agent.slots_on_disk import SlotOnDisk, SlotsOnDisk
 from emergency_ckpt.agent.trainers import Trainers, is_trainer_id
@@ -308,12 +308,16 @@ class ShardServer:
             with self.trainers.in_use():
                 ending = await asyncio.shield(sending)
         except asyncio.CancelledError:
-            # The client went away: the thread that sends notices by itself, and has the place until then.
+            # The client went away, maybe with all of it. The thread that sends knows, and keeps its place.
             await asyncio.wait([sending])
+            if sending.exception() is None:
+                self._count_sent(sending.result(), body, began)
             raise
-        seconds = time.monotonic() - began
-        self.counters.count_answer(ending, body.shards, body.nbytes, seconds)
+        self._count_sent(ending, body, began)
         return response
+
+    def _count_sent(self, ending: Ending, body: Body, began: float) -> None:
+        self.counters.count_answer(ending, body.shards, body.nbytes, time.monotonic() - began)
 
     def _body(self, wanted: SlotId, asked: bytes) -> Body | None:
         """The pieces of a slot that were asked for; None where it is not here, or not usable.

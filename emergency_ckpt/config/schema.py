@@ -243,7 +243,8 @@ class Config(BaseModel):
     checkpoint_storage_target_data_file_size_bytes: Whole = Field(
         2_147_483_648,
         ge=0,
-        description="Size at which the writer begins a new data file. 0 sets no limit.",
+        description="Size at which the writer begins a new data file. 0 sets no limit. In buckets 32 MiB at"
+        " most, because every object is put by one request and many of them at a time are faster.",
     )
     checkpoint_storage_use_ocdbt: bool = Field(
         True, description="Write arrays into OCDBT stores. Checkpoints are always written so."

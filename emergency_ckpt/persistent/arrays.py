@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,14 @@ from emergency_ckpt.persistent.object_store.failures import tensorstore_failure
 
 COMPRESSIONS = ("none", "zstd")
 _INLINE_BYTES = 1024
+# A request puts an object, and a request is one stream: TensorStore has up to 32 of them on their way.
+_OBJECT_BYTES = 32 * 1024**2
+# Chunks that follow each other come by one request: a thousand small leaves by some dozen.
+_JOINED_READS = {
+    "experimental_read_coalescing_threshold_bytes": 64 * 1024,
+    "experimental_read_coalescing_merged_bytes": 8 * 1024**2,
+    "experimental_read_coalescing_interval": "10ms",
+}
 _NODE_CACHE_BYTES = 64 * 1024 * 1024
 _DAMAGE = ("DATA_LOSS", "FAILED_PRECONDITION", "NOT_FOUND", "OUT_OF_RANGE", "INVALID_ARGUMENT")
 # TensorStore says every status but INVALID_ARGUMENT at the beginning of its message.
@@ -42,7 +50,8 @@ class WriteOptions:
       max_chunk_bytes: upper bound of a chunk, which is the smallest piece that can be read. Reading chunks of
         over 32 MiB is slower by half, since the C library gives their memory back after each.
       compression: "none" or "zstd".
-      target_data_file_bytes: size at which OCDBT starts another data file; None for TensorStore's default.
+      target_data_file_bytes: size at which OCDBT starts another data file; None for TensorStore's default. In
+        buckets 32 MiB at most.
       timeout_seconds: limit for each single wait for the store.
     """
 
@@ -69,7 +78,9 @@ def new_context() -> ts.Context:
     )
 
 
-def ocdbt(base: dict[str, Any], target_data_file_bytes: int | None = None) -> dict[str, Any]:
+def ocdbt(
+    base: dict[str, Any], target_data_file_bytes: int | None = None, *, in_bucket: bool = False
+) -> dict[str, Any]:
     """TensorStore's specification of the OCDBT store in a key-value store, such as `Files.kvstore` names.
 
     Values of up to 1 KiB, array metadata among them, lie inside the tree nodes, which carry checksums.
@@ -80,6 +91,9 @@ def ocdbt(base: dict[str, Any], target_data_file_bytes: int | None = None) -> di
         "cache_pool": "cache_pool#ocdbt",
         "config": {"max_inline_value_bytes": _INLINE_BYTES},
     }
+    if in_bucket:
+        target_data_file_bytes = min(target_data_file_bytes or _OBJECT_BYTES, _OBJECT_BYTES)
+        spec |= _JOINED_READS
     if target_data_file_bytes is not None:
         spec["target_data_file_size"] = target_data_file_bytes
     return spec
@@ -110,6 +124,47 @@ def array_spec(
             "codecs": codecs,
         },
     }
+
+
+def new_arrays(
+    kvstore: dict[str, Any],
+    wanted: Sequence[tuple[LeafSpec, tuple[int, ...]]],
+    compression: str,
+    context: ts.Context,
+    transaction: ts.Transaction,
+    what: str,
+    timeout_seconds: float,
+) -> list[Any]:
+    """Arrays to write into, one for each leaf with its chunk shape, in a store that no other writer has.
+
+    Their descriptions go into the transaction. The store is not asked whether it has them, which would be a
+    request for each array. Raises as `settle` does.
+    """
+    leaves = {leaf.name: (leaf, chunk) for leaf, chunk in wanted}
+    memory = ts.Context()
+    in_memory: dict[str, Any] = {"driver": "memory"}
+    made = [
+        ts.open(array_spec(in_memory, *each, compression), create=True, context=memory)
+        for each in leaves.values()
+    ]
+    settle(made, what, timeout_seconds)
+    stores = [ts.KvStore.open(in_memory, context=memory), ts.KvStore.open(kvstore, context=context)]
+    described, store = settle(stores, what, timeout_seconds)
+    found = settle([described.read(_described(name)) for name in leaves], what, timeout_seconds)
+    store = store.with_transaction(transaction)
+    texts = zip(leaves, found, strict=True)
+    settle([store.write(_described(name), each.value) for name, each in texts], what, timeout_seconds)
+    specs = [array_spec(kvstore, leaf, chunk, compression) for leaf, chunk in wanted]
+    opened = [
+        ts.open(spec, open=True, assume_metadata=True, context=context, transaction=transaction)
+        for spec in specs
+    ]
+    return settle(opened, what, timeout_seconds)
+
+
+def _described(name: str) -> str:
+    """Where zarr has the description of an array."""
+    return f"{name}/zarr.json"
 
 
 def storage_dtype(name: str) -> np.dtype:

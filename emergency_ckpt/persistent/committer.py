@@ -21,8 +21,8 @@ from emergency_ckpt.core.values import Value, captured
 from emergency_ckpt.errors import CorruptDataError, PersistentStoreError
 from emergency_ckpt.persistent.arrays import (
     WriteOptions,
-    array_spec,
     leaf_chunks,
+    new_arrays,
     new_context,
     ocdbt,
     settle,
@@ -199,12 +199,8 @@ def _write_numbers(
     what = f"writing the {len(numbers)} scalars of {attempt}"
     kvstore = ocdbt(files.kvstore(directory))
     transaction = ts.Transaction()
-    specs = [array_spec(kvstore, LeafSpec(n, (), a.dtype.name), (), "none") for n, a in numbers.items()]
-    opened = settle(
-        (ts.open(spec, create=True, context=context, transaction=transaction) for spec in specs),
-        what,
-        options.timeout_seconds,
-    )
+    leaves = [(LeafSpec(name, (), number.dtype.name), ()) for name, number in numbers.items()]
+    opened = new_arrays(kvstore, leaves, "none", context, transaction, what, options.timeout_seconds)
     settle(
         [array.write(data).copy for array, data in zip(opened, numbers.values(), strict=True)],
         what,

@@ -40,6 +40,11 @@ class Files(Protocol):
     What `create`, `write`, `replace` and `rename` made is durable on return.
     """
 
+    @property
+    def is_bucket(self) -> bool:
+        """Whether every file is an object that one request puts, and every read a request."""
+        ...
+
     def locate(self, path: str = "") -> str:
         """The full path or URL, for messages and for other programs."""
         ...
@@ -117,6 +122,8 @@ class VersionedFiles(Files, Protocol):
 class ObjectFiles:
     """The files below a prefix of an object store."""
 
+    is_bucket: bool = True
+
     def __init__(self, store: ObjectStore, prefix: str = ""):
         self.store = store
         self._prefix = prefix
@@ -184,6 +191,8 @@ class ObjectFiles:
 
 class LocalFiles(ObjectFiles):
     """A directory of a (possibly shared) POSIX file system, `answer_seconds` being the limit for each look."""
+
+    is_bucket = False
 
     def __init__(self, root: str | os.PathLike[str], answer_seconds: float = _ANSWER_SECONDS):
         super().__init__(FileSystemStore(root, answer_seconds))

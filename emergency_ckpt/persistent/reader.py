@@ -353,10 +353,11 @@ class StepReader:
 
     def _spec(self, name: str) -> dict[str, Any]:
         if self.side is not None:
-            kvstore = ocdbt(self._files.kvstore(self.item))
+            kvstore = ocdbt(self._files.kvstore(self.item), in_bucket=self._files.is_bucket)
             return array_spec(kvstore, self.leaves[name], self._chunks[name], self.side.compression)
         if self._tree.ocdbt:
-            kvstore = {**ocdbt(self._files.kvstore(self.item)), "path": f"{name}/"}
+            kvstore = ocdbt(self._files.kvstore(self.item), in_bucket=self._files.is_bucket)
+            kvstore["path"] = f"{name}/"
             del kvstore["config"]
         else:
             kvstore = self._files.kvstore(f"{self.item}/{name}".lstrip("/"))

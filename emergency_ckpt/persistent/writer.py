@@ -19,8 +19,8 @@ from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.errors import CorruptDataError, PersistentStoreError
 from emergency_ckpt.persistent.arrays import (
     WriteOptions,
-    array_spec,
     leaf_chunks,
+    new_arrays,
     new_context,
     ocdbt,
     settle,
@@ -94,28 +94,21 @@ def write_part(
     found = {shard: tuple(checksums(shard)) for shard in shards}
     chunks = leaf_chunks(layout, options.max_chunk_bytes)
     kvstore = ocdbt(
-        files.kvstore(f"{attempt.item}/{part_store_name(attempt, part)}"), options.target_data_file_bytes
+        files.kvstore(f"{attempt.item}/{part_store_name(attempt, part)}"),
+        options.target_data_file_bytes,
+        in_bucket=files.is_bucket,
     )
     context = new_context()
     for batch in _batches(layout, shards, options.concurrent_bytes):
         transaction = ts.Transaction()
         what = f"writing {attempt}, part {part}, {len(batch)} shards from {layout.shards[batch[0]]}"
-        opened = settle(
-            (
-                ts.open(
-                    array_spec(
-                        kvstore,
-                        layout.leaf[layout.shards[i].leaf],
-                        chunks[layout.shards[i].leaf],
-                        options.compression,
-                    ),
-                    open=True,
-                    create=True,
-                    context=context,
-                    transaction=transaction,
-                )
-                for i in batch
-            ),
+        leaves = [layout.leaf[layout.shards[index].leaf] for index in batch]
+        opened = new_arrays(
+            kvstore,
+            [(leaf, chunks[leaf.name]) for leaf in leaves],
+            options.compression,
+            context,
+            transaction,
             what,
             options.timeout_seconds,
         )

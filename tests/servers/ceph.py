@@ -150,6 +150,10 @@ osd objectstore = memstore
 memstore device bytes = 4294967296
 [client.rgw]
 rgw data = {directory}/rgw
+# What is deleted gives its memory back at once, not after two hours.
+rgw gc obj min wait = 1
+rgw gc processor period = 1
+rgw gc processor max time = 1
 # Without the option each answer waits 40 ms for the client's delayed acknowledgement.
 rgw frontends = beast endpoint=127.0.0.1:{self._http_port} tcp_nodelay=1
 """

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 
+import numpy as np
 import pytest
 
 from emergency_ckpt.core.lineage import Activation, StepId
 from emergency_ckpt.errors import CorruptDataError, PersistentStoreError
+from emergency_ckpt.persistent.arrays import WriteOptions
 from emergency_ckpt.persistent.attempts import Attempt
 from emergency_ckpt.persistent.committer import commit, commit_stages
 from emergency_ckpt.persistent.files import ObjectFiles
@@ -99,6 +101,19 @@ def test_of_attempts_that_race_a_whole_one_is_left(store: PersistentStore) -> No
         thread.join()
     assert any(not isinstance(each, PersistentStoreError) for each in told), told
     assert content_of(store) == {StepId(1, 50): 5}
+
+
+def test_a_large_part_becomes_objects_that_are_put_side_by_side(store: PersistentStore, place: Place) -> None:
+    """Whatever size of data files is asked for: one request is one stream."""
+    arrays = {"w": np.random.default_rng(3).integers(0, 256, (6, 16 * 1024**2), np.uint8)}
+    attempt = Attempt(store.mint_generation(0, None), 80, "default")
+    options = WriteOptions(target_data_file_bytes=2 * 1024**3)
+    save(store, attempt, arrays, layout=layout_of(arrays), options=options)
+    pages = place.store.list_pages(f"{place.prefix}80/")
+    sizes = [info.size / 1024**2 for page in pages for info in page.objects]
+    large = sorted(round(size) for size in sizes if size > 1)
+    assert large == [12, 12, 36, 36], "two writers have 48 MiB each, in chunks of 12 MiB"
+    assert_same(read_shards(store.open_step(store.steps()[0])), arrays)
 
 
 def test_a_mixture_of_attempts_is_damage(store: PersistentStore) -> None:
