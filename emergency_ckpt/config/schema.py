@@ -90,7 +90,7 @@ class Config(BaseModel):
     checkpoint_period: Whole = Field(
         10_000,
         ge=0,
-        description="Steps between two checkpoints in the persistent tier. 0 where a backup interval says it all.",
+        description="Steps between two checkpoints in the persistent tier. 0 where a backup interval says all.",
     )
     max_num_checkpoints_to_keep: Count | None = Field(
         None,

@@ -1,4 +1,4 @@
-"""When a step of the ramdisks is backed up: at an interval of time or of steps since the newest persistent step.
+"""When a step of the ramdisks is backed up: at an interval of time or of steps since the last persistent one.
 
 Pure arithmetic. One process decides by it, because clocks differ, and the others take its word.
 """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -38,7 +40,7 @@ def test_by_time_no_two_are_nearer_than_the_interval_and_none_is_later_than_the_
             chosen.append(step)
             last = LastBackup(step, now)
     assert chosen[:1] == ([0] if times else [])  # With no backup there is nothing to wait for.
-    for one, other in zip(chosen, chosen[1:], strict=False):
+    for one, other in itertools.pairwise(chosen):
         assert times[other] - times[one] >= interval
         assert all(times[between] - times[one] < interval for between in range(one + 1, other))
 
