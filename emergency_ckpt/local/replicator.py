@@ -1,7 +1,7 @@
 """Files that GKE's checkpoint replicator, or Orbax for it, keeps in the local directory of a multi-tier volume.
 
-Where it begins to work on a directory it removes what it does not know, our slots too: nothing of ours may begin
-there. The file names are those of GoogleCloudPlatform/checkpoint-replicator and of Orbax's
+Where it begins to work on a directory it removes what it does not know, our slots too: nothing of ours may
+begin there. The file names are those of GoogleCloudPlatform/checkpoint-replicator and of Orbax's
 multi-tier initialization.
 """
 
@@ -31,8 +31,8 @@ def refuse_replicator(directory: Path) -> None:
     raise LocalDirectoryError(
         f"{directory} is in use by GKE's checkpoint replicator: it holds {', '.join(found[:5])}"
         f"{f' and {len(found) - 5} more' if len(found) > 5 else ''}. The replicator removes what it does not "
-        "know there, and backups are made here by this package's agents. Let nothing start it for this job (Orbax's "
-        "initialize_multi_tier_checkpointing does, and MaxText's own multi-tier start: call "
+        "know there, and backups are made here by this package's agents. Let nothing start it for this job "
+        "(Orbax's initialize_multi_tier_checkpointing does, and MaxText's own multi-tier start: call "
         "emergency_ckpt.initialize_distributed instead), and remove these files; or go on with Orbax's "
         "ReplicatorCheckpointManager. The checkpoints among them are the replicator's: this package does not "
         "read them."

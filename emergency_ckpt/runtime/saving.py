@@ -363,7 +363,7 @@ class SavePipeline(Worker[_Task]):
         job.local.settle(task.step, outcome)
 
     def _pin(self, step: StepId) -> int | None:
-        """The slot of the newest complete step, which nobody overwrites before it is pinned; None if it is gone.
+        """The slot of the newest complete step, which nobody overwrites before it is pinned; None if gone.
 
         All processes take part in its drain all the same.
         """

@@ -1,4 +1,4 @@
-"""Backups of local steps: by a clock, after a restart, after a store that failed, beside steps of the period."""
+"""Backups of local steps: by a clock, after a restart, after a store failed, beside steps of the period."""
 
 from __future__ import annotations
 
