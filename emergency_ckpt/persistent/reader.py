@@ -126,6 +126,11 @@ class StepReader:
         return self._files.locate()
 
     @property
+    def files(self) -> Files:
+        """What lies in the step's directory."""
+        return self._files
+
+    @property
     def verified(self) -> bool:
         """Whether what is read is checked; only steps written by this package carry checksums."""
         return self.side is not None

@@ -1,4 +1,4 @@
-"""What is read from a bucket at a time stays within the limit, counted by a proxy that holds the answers back."""
+"""What is read from a bucket at a time stays within the limit, counted by a proxy that holds answers back."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Checkpoints in buckets, ours and plain Orbax's: parameters onto another mesh, compression, and Orbax in place.
+"""Checkpoints in buckets, ours and plain Orbax's: parameters onto another mesh, compression, Orbax in place.
 
-Orbax reaches gs:// through etils and gcsfs; where gcsfs is not installed, what it would have written is copied into
-the bucket as files, and its reading in place is skipped. It cannot reach s3:// at all.
+Plain Orbax reaches gs:// through etils and gcsfs, and cannot write to s3://. What it wrote as files is copied into
+both kinds of bucket; where gcsfs is installed, it also writes to, and reads from, the fake of GCS in place.
 """
 
 from __future__ import annotations
