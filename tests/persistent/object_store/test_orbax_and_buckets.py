@@ -1,7 +1,7 @@
 """Checkpoints in buckets, ours and plain Orbax's: parameters onto another mesh, compression, Orbax in place.
 
-Plain Orbax reaches gs:// through etils and gcsfs, and cannot write to s3://. What it wrote as files is copied into
-both kinds of bucket; where gcsfs is installed, it also writes to, and reads from, the fake of GCS in place.
+Plain Orbax reaches gs:// through etils and gcsfs, and cannot write to s3://. What it wrote as files is copied
+into both kinds of bucket; where gcsfs is installed, it also works on the fake of GCS in place.
 """
 
 from __future__ import annotations
