@@ -7,6 +7,7 @@ processes of the job make the same calls in the same order.
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +18,7 @@ from orbax.checkpoint.checkpoint_manager import RootMetadata, StepMetadata
 from orbax.checkpoint.experimental.emergency import checkpoint_manager as orbax_emergency
 
 from emergency_ckpt.core.copies import Survivable, survivable
+from emergency_ckpt.core.locations import is_url
 from emergency_ckpt.core.schedule import Due
 from emergency_ckpt.errors import (
     ConfigError,
@@ -26,7 +28,10 @@ from emergency_ckpt.errors import (
 )
 from emergency_ckpt.jaxio.preemption import PreemptionQuery
 from emergency_ckpt.jaxio.state import without_arrays
+from emergency_ckpt.persistent.files import ObjectFiles
+from emergency_ckpt.persistent.object_store.opening import check_location, open_files
 from emergency_ckpt.runtime.arguments import plain_metadata, step_number
+from emergency_ckpt.runtime.bucket_datasets import BucketDatasets
 from emergency_ckpt.runtime.datasets import DatasetDirectory
 from emergency_ckpt.runtime.declared_extras import GlobalExtras as GlobalExtras
 from emergency_ckpt.runtime.declared_extras import ReshardedExtras as ReshardedExtras
@@ -94,7 +99,8 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
           logger: Orbax's `AbstractLogger`; its `log_entry` gets a dict per event (save, drain, restore, start).
           item_handlers, handler_registry: Orbax's handlers of items other than the state.
           persistent_non_replicated_directory: where the item `dataset` of persistent steps goes as well, in a
-            plain Orbax checkpoint of its own; for items that are too large for the step's commit.
+            plain Orbax checkpoint of its own; for items that are too large for the step's commit. A directory
+            that all processes reach, or a `gs://` or `s3://` URL.
 
         Raises ConfigError for options that are not supported, TopologyError, UnsupportedStateError,
         LocalDirectoryError, LocalCapacityError, ForeignRunError or PersistentStoreError; PeerFailedError when
@@ -108,10 +114,19 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
             logger,
         )
         self._start(settings, global_mesh, abstract_state, ItemHandlers(item_handlers, handler_registry))
-        if persistent_non_replicated_directory is not None:
-            self._datasets = DatasetDirectory(
-                persistent_non_replicated_directory, options, item_handlers, handler_registry
-            )
+        if persistent_non_replicated_directory is None:
+            return
+        where = os.fspath(persistent_non_replicated_directory)
+        if is_url(where):
+            files = open_files(check_location(where))
+            assert isinstance(files, ObjectFiles)
+            try:
+                self._datasets = BucketDatasets(files, self._engine.job, self._handlers, settings.drain_timeout)
+            except BaseException:
+                self.close()
+                raise
+        else:
+            self._datasets = DatasetDirectory(where, options, item_handlers, handler_registry)
 
     @classmethod
     def from_config(cls, config: Config, mesh: jax.sharding.Mesh, abstract_state: PyTree) -> CheckpointManager:
@@ -151,7 +166,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         self._load_parameters_path = ""
         self._save_on_completion = True
         self._handlers = handlers or ItemHandlers()
-        self._datasets: DatasetDirectory | None = None
+        self._datasets: DatasetDirectory | BucketDatasets | None = None
         self._engine = Engine(settings, mesh, abstract_state)
         self._preemption = PreemptionQuery()
         self._last_restore: RestoreReport | None = None

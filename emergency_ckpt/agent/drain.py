@@ -146,7 +146,13 @@ class DrainWorker(Worker[_Request]):
     def __init__(self, job: DrainJob) -> None:
         self._job = job
         self._ordinals = itertools.count()
+        self._newest_committed: StepId | None = None
         super().__init__("drain", self._do)
+
+    @property
+    def newest_committed(self) -> StepId | None:
+        """The step whose drain was the last to be committed; None before the first."""
+        return self._newest_committed
 
     def drain(self, step: StepId, slot: int | None) -> None:
         """Drains the sealed `step` from `slot`, which the caller has pinned; the worker unpins it.
@@ -178,6 +184,7 @@ class DrainWorker(Worker[_Request]):
             )
         )
         if verdict.result == "committed":
+            self._newest_committed = request.step
             self._call_back(request.step)
 
     def _drain(self, request: _Request) -> tuple[Verdict, int]:

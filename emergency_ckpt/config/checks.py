@@ -33,6 +33,8 @@ _NEED_LOCAL_TIER = (
     "checkpoint_agent_tls_ca",
     "checkpoint_agent_idle_seconds",
     "agent_flush_on_trainer_exit",
+    "multi_tier_checkpointing_backup_interval_minutes",
+    "multi_tier_checkpointing_backup_interval_steps",
 )
 
 _STORES = ("s3://", "gs://")
@@ -51,7 +53,7 @@ def inactive_flags(config: Config) -> list[str]:
 def advice(config: Config) -> list[str]:
     """Sentences about settings that work but are hardly what anybody wants."""
     lines: list[str] = []
-    if config.saves_locally and config.local_checkpoint_period > config.checkpoint_period:
+    if config.saves_locally and 0 < config.checkpoint_period < config.local_checkpoint_period:
         lines.append(
             f"{_said(config, 'local_checkpoint_period')} is longer than {_said(config, 'checkpoint_period')}: "
             "the local tier is there to be saved to more often than persistent storage."
@@ -121,15 +123,12 @@ def _backups(config: Config) -> Iterator[str]:
     said_steps = _said(config, "multi_tier_checkpointing_backup_interval_steps")
     if minutes and steps:
         yield f"{said_minutes} and {said_steps} exclude each other. Set one of them to None."
-    if not config.enable_multi_tier_checkpointing:
-        return
-    on = _said(config, "enable_multi_tier_checkpointing")
-    if not minutes and not steps:
+    if config.enable_multi_tier_checkpointing and not minutes and not steps:
         yield (
-            f"{on}, but {said_minutes} and {said_steps}. "
+            f"{_said(config, 'enable_multi_tier_checkpointing')}, but {said_minutes} and {said_steps}. "
             "Set exactly one of the two backup intervals, or enable_multi_tier_checkpointing=False."
         )
-    if steps and steps < config.local_checkpoint_period:
+    if config.saves_locally and steps and steps < config.local_checkpoint_period:
         yield (
             f"{said_steps} is shorter than {_said(config, 'local_checkpoint_period')}, but a backup copies a "
             "local step. Set the interval to at least local_checkpoint_period."
@@ -145,10 +144,11 @@ def _persistent_tier(config: Config) -> Iterator[str]:
         )
     if not config.enable_checkpointing:
         return
-    if config.checkpoint_period == 0:
+    if config.checkpoint_period == 0 and not config.backs_up:
         yield (
             f"{_said(config, 'enable_checkpointing')}, but {_said(config, 'checkpoint_period')} saves no step. "
-            "Set checkpoint_period to a number of steps, or enable_checkpointing=False."
+            "Set checkpoint_period to a number of steps (in the local tier a backup interval will do), or "
+            "enable_checkpointing=False."
         )
     if config.base_output_directory and not config.run_name:
         yield (
@@ -178,18 +178,6 @@ def _restoring(config: Config) -> Iterator[str]:
 
 
 def _inactive(config: Config) -> Iterator[str]:
-    if config.enable_multi_tier_checkpointing:
-        yield (
-            f"{_said(config, 'enable_multi_tier_checkpointing')} is active in part: initialize_distributed "
-            "waits for jax-init-info.txt; use enable_emergency_checkpoint=True for checkpoints in the local "
-            "tier and checkpoint_period for those in the persistent tier."
-        )
-    for flag in (
-        "multi_tier_checkpointing_backup_interval_minutes",
-        "multi_tier_checkpointing_backup_interval_steps",
-    ):
-        if getattr(config, flag):
-            yield f"{_said(config, flag)} does nothing yet: checkpoint_period says what becomes persistent."
     if config.mtc_data_parallelism:
         yield (
             f"{_said(config, 'mtc_data_parallelism')} does nothing yet: "
@@ -200,7 +188,7 @@ def _inactive(config: Config) -> Iterator[str]:
             f"{_said(config, 'enable_checkpoint_cloud_logger')} does nothing yet: events go to the log; "
             "with checkpoint_log_format=json a log agent can collect them."
         )
-    if config.enable_emergency_checkpoint and config.local_save_during_drain != "pause":
+    if config.saves_locally and config.local_save_during_drain != "pause":
         yield (
             f"{_said(config, 'local_save_during_drain')} does nothing yet: local saves that find no free slot "
             "while one is drained are skipped, as with pause."
@@ -217,7 +205,7 @@ def _inactive(config: Config) -> Iterator[str]:
             )
         else:
             yield f"{on} does nothing while {_said(config, 'enable_checkpointing')}."
-    if not config.enable_emergency_checkpoint:
+    if not config.saves_locally:
         off = _said(config, "enable_emergency_checkpoint")
         fields = type(config).model_fields
         for flag in _NEED_LOCAL_TIER:

@@ -88,7 +88,9 @@ class Config(BaseModel):
         "has left the device. If False, save() returns when the checkpoint is in persistent storage.",
     )
     checkpoint_period: Whole = Field(
-        10_000, ge=0, description="Steps between two checkpoints in the persistent tier."
+        10_000,
+        ge=0,
+        description="Steps between two checkpoints in the persistent tier. 0 where a backup interval says all.",
     )
     max_num_checkpoints_to_keep: Count | None = Field(
         None,
@@ -282,14 +284,18 @@ class Config(BaseModel):
     # Multi-tier checkpointing (MaxText's successor of the emergency flags).
     enable_multi_tier_checkpointing: bool = Field(
         False,
-        description="Keep checkpoints in the local tier and back them up to the persistent tier at an interval "
-        "of its own. Needs local_checkpoint_directory, local_checkpoint_period and one backup interval.",
+        description="The local tier, as with enable_emergency_checkpoint, on a multi-tier volume of GKE. Needs "
+        "local_checkpoint_directory, local_checkpoint_period and one backup interval.",
     )
     multi_tier_checkpointing_backup_interval_minutes: Interval = Field(
-        None, description="Minutes between two backups. Exclusive with the interval in steps."
+        None,
+        description="The first local step when so many minutes have passed since the newest persistent one is "
+        "copied to the persistent tier from the ramdisks. Exclusive with the interval in steps.",
     )
     multi_tier_checkpointing_backup_interval_steps: Interval = Field(
-        None, description="Steps between two backups. Exclusive with the interval in minutes."
+        None,
+        description="The first local step at or beyond each multiple of so many steps is copied to the "
+        "persistent tier from the ramdisks. Exclusive with the interval in minutes.",
     )
     mtc_data_parallelism: Whole = Field(
         0, ge=0, description="Number of identical replicas in the job. 0 means one per slice."
@@ -337,7 +343,14 @@ class Config(BaseModel):
     @property
     def saves_locally(self) -> bool:
         """Whether the local tier is in use."""
-        return self.enable_checkpointing and self.enable_emergency_checkpoint
+        wanted = self.enable_emergency_checkpoint or self.enable_multi_tier_checkpointing
+        return self.enable_checkpointing and wanted
+
+    @property
+    def backs_up(self) -> bool:
+        """Whether local steps become persistent at an interval of their own."""
+        minutes = self.multi_tier_checkpointing_backup_interval_minutes
+        return self.saves_locally and bool(minutes or self.multi_tier_checkpointing_backup_interval_steps)
 
     def flags(self) -> dict[str, Any]:
         """Every flag with its value, in the order of the schema."""

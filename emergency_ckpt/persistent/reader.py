@@ -37,6 +37,7 @@ from emergency_ckpt.persistent.arrays import (
     settle_reads,
     storage_dtype,
 )
+from emergency_ckpt.persistent.box_cuts import cut_box
 from emergency_ckpt.persistent.fields import parsed
 from emergency_ckpt.persistent.files import Files
 from emergency_ckpt.persistent.object_store.opening import open_files
@@ -62,6 +63,8 @@ from emergency_ckpt.persistent.tree_metadata import (
 )
 
 _OPENED_AT_ONCE = 256
+# A box that is larger than what may be in flight is read in pieces, so many of them at a time.
+_PIECES_AT_ONCE = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +77,13 @@ class BoxRequest:
     leaf: str
     box: Box
     out: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece(BoxRequest):
+    """What one read gives. `completes`: the request that is whole when this piece and those before it are."""
+
+    completes: BoxRequest | None
 
 
 class StepReader:
@@ -114,6 +124,11 @@ class StepReader:
     def path(self) -> str:
         """The step's directory."""
         return self._files.locate()
+
+    @property
+    def files(self) -> Files:
+        """What lies in the step's directory."""
+        return self._files
 
     @property
     def verified(self) -> bool:
@@ -252,7 +267,7 @@ class StepReader:
         timeout_seconds: float = 1800.0,
         is_stopped: Callable[[], bool] | None = None,
     ) -> None:
-        """Reads boxes into their arrays, at most `concurrent_bytes` of them at a time (one at least).
+        """Reads boxes into their arrays, at most `concurrent_bytes` of them at a time (a chunk at least).
 
         When it raises, nothing in the arrays may be used; no read is left running but after a time-out. Once
         `is_stopped` says so, no further read begins, and it raises PersistentStoreError.
@@ -265,25 +280,26 @@ class StepReader:
             self._check_request(request)
         self._open(dict.fromkeys(request.leaf for request in requests))
         deadline = time.monotonic() + timeout_seconds
-        running: collections.deque[tuple[BoxRequest, Any]] = collections.deque()
+        running: collections.deque[tuple[_Piece, Any]] = collections.deque()
         running_bytes = 0
         failure: EmergencyCheckpointError | None = None
-        waiting = collections.deque(requests)
+        waiting = collections.deque(p for each in requests for p in self._pieces(each, concurrent_bytes))
         while running or (waiting and failure is None):
             if failure is None and is_stopped is not None and is_stopped():
                 failure = PersistentStoreError(f"reading {self.path} was stopped: nobody wants it any more")
             fits = bool(waiting) and running_bytes + waiting[0].out.nbytes <= concurrent_bytes
             if waiting and failure is None and (fits or not running):
-                request = waiting.popleft()
-                running.append((request, self._start(request)))
-                running_bytes += request.out.nbytes
+                piece = waiting.popleft()
+                running.append((piece, self._start(piece)))
+                running_bytes += piece.out.nbytes
                 continue
-            request, future = running.popleft()
-            running_bytes -= request.out.nbytes
+            piece, future = running.popleft()
+            running_bytes -= piece.out.nbytes
             try:
-                what = self._where(request)
+                what = self._where(piece)
                 settle_reads([future], what, max(deadline - time.monotonic(), 0.001))
-                self._verify(request, what)
+                if piece.completes is not None:
+                    self._verify(piece.completes, self._where(piece.completes))
             except (CorruptDataError, PersistentStoreError) as error:
                 failure = failure or error
         if failure is not None:
@@ -410,6 +426,20 @@ class StepReader:
                 f" {leaf.dtype}{list(request.box.shape)}; the array for it is {out.dtype}{list(out.shape)},"
                 f" C-contiguous: {out.flags.c_contiguous}"
             )
+
+    def _pieces(self, request: BoxRequest, most_bytes: int) -> list[_Piece]:
+        """What is read at once: the box, or several pieces, the last of which makes the box whole."""
+        box, out = request.box, request.out
+        boxes = [box]
+        if out.nbytes > most_bytes:
+            chunk = self._arrays[request.leaf].chunk_layout.read_chunk.shape
+            boxes = cut_box(box, chunk, out.itemsize, max(most_bytes // _PIECES_AT_ONCE, 1))
+        pieces = []
+        for number, each in enumerate(boxes, 1):
+            inside = (slice(a - o, b - o) for a, b, o in zip(each.start, each.stop, box.start, strict=True))
+            is_last = number == len(boxes)
+            pieces.append(_Piece(request.leaf, each, out[(*inside, ...)], request if is_last else None))
+        return pieces
 
     def _start(self, request: BoxRequest) -> Any:
         stored = storage_dtype(self.leaves[request.leaf].dtype)

@@ -20,8 +20,8 @@ from emergency_ckpt.persistent.bounded import within
 from emergency_ckpt.runtime.items import DATASET
 
 # What Orbax calls an item that is a whole step.
-_ONLY_ITEM = "default"
-_WAIT_SECONDS = 1800.0
+ONLY_ITEM = "default"
+WAIT_SECONDS = 1800.0
 
 
 class DatasetDirectory:
@@ -41,11 +41,11 @@ class DatasetDirectory:
         options = options or orbax_emergency.CheckpointManagerOptions()
         self._directory = directory
         given = options.async_options
-        self._wait_seconds = float(given.timeout_secs) if given is not None else _WAIT_SECONDS
+        self._wait_seconds = float(given.timeout_secs) if given is not None else WAIT_SECONDS
         # With handlers by name Orbax takes items by name only.
         self._names = set(item_handlers) if isinstance(item_handlers, Mapping) else None
         if isinstance(item_handlers, Mapping):
-            item_handlers = {_ONLY_ITEM if name == DATASET else name: h for name, h in item_handlers.items()}
+            item_handlers = {ONLY_ITEM if name == DATASET else name: h for name, h in item_handlers.items()}
         self._manager = ocp.CheckpointManager(
             epath.Path(directory),
             options=ocp.CheckpointManagerOptions(
@@ -98,7 +98,7 @@ class DatasetDirectory:
         """The dataset of one of `steps`."""
         named = self._named(args)
         restored = self._manager.restore(step, args=named)
-        return restored if named is args else restored[_ONLY_ITEM]
+        return restored if named is args else restored[ONLY_ITEM]
 
     def delete_void(self, restored: int, persistent: Collection[int]) -> None:
         """Deletes the datasets of the steps that a restore has left behind; `persistent` as in `save`."""
@@ -120,7 +120,7 @@ class DatasetDirectory:
                 f"item_handlers name {sorted(self._names)}, and not {DATASET!r}, which has a directory of its "
                 f"own; add its handler: {{{DATASET!r}: …}}"
             )
-        return ocp.args.Composite(**{_ONLY_ITEM: args})
+        return ocp.args.Composite(**{ONLY_ITEM: args})
 
     def wait(self) -> None:
         self._within("waiting for Orbax to save the datasets in", self._manager.wait_until_finished)

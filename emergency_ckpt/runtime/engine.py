@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -302,6 +303,20 @@ class Engine:
         work_on(self.job)
         self._workers.retention.forget_steps()  # Some are void from now on.
         self._look_at_persistent(activation)
+        if self._workers.backups is not None and self.job.leads:
+            newest = self._newest_persistent(activation)
+            self._workers.backups.go_on_after(newest.step if newest else None, self._age_of(newest))
+
+    def _age_of(self, step: StepId | None) -> float:
+        """Seconds since a persistent step was committed; 0 where nobody can tell."""
+        if step is None or self._settings.backups is None or self._settings.backups.seconds is None:
+            return 0.0
+        try:
+            committed = self.catalog.facts(step.step).committed_nanoseconds
+        except (EmergencyCheckpointError, OSError) as error:
+            self.job.log.warning("backup", step.step, f"when it was committed is not known: {error}")
+            return 0.0
+        return 0.0 if committed is None else max(time.time() - committed / 1e9, 0.0)
 
     def on_all(self, here: bool) -> bool:
         """Whether something holds on all processes. Collective."""
@@ -450,8 +465,12 @@ class Engine:
 
     def _look_at_persistent(self, *begun: Activation) -> None:
         """Whether the persistent tier holds a step that is not void; the same on all processes."""
+        self._has_persistent = self._newest_persistent(*begun) is not None
+
+    def _newest_persistent(self, *begun: Activation) -> StepId | None:
+        """The newest step of the persistent tier that is not void, as all processes found it last."""
         known = [*self.survey.activations, *begun]
-        self._has_persistent = any(not is_void(step, known) for step in self.survey.persistent)
+        return max((step for step in self.survey.persistent if not is_void(step, known)), default=None)
 
     def _begin_generation(self, key: str) -> None:
         """Finishes all saves and begins a new generation, for a restore in the middle of a run. Collective."""

@@ -18,7 +18,7 @@ from emergency_ckpt.core.extras import Item, ProcessExtras
 from emergency_ckpt.core.plan_words import processes_named
 from emergency_ckpt.errors import ExtrasError
 from emergency_ckpt.runtime.declared_extras import GlobalExtras, ReshardedExtras, undeclared
-from emergency_ckpt.runtime.items import ItemHandlers
+from emergency_ckpt.runtime.items import ItemHandlers, StoredItem
 
 MAX_BYTES = 1024 * 1024
 _BYTES = "__bytes__"
@@ -31,14 +31,14 @@ class SavedExtras:
 
     Attributes:
       own: its extras; `why_none` says why there are none.
-      items: the items that can be had, whoever wrote their files: these, or the directory where they lie.
+      items: the items that can be had, whoever wrote their files: these, or where they lie.
       is_converted: whether its extras were made from those of another number of processes, so that `why_none`
         says why some are missing.
     """
 
     own: ProcessExtras | None
     why_none: str
-    items: Mapping[str, Item | epath.Path] = dataclasses.field(default_factory=dict)
+    items: Mapping[str, Item | epath.Path | StoredItem] = dataclasses.field(default_factory=dict)
     is_converted: bool = False
 
 

@@ -16,8 +16,10 @@ from emergency_ckpt.core.placement import extras_keepers
 from emergency_ckpt.core.restore_plan import CommonPlan
 from emergency_ckpt.errors import CorruptDataError
 from emergency_ckpt.local.manifest import Manifest
+from emergency_ckpt.persistent.files import LocalFiles
 from emergency_ckpt.persistent.reader import StepReader
 from emergency_ckpt.runtime.extras import SavedExtras, WantedExtras, convert
+from emergency_ckpt.runtime.items import StoredItem
 from emergency_ckpt.runtime.job import Job
 
 
@@ -115,7 +117,7 @@ class ExtrasExchange:
         items = joined_items(parts) or self._persistent_items()
         return SavedExtras(own, self._why_none, items, converted)
 
-    def _persistent_items(self) -> Mapping[str, Item | epath.Path]:
+    def _persistent_items(self) -> Mapping[str, Item | epath.Path | StoredItem]:
         """Items of a step of another job size, or of another program."""
         if all(held.step_id != self._plan.step for held in self._job.persistent.steps()):
             return {}
@@ -123,6 +125,10 @@ class ExtrasExchange:
         if reader.verified:
             saved = sorted(reader.extras.items(), key=lambda part: int(part[0]))
             return joined_items(ProcessExtras.from_text(data.decode()) for _, data in saved)
+        step = reader.files
+        if not isinstance(step, LocalFiles):
+            there = {entry.name for entry in step.entries() if entry.is_directory}
+            return {name: StoredItem(step.below(name)) for name in self._items if name in there}
         return {name: path for name in self._items if (path := epath.Path(reader.path) / name).is_dir()}
 
     @property

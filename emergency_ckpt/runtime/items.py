@@ -6,6 +6,7 @@ in the same commit as the arrays, and the drain lays them out in the step as Orb
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import tempfile
@@ -20,7 +21,9 @@ from etils import epath
 
 from emergency_ckpt.core.extras import Item
 from emergency_ckpt.errors import ConfigError, ExtrasError, UnsupportedStateError
+from emergency_ckpt.persistent.files import Files
 from emergency_ckpt.persistent.step_files import ITEM_NAMES
+from emergency_ckpt.persistent.trees import download_tree
 
 STATE, DATASET = "state", "dataset"
 _NOBODY = object()
@@ -32,6 +35,13 @@ _OF_ARRAYS = (
     ocp.args.ArraySave,
     ocp.args.JaxRandomKeySave,
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredItem:
+    """An item whose files lie in a store that handlers cannot reach themselves."""
+
+    files: Files
 
 
 def split_items(args: Any) -> tuple[Any, dict[str, ocp.args.CheckpointArgs]]:
@@ -121,11 +131,15 @@ class ItemHandlers:
                 ) from error
             return Item(_handler_name(handler), _read_files(Path(directory)))
 
-    def restore(self, name: str, args: ocp.args.CheckpointArgs, found: Item | epath.Path) -> Any:
-        """What the item's handler makes of its files, which are given, or lie in a directory.
+    def restore(self, name: str, args: ocp.args.CheckpointArgs, found: Item | epath.Path | StoredItem) -> Any:
+        """What the item's handler makes of its files, which are given, or lie in a directory or in a bucket.
 
-        Raises ExtrasError when the handler fails.
+        Raises ExtrasError when the handler fails, PersistentStoreError when the bucket does.
         """
+        if isinstance(found, StoredItem):
+            with tempfile.TemporaryDirectory(prefix="emergency_ckpt-item-") as directory:
+                download_tree(found.files, "", Path(directory))
+                return self.restore(name, args, epath.Path(directory))
         if isinstance(found, Item):
             with tempfile.TemporaryDirectory(prefix="emergency_ckpt-item-") as directory:
                 _write_files(Path(directory), found.files)

@@ -35,6 +35,7 @@ from emergency_ckpt.jaxio.outcome_agreement import OutcomeAgreement
 from emergency_ckpt.jaxio.snapshot import Snapshot, take_snapshot
 from emergency_ckpt.local.manifest import Manifest
 from emergency_ckpt.local.slot_views import OpenSlot
+from emergency_ckpt.runtime.backups import Backups
 from emergency_ckpt.runtime.copying import Copying
 from emergency_ckpt.runtime.device_copies import DeviceCopies
 from emergency_ckpt.runtime.job import Job
@@ -85,12 +86,18 @@ class SavePipeline(Worker[_Task]):
     """Saves of one process in one generation. All processes make the same calls in the same order."""
 
     def __init__(
-        self, job: Job, binder: StateBinder, drain: DrainWorker | None, promised: StepId | None
+        self,
+        job: Job,
+        binder: StateBinder,
+        drain: DrainWorker | None,
+        promised: StepId | None,
+        backups: Backups | None = None,
     ) -> None:
         """`promised`: the newest step that is restorable now; told in manifests."""
         self._job = job
         self._binder = binder
         self._drain = drain
+        self._backups = backups
         self._agreement = OutcomeAgreement(job.coordinator, job.generation.number)
         self._keepers = extras_keepers(job.topology.process_slice)
         self._replicas = ReplicaComparison(
@@ -243,6 +250,10 @@ class SavePipeline(Worker[_Task]):
         """Reports on a save and learns its outcome. Where that fails, the save stays unresolved."""
         if report and task.succeeded:
             task.published = self._replicas.publish(self._agreement.keys_of(task.ordinal), task.fingerprints)
+            if self._backups is not None and self._job.leads:
+                self._backups.choose(
+                    self._agreement.keys_of(task.ordinal), task.step, is_persistent=task.due.persistent
+                )
             self._agreement.report_sealed(task.ordinal)
         elif report:
             self._withhold_extras(task)
@@ -344,10 +355,30 @@ class SavePipeline(Worker[_Task]):
             job.local.settle(task.step, outcome)
             if drains and task.slot is not None and self._drain is not None:
                 self._drain.drain(task.step, task.slot.index)
+            elif self._drain is not None and self._is_chosen(task):
+                self._drain.drain(task.step, self._pin(task.step))
             return
         if drains and task.slot is not None:
             job.local.unpin(task.slot.index)
         job.local.settle(task.step, outcome)
+
+    def _pin(self, step: StepId) -> int | None:
+        """The slot of the newest complete step, which nobody overwrites before it is pinned; None if gone.
+
+        All processes take part in its drain all the same.
+        """
+        try:
+            slot = self._job.local.pin(step)
+        except LocalDirectoryError as error:
+            self._job.log.error("backup", step.step, str(error))
+            return None
+        return slot.index if slot else None
+
+    def _is_chosen(self, task: _Task) -> bool:
+        """Whether a step that is complete, and not due for the persistent tier, is to be backed up."""
+        if self._backups is None or not task.due.local or task.due.persistent:
+            return False
+        return self._backups.chosen(self._agreement.keys_of(task.ordinal))
 
     def _give_up_slot(self, task: _Task) -> None:
         if task.slot is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import time
 from collections.abc import Callable, Collection, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -15,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from emergency_ckpt.agent.options import AgentOptions
 from emergency_ckpt.agent.starting import IDLE_SECONDS
-from emergency_ckpt.core.schedule import SaveSchedule
+from emergency_ckpt.core.backups import BackupRule
+from emergency_ckpt.core.schedule import SaveRule, SaveSchedule
 from emergency_ckpt.errors import ConfigError
 from emergency_ckpt.jaxio.binding import HOST_PLATFORMS
 from emergency_ckpt.persistent.arrays import WriteOptions
@@ -49,6 +51,8 @@ class Settings:
       persistent_directory: root of the persistent tier, a path or a URL. local_directory: ramdisk
         directory, None for no local tier.
       schedule: when each tier saves; asked_locally, asked_persistently: whom process 0 asks where it says so.
+      backups: when steps of the ramdisks go to the persistent tier beside its own schedule; None: never.
+      clock: measures the time between backups.
       local_max_to_keep, persistent_max_to_keep: complete steps kept per tier (None: all).
       persistent_keep_period: steps divisible by it are never deleted.
       preservation: decides instead of these two what the persistent tier keeps.
@@ -109,6 +113,8 @@ class Settings:
     on_replica_divergence: Literal["warn", "raise"] = "warn"
     flush_on_trainer_exit: bool = True
     compare_device_copies: bool = False
+    backups: BackupRule | None = None
+    clock: Callable[[], float] = time.monotonic
 
     @property
     def wanted_slots(self) -> int:
@@ -140,9 +146,8 @@ def settings_from_config(config: Config) -> Settings:
     return Settings(
         persistent_directory=check_location(config.checkpoint_directory),
         local_directory=config.local_directory,
-        schedule=SaveSchedule.of_periods(
-            config.local_checkpoint_period if config.saves_locally else 0, config.checkpoint_period
-        ),
+        schedule=_schedule(config),
+        backups=_backups(config),
         local_max_to_keep=config.local_checkpoint_max_to_keep,
         persistent_max_to_keep=config.max_num_checkpoints_to_keep,
         replica_axis=config.checkpoint_replica_axis,
@@ -168,6 +173,22 @@ def settings_from_config(config: Config) -> Settings:
         on_replica_divergence=config.on_replica_divergence,
         compare_device_copies=config.compare_device_copies,
     )
+
+
+def _schedule(config: Config) -> SaveSchedule:
+    local_period = config.local_checkpoint_period if config.saves_locally else 0
+    schedule = SaveSchedule.of_periods(local_period, config.checkpoint_period)
+    if schedule.persistent is None and config.backs_up:
+        # Nothing but backups, steps that are asked for, and the step of a preemption.
+        return SaveSchedule(schedule.local, SaveRule(preemption=True))
+    return schedule
+
+
+def _backups(config: Config) -> BackupRule | None:
+    if not config.backs_up:
+        return None
+    minutes = config.multi_tier_checkpointing_backup_interval_minutes
+    return BackupRule(config.multi_tier_checkpointing_backup_interval_steps, minutes * 60 if minutes else None)
 
 
 def _agent_options(config: Config) -> AgentOptions | None:

@@ -12,6 +12,7 @@ from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.core.schedule import Due
 from emergency_ckpt.errors import CoordinationTimeoutError, EmergencyCheckpointError
 from emergency_ckpt.jaxio.binding import StateBinder
+from emergency_ckpt.runtime.backups import Backups
 from emergency_ckpt.runtime.catalog import Catalog
 from emergency_ckpt.runtime.decisions import ToldDecisions
 from emergency_ckpt.runtime.history import History
@@ -30,11 +31,22 @@ class Workers:
         self._settings = job.settings
         self.retention = Retention(job, catalog)
         self.drain = start_drains(job, self.retention)
-        self.pipeline = SavePipeline(job, binder, self.drain, promised)
+        self.backups = self._start_backups(job)
+        self.pipeline = SavePipeline(job, binder, self.drain, promised, self.backups)
         self.history = History(job, catalog, self.retention, self._in_progress)
         self.decisions = ToldDecisions(
             job.coordinator, job.generation.number, job.settings.coordination_timeout
         )
+
+    def _start_backups(self, job: Job) -> Backups | None:
+        rule = job.settings.backups
+        if rule is None or self.drain is None:
+            return None
+
+        def tell(step: int, why: str) -> None:
+            job.log.info("backup", step, f"goes to the persistent tier from the ramdisks: {why}")
+
+        return Backups(rule, job.coordinator, self.drain, tell, job.settings.clock)
 
     @property
     def patience(self) -> timedelta:

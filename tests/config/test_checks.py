@@ -143,13 +143,12 @@ def test_a_ramdisk_below_the_output_directory_but_beside_the_checkpoints_is_acce
 def test_nothing_is_inactive_by_default_nor_in_a_plain_emergency_job() -> None:
     assert inactive_flags(Config()) == []
     assert inactive_flags(Config(**EMERGENCY)) == []
+    assert inactive_flags(Config(**MULTI_TIER)) == []
 
 
 @pytest.mark.parametrize(
     ("flags", "flag"),
     [
-        (MULTI_TIER, "enable_multi_tier_checkpointing"),
-        (MULTI_TIER, "multi_tier_checkpointing_backup_interval_minutes"),
         (
             {"multi_tier_checkpointing_backup_interval_steps": 50},
             "multi_tier_checkpointing_backup_interval_steps",
@@ -184,6 +183,14 @@ def test_only_flags_that_were_changed_are_named_as_inactive() -> None:
     said = " ".join(inactive_flags(Config(mtc_data_parallelism=2)))
     changed = {"mtc_data_parallelism", "checkpoint_replica_axis"}  # the second is the advice
     assert {flag for flag in FLAGS if flag in said.replace(",", " ")} == changed
+
+
+def test_with_a_backup_interval_checkpoint_period_may_say_nothing() -> None:
+    flags = {**EMERGENCY, "checkpoint_period": 0, "multi_tier_checkpointing_backup_interval_steps": 20}
+    assert Config(**flags).backs_up
+    assert advice(Config(**flags)) == []
+    with pytest.raises(ConfigError, match="checkpoint_period=0"):
+        Config(**{**flags, "enable_emergency_checkpoint": False})
 
 
 def test_a_local_period_beyond_the_persistent_one_is_accepted_with_advice() -> None:

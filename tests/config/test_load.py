@@ -44,7 +44,7 @@ def test_the_packaged_file_comments_every_flag() -> None:
             )
             if not above.startswith("# "):
                 bare.append(line)
-    assert bare == ["enable_multi_tier_checkpointing: False"]  # the headline above it says it
+    assert bare == []
 
 
 def test_the_repository_shows_the_packaged_file_as_its_configs() -> None:

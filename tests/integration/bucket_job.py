@@ -12,14 +12,19 @@ from emergency_ckpt.cli.launcher.ramdisk import remove_tree
 from tests.integration.training_job import check_state, make_config, make_mesh, make_state
 
 
-def save_lose_and_go_on(root: str, url: str) -> list[dict[str, Any]]:
+def save_lose_and_go_on(root: str, url: str, changed: dict[str, Any]) -> list[dict[str, Any]]:
     """Three lives: each restores what there is and saves four steps; the second one has lost the ramdisks."""
     mesh, process = make_mesh(2), jax.process_index()
     told: list[dict[str, Any]] = []
     for life in range(3):
         if life == 1:
             remove_tree(Path(root) / f"ramdisk_{process}")
-        flags = {"base_output_directory": url, "checkpoint_period": 3, "max_num_checkpoints_to_keep": 2}
+        flags = {
+            "base_output_directory": url,
+            "checkpoint_period": 3,
+            "max_num_checkpoints_to_keep": 2,
+            **changed,
+        }
         config = make_config(root, flags)
         with CheckpointManager.from_config(config, mesh, make_state(mesh, 0)) as manager:
             restored = manager.restore_or_init(lambda: make_state(mesh, 0))

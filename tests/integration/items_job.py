@@ -114,18 +114,26 @@ class PaddedRestore(PerProcessRestore):
     pass
 
 
-def save_datasets_of_unequal_size(root: str) -> dict[str, Any]:
+def save_datasets_of_unequal_size(root: str, places: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """For datasets in each of these places, what a process gets back of them."""
+    told = {}
+    for name, datasets in places.items():
+        told[name] = save_datasets_below(Path(root) / name, datasets)
+    return told
+
+
+def save_datasets_below(root: Path, datasets: str) -> dict[str, Any]:
     """What each process gets back of a persistent step, and its error at a step of the ramdisks."""
     mesh, process = make_mesh(2), jax.process_index()
-    ramdisk = Path(root) / f"ramdisk_{process}"
-    ramdisk.mkdir()
+    ramdisk = root / f"ramdisk_{process}"
+    ramdisk.mkdir(parents=True)
     with CheckpointManager(
         ramdisk,
-        Path(root) / "bucket",
+        root / "bucket",
         mesh,
         make_state(mesh, 0),
         options=OPTIONS,
-        persistent_non_replicated_directory=Path(root) / "datasets",
+        persistent_non_replicated_directory=datasets,
     ) as manager:
         for step in (10, 12):
             state = ocp.args.PyTreeSave(make_state(mesh, step))

@@ -28,7 +28,9 @@ def test_a_job_on_s3_comes_back_from_the_bucket_and_orbax_reads_what_it_wrote(
     bucket, keys = f"job-{uuid.uuid4().hex}", s3_server.users["owner"]
     make_bucket(s3_server.endpoint, keys, bucket)
     use_s3(monkeypatch, s3_server.endpoint, keys)
-    assert_lives(ramdisk, f"s3://{bucket}/runs")
+    # Nothing has a period here: backups of local steps, and those that are asked for.
+    backups = {"checkpoint_period": 0, "multi_tier_checkpointing_backup_interval_steps": 3}
+    assert_lives(ramdisk, f"s3://{bucket}/runs", backups, [[4], [6, 8], [10, 12]], ["persistent"] * 2)
     session = boto3.session.Session(keys["access_key"], keys["secret_key"], region_name=REGION)
     client = session.client("s3", endpoint_url=s3_server.endpoint)
     download(client, bucket, "runs/job/checkpoints/12/", tmp_path)
@@ -40,15 +42,20 @@ def test_a_job_on_s3_comes_back_from_the_bucket_and_orbax_reads_what_it_wrote(
 def test_a_job_on_gcs_comes_back_from_the_bucket(monkeypatch: pytest.MonkeyPatch, ramdisk: Path) -> None:
     with running(server := FakeGcs("jobs")):
         use_gcs(monkeypatch, server.endpoint)
-        assert_lives(ramdisk, "gs://jobs/runs")
+        single = {"enable_single_replica_ckpt_restoring": True}
+        persistent = [[3, 4], [6, 8], [9, 12]]
+        assert_lives(ramdisk, "gs://jobs/runs", single, persistent, ["persistent", "broadcast from slice 0"])
 
 
-def assert_lives(root: Path, url: str) -> None:
-    for first, second, third in run_job(save_lose_and_go_on, 2, str(root), url):
+def assert_lives(
+    root: Path, url: str, flags: dict[str, Any], persistent: list[list[int]], sources: list[str]
+) -> None:
+    told = run_job(save_lose_and_go_on, 2, str(root), url, flags)
+    for (first, second, third), source in zip(told, sources, strict=True):
         assert first["directory"] == f"{url}/job/checkpoints"
         assert (first["start"], second["start"], third["start"]) == (0, 4, 8)
-        assert (second["source"], third["source"]) == ("persistent", "own slot")
-        assert [life["persistent"] for life in (first, second, third)] == [[3, 4], [6, 8], [9, 12]]
+        assert (second["source"], third["source"]) == (source, "own slot")
+        assert [life["persistent"] for life in (first, second, third)] == persistent
 
 
 def download(client: Any, bucket: str, prefix: str, into: Path) -> None:

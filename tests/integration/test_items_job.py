@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.integration.items_job import save_and_lose, save_datasets_of_unequal_size
 from tests.integration.processes import run_job
+from tests.servers.environment import use_gcs
+from tests.servers.fake_gcs import FakeGcs, running
 
 
 def test_every_process_gets_its_items_back_whatever_was_lost(tmp_path: Path) -> None:
@@ -28,8 +32,17 @@ def test_every_process_gets_its_items_back_whatever_was_lost(tmp_path: Path) -> 
     assert sorted(path.name for path in item.iterdir()) == [f"process_{p}.txt" for p in range(4)]
 
 
-def test_a_dataset_that_is_too_large_on_one_process_only_stops_no_save(tmp_path: Path) -> None:
-    told = run_job(save_datasets_of_unequal_size, 2, str(tmp_path))
-    assert [found["dataset"] for found in told] == [1000, 1001]
-    assert [found["latest"] for found in told] == [12, 12]
-    assert all("Elsewhere it is kept for the steps [10]" in found["error"] for found in told)
+def test_a_dataset_that_is_too_large_on_one_process_only_stops_no_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(server := FakeGcs("datasets")):
+        use_gcs(monkeypatch, server.endpoint)
+        places = {"in-files": str(tmp_path / "datasets"), "in-a-bucket": "gs://datasets/of-this-run"}
+        told = run_job(save_datasets_of_unequal_size, 2, str(tmp_path), places)
+        objects = server.buckets.objects("datasets")
+    for place in places:
+        assert [found[place]["dataset"] for found in told] == [1000, 1001]
+        assert [found[place]["latest"] for found in told] == [12, 12]
+        assert all("Elsewhere it is kept for the steps [10]" in found[place]["error"] for found in told)
+    names = ["_CHECKPOINT_METADATA", "commit_success.txt", "default/process_0.txt", "default/process_1.txt"]
+    assert sorted(objects) == [f"of-this-run/10/{name}" for name in names]

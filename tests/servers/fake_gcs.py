@@ -28,7 +28,9 @@ import google_crc32c
 FORBIDDEN_BUCKET = "of-another-account"
 _PAGE = 1000
 _OBJECT = re.compile(r"(?:/download)?/storage/v1/b/([^/]+)/o/([^/]+)")
+_BUCKET = re.compile(r"/storage/v1/b/([^/]+)")
 _OBJECTS = re.compile(r"/storage/v1/b/([^/]+)/o")
+_COPY = re.compile(r"/storage/v1/b/([^/]+)/o/([^/]+)/(?:rewriteTo|copyTo)/b/([^/]+)/o/([^/]+)")
 _UPLOAD = re.compile(r"/upload/storage/v1/b/([^/]+)/o")
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 _CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)")
@@ -242,6 +244,10 @@ class Handler(BaseHTTPRequestHandler):
             return self._media(found)
         if match := _OBJECTS.fullmatch(path):
             return _json(self.server.buckets.list(urllib.parse.unquote(match[1]), self.asked))
+        if match := _BUCKET.fullmatch(path):
+            name = urllib.parse.unquote(match[1])
+            self.server.buckets.objects(name)
+            return _json({"kind": "storage#bucket", "id": name, "name": name, "location": "US"})
         raise Refusal(404, "notFound", f"the fake has no {path}")
 
     def _media(self, found: Object) -> tuple[int, dict[str, str], bytes]:
@@ -270,9 +276,13 @@ class Handler(BaseHTTPRequestHandler):
         return 206, headers, found.data[start:stop]
 
     def _post(self, path: str, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        if match := _COPY.fullmatch(path):
+            return self._copy(*map(urllib.parse.unquote, match.groups()))
         match = _UPLOAD.fullmatch(path)
         if match is None:
             raise Refusal(404, "notFound", f"the fake has no {path}")
+        if "upload_id" in self.asked:
+            return self._resume(path, body)
         bucket = urllib.parse.unquote(match[1])
         kind = self.asked.get("uploadType")
         if kind == "resumable":
@@ -294,15 +304,30 @@ class Handler(BaseHTTPRequestHandler):
         stored = self.server.buckets.put(bucket, name, data, resource, self.asked)
         return _json(described(bucket, name, stored))
 
+    def _copy(self, bucket: str, name: str, to: str, as_name: str) -> tuple[int, dict[str, str], bytes]:
+        found = self.server.buckets.get(bucket, name, {})
+        resource = {"contentType": found.content_type, "metadata": found.metadata}
+        stored = self.server.buckets.put(to, as_name, found.data, resource, self.asked)
+        size = str(len(found.data))
+        told = {
+            "kind": "storage#rewriteResponse",
+            "done": True,
+            "objectSize": size,
+            "totalBytesRewritten": size,
+        }
+        return _json({**told, "resource": described(to, as_name, stored)})
+
     def _parts(self, body: bytes) -> tuple[dict[str, Any], bytes]:
         """The resource and the bytes of a multipart/related body."""
         head = f"Content-Type: {self.headers['Content-Type']}\r\n\r\n".encode()
         message = email.message_from_bytes(head, policy=email.policy.HTTP)
         boundary = b"--" + message.get_boundary("").encode()
         _, first, rest = body.split(boundary, 2)
-        content = rest.partition(b"\r\n\r\n")[2]
-        data = content[: content.rindex(b"\r\n" + boundary + b"--")]
-        return json.loads(first.partition(b"\r\n\r\n")[2]), data
+        # Some clients end the lines of the heads with a line feed alone.
+        end = b"\r\n" if first.startswith(b"\r\n") else b"\n"
+        content = rest.partition(2 * end)[2]
+        data = content[: content.rindex(end + boundary + b"--")]
+        return json.loads(first.partition(2 * end)[2]), data
 
     def _resume(self, path: str, body: bytes) -> tuple[int, dict[str, str], bytes]:
         identity = self.asked.get("upload_id", "")
