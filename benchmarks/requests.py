@@ -1,8 +1,8 @@
 """How many requests a step costs an object store: `python -m benchmarks.requests`.
 
-Steps of 1 to 16 writers are written, committed, read and deleted on a Ceph of our own (`make services`), through
-a proxy that counts. What grows is taken from that, and from it follow the requests of larger jobs: those of 8 to
-4,096 hosts, beside what S3 promises for one prefix (3,500 writes and 5,500 reads per second).
+Steps of 1 to 16 writers are written, committed, read and deleted on a Ceph of our own (`make services`), and a
+proxy counts. What grows is taken from that, and from it follow the requests of larger jobs: those of 8 to 4,096
+hosts, beside what S3 promises for one prefix (3,500 writes and 5,500 reads per second).
 """
 
 from __future__ import annotations
