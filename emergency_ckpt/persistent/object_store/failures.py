@@ -14,6 +14,7 @@ from emergency_ckpt.errors import (
     StoreBucketMissingError,
     StoreCredentialsError,
     StoreCredentialsExpiredError,
+    StoreEncryptionError,
     StoreFullError,
     StorePermissionError,
     StoreRegionError,
@@ -34,6 +35,10 @@ ADVICE: Mapping[type[PersistentStoreError], str] = {
     StorePermissionError: (
         "Check that the bucket is yours, and that its policy lets these credentials list, read, write and"
         " delete objects under the prefix."
+    ),
+    StoreEncryptionError: (
+        "Make what the bucket demands its default encryption, so that requests need not ask for it, and let"
+        " these credentials use the key (kms:GenerateDataKey and kms:Decrypt)."
     ),
     StoreBucketMissingError: "Make the bucket, or correct its name or the endpoint.",
     StoreRegionError: "Set AWS_REGION (or `region` in the profile) to the region of the bucket.",
@@ -98,6 +103,8 @@ _TOLD = 300
 def refusal(what: str, status: int, code: str, said: str = "", found_region: str = "") -> Failure:
     """What an answer with this HTTP status and this code of an error means; `said` is the server's own text."""
     kind = _CODES.get(code) or _STATUSES.get(status, PersistentStoreError)
+    if code.startswith("KMS.") or (kind is StorePermissionError and "kms:" in said):
+        kind = StoreEncryptionError
     passing = kind is StoreThrottledError or code in _PASSING_CODES or status in _PASSING_STATUSES
     text = f"the store refused it with {_words(status, code)}" + (f" ({_harmless(said)})" if said else "")
     if kind is StoreRegionError and found_region:
