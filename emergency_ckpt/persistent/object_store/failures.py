@@ -22,6 +22,7 @@ from emergency_ckpt.errors import (
     StoreUnreachableError,
     StoreUnsupportedError,
 )
+from emergency_ckpt.persistent.object_store.file_system import REFUSALS, system_failure
 from emergency_ckpt.persistent.object_store.repeating import Failure
 
 ADVICE: Mapping[type[PersistentStoreError], str] = {
@@ -136,7 +137,7 @@ def explained(kind: type[PersistentStoreError], what: str, text: str) -> Persist
 
 
 def tensorstore_failure(message: str, what: str) -> PersistentStoreError | None:
-    """What an error of TensorStore on a bucket means; None for one that is not about a request to a server.
+    """What an error of TensorStore means; None where no server and no file system has refused anything.
 
     Its messages quote whole answers, which may have keys and signatures in them.
     """
@@ -144,6 +145,9 @@ def tensorstore_failure(message: str, what: str) -> PersistentStoreError | None:
     if status is None:
         if curl := re.search(r"CURL error ([^\[]*)", message):
             return unreachable(what, curl[1].strip(" .:")).error
+        system = re.search(r"\[os_error_code='(\d+)'\]", message)
+        if system is not None and int(system[1]) in REFUSALS:
+            return system_failure(what, int(system[1]))
         return None
     if status[1] == "416":  # The object is shorter than it should be: damage, no refusal.
         return None

@@ -25,6 +25,7 @@ _T = TypeVar("_T")
 _SCRATCH = re.compile(r"\..+\.[0-9a-f]{32}")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+REFUSALS = (*_FULL, *_FORBIDDEN)
 _ADVICE = {
     errno.EROFS: "It is mounted read-only: mount it for writing.",
     errno.EACCES: "Let the user of this job list, read and write there.",
@@ -183,10 +184,15 @@ def failing(operation: str, path: str) -> Iterator[None]:
     except (FileNotFoundError, FileExistsError, PersistentStoreError):
         raise
     except OSError as error:
-        kind = StoreFullError if error.errno in _FULL else PersistentStoreError
-        kind = StorePermissionError if error.errno in _FORBIDDEN else kind
-        advice = _ADVICE.get(error.errno or 0, _USUAL_ADVICE)
-        raise kind(f"could not {operation} {path}: {error.strerror or error}. {advice}") from error
+        said = error.strerror or str(error)
+        raise system_failure(f"could not {operation} {path}", error.errno or 0, said) from error
+
+
+def system_failure(what: str, number: int, said: str = "") -> PersistentStoreError:
+    """What an error of the operating system with this number means."""
+    kind = StoreFullError if number in _FULL else PersistentStoreError
+    kind = StorePermissionError if number in _FORBIDDEN else kind
+    return kind(f"{what}: {said or os.strerror(number)}. {_ADVICE.get(number, _USUAL_ADVICE)}")
 
 
 def make_directory(path: Path) -> None:

@@ -57,6 +57,7 @@ def try_files(files: ObjectFiles, probe: str, seconds: float) -> None:
       seconds: limit of each wait for TensorStore, which reads and writes arrays with credentials of its own.
     """
     _try_listing(files, probe)
+    _try_absent(files, probe)
     path, data = f"{probe}/by_us", uuid.uuid4().hex.encode()
     with _needing(files, "write", path):
         files.write(path, data)
@@ -120,6 +121,22 @@ def _try_listing(files: ObjectFiles, probe: str) -> None:
         with contextlib.suppress(PersistentStoreError):
             files.delete(path)
         raise StorePermissionError(_lacking(files, "list", rights["list"], error)) from error
+
+
+def _try_absent(files: ObjectFiles, probe: str) -> None:
+    """Who may not list is told that absent objects are forbidden, and new array stores cannot be begun."""
+    try:
+        files.read(f"{probe}/never_there")
+    except FileNotFoundError:
+        return
+    except StorePermissionError as error:
+        if (rights := _rights(files)) is None:
+            raise
+        raise StorePermissionError(
+            f"{files.locate()}: these credentials may list there, and what is absent is refused to them in"
+            f" place of being absent: give them {rights['list']} on the bucket without a condition (on a prefix,"
+            f" say), or {rights['read']} on the objects below, whichever is missing. {_bare(error)}"
+        ) from error
 
 
 @contextlib.contextmanager
