@@ -119,6 +119,10 @@ class VersionedFiles(Files, Protocol):
         """Deletes a file; nothing happens if there is none."""
         ...
 
+    def honours_conditions(self) -> bool:
+        """False where `create` and `replace` look and then put, so that somebody may come in between."""
+        ...
+
 
 class ObjectFiles:
     """The files below a prefix of an object store."""
@@ -194,6 +198,10 @@ class ObjectFiles:
             return found.version if found is not None and self.store.read(key) == data else None
         except FileNotFoundError:
             return None
+
+    def honours_conditions(self) -> bool:
+        known = self._conditions()
+        return known is None or known.can_replace
 
     def modified(self, path: str) -> int:
         return 0  # A prefix has no time of its own.

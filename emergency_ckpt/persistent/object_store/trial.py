@@ -134,8 +134,8 @@ def _try_absent(files: ObjectFiles, probe: str) -> None:
             raise
         raise StorePermissionError(
             f"{files.locate()}: these credentials may list there, and what is absent is refused to them in"
-            f" place of being absent: give them {rights['list']} on the bucket without a condition (on a prefix,"
-            f" say), or {rights['read']} on the objects below, whichever is missing. {_bare(error)}"
+            f" place of being absent: give them {rights['list']} on the bucket without a condition (on a"
+            f" prefix, say), or {rights['read']} on the objects below, whichever is missing. {_bare(error)}"
         ) from error
 
 
