@@ -128,6 +128,31 @@ class GcsStore:
         check_servers()
         return {"driver": "gcs", "bucket": self.bucket, "path": prefix, "gcs_request_retries": _RETRIES}
 
+    def properties(self) -> dict[str, Any]:
+        """The bucket's own resource, as the JSON API gives it."""
+
+        def ask(_: int) -> dict[str, Any]:
+            self._bucket.reload(timeout=self._timeout, retry=None)
+            return dict(self._bucket._properties)
+
+        return self._ask("asking for the settings of", "", ask)
+
+    def written_at(self, key: str) -> float:
+        """When an object that is there was written, by the server's clock: Unix time."""
+        return self._head(key).updated.timestamp()
+
+    def delete_versions(self, prefix: str) -> None:
+        """Deletes what is left of objects that were deleted in a bucket with versions."""
+
+        def delete(_: int) -> None:
+            found = self._bucket.client.list_blobs(
+                self._bucket, prefix=prefix, versions=True, timeout=self._timeout, retry=None
+            )
+            for blob in found:
+                blob.delete(timeout=self._timeout, retry=None)
+
+        self._ask("deleting the versions of", prefix, delete)
+
     @functools.cached_property
     def _bucket(self) -> Any:
         return _client(self._limits.concurrency).bucket(self.bucket)

@@ -157,6 +157,34 @@ class S3Store:
                 return kind
         return None
 
+    def setting(self, operation: str) -> dict[str, Any] | None:
+        """What boto3's `get_bucket_…` operation of this name says; None where nothing is set."""
+
+        def ask(_: int) -> dict[str, Any] | None:
+            try:
+                return getattr(self._client, operation)(Bucket=self.bucket)
+            except self._client.exceptions.ClientError as error:
+                code = _status_and_code(error)[1]
+                if code.endswith("NotFoundError") or (code.startswith("NoSuch") and code != "NoSuchBucket"):
+                    return None
+                raise
+
+        return self._ask(f"asking with {operation} for the settings of", "", ask)
+
+    def answer_to_head(self, key: str) -> dict[str, Any]:
+        """All that the server says of an object that is there, its own clock and the encryption included."""
+        return self._head(key) or {}
+
+    def delete_versions(self, prefix: str) -> None:
+        """Deletes what is left of objects that were deleted in a bucket with versions."""
+
+        def delete(_: int) -> None:
+            found = self._client.list_object_versions(Bucket=self.bucket, Prefix=prefix)
+            for each in [*found.get("Versions", ()), *found.get("DeleteMarkers", ())]:
+                self._client.delete_object(Bucket=self.bucket, Key=each["Key"], VersionId=each["VersionId"])
+
+        self._ask("deleting the versions of", prefix, delete)
+
     @functools.cached_property
     def settings(self) -> S3Settings:
         """Server, region and credentials."""
