@@ -89,6 +89,10 @@ class StorePermissionError(PersistentStoreError):
     """The credentials are good, and may not do this: the bucket is another account's, or a right is missing."""
 
 
+class StoreEncryptionError(StorePermissionError):
+    """The bucket takes only what is encrypted as it demands, or its key may not be used."""
+
+
 class StoreBucketMissingError(PersistentStoreError):
     """There is no such bucket."""
 

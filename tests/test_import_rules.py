@@ -122,7 +122,9 @@ def test_every_module_of_a_room_for_processes_without_jax_starts_without_it(room
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["launch", "--help"], ["agent", "--help"], ["run", "--help"]], ids=" ".join
+    "arguments",
+    [["--help"], ["launch", "--help"], ["agent", "--help"], ["run", "--help"], ["doctor", "--help"]],
+    ids=" ".join,
 )
 def test_the_command_line_shows_its_help_without_jax(arguments: list[str]) -> None:
     code = (

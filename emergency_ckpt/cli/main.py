@@ -45,6 +45,10 @@ SUBCOMMANDS = {
         "run a command, and end only when the agents on this host have drained what it left",
         takes_command=True,
     ),
+    "doctor": Subcommand(
+        "emergency_ckpt.cli.doctor",
+        "try out a persistent directory, in a bucket or on a file system, and say what to mend",
+    ),
     "demo": Subcommand(
         "emergency_ckpt.cli.demo",
         "train a small model, lose a slice, restore, and compare with an undisturbed run",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+import uuid
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
@@ -112,7 +113,8 @@ def commit_stages(
     store.check_generation(attempt)
     _check_parts(attempt, layout, parts)
     _check_values(attempt, layout, content)
-    if not records.create(CLAIM_FILE, b""):
+    # Bytes of its own: where conditions do not count, two claims are told apart by them.
+    if not records.create(CLAIM_FILE, uuid.uuid4().hex.encode()):
         raise PersistentStoreError(
             f"{attempt}: another committer is, or was, at work in {files.locate()}."
             " If it is not alive, write the step again with another attempt."

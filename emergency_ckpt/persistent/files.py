@@ -7,14 +7,16 @@ of the operations of an object store; a file system adds directories of its own 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import errno
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
-from emergency_ckpt.errors import StoreUnsupportedError
+from emergency_ckpt.errors import PersistentStoreError, StoreUnsupportedError
 from emergency_ckpt.persistent.object_store.file_system import (
     FileSystemStore,
     failing,
@@ -22,6 +24,10 @@ from emergency_ckpt.persistent.object_store.file_system import (
     sync_directory,
 )
 from emergency_ckpt.persistent.object_store.operations import ObjectStore
+from emergency_ckpt.persistent.object_store.probe import ConditionalPuts
+
+Conditions = Callable[[], ConditionalPuts | None]
+"""What a store makes of conditional puts; None where that is not known, and they are made use of."""
 
 _ANSWER_SECONDS = 120.0
 
@@ -110,12 +116,16 @@ class VersionedFiles(Files, Protocol):
     def replace(self, path: str, data: bytes, version: str | None) -> str | None:
         """Writes a file that is still of this version, or still absent; returns its new one, None if it is not.
 
-        Where the store does not honour conditions, this looks first and writes then.
+        Where the store does not honour conditions, this looks first, writes then, and reads what it wrote.
         """
         ...
 
     def delete(self, path: str) -> None:
         """Deletes a file; nothing happens if there is none."""
+        ...
+
+    def honours_conditions(self) -> bool:
+        """False where `create` and `replace` look and then put, so that somebody may come in between."""
         ...
 
 
@@ -124,18 +134,25 @@ class ObjectFiles:
 
     is_bucket: bool = True
 
-    def __init__(self, store: ObjectStore, prefix: str = ""):
+    def __init__(self, store: ObjectStore, prefix: str = "", conditions: Conditions = lambda: None):
         self.store = store
         self._prefix = prefix
+        self._conditions = conditions
+
+    def relying_on(self, conditions: Conditions) -> Self:
+        """The same files, with what is known of the store's conditional puts; asked when it is needed."""
+        files = copy.copy(self)
+        files._conditions = conditions
+        return files
 
     def locate(self, path: str = "") -> str:
         return self.store.locate(self._key(path))
 
     def below(self, path: str) -> ObjectFiles:
-        return ObjectFiles(self.store, self._key(path))
+        return ObjectFiles(self.store, self._key(path), self._conditions)
 
     def entries(self, path: str = "") -> list[Entry]:
-        inside = self._inside(path)
+        inside = self.inside(path)
         found: list[Entry] = []
         for page in self.store.list_pages(inside, "/"):
             found += (Entry(info.key[len(inside) :], False) for info in page.objects)
@@ -155,7 +172,7 @@ class ObjectFiles:
         pass
 
     def delete_tree(self, path: str) -> None:
-        for page in self.store.list_pages(self._inside(path)):
+        for page in self.store.list_pages(self.inside(path)):
             self.store.delete_many([info.key for info in page.objects])
 
     def delete(self, path: str) -> None:
@@ -167,23 +184,42 @@ class ObjectFiles:
 
     def replace(self, path: str, data: bytes, version: str | None) -> str | None:
         key = self._key(path)
+        known = self._conditions()
+        if known is None or (known.can_create if version is None else known.can_replace):
+            try:
+                if version is None:
+                    return self.store.put_if_absent(key, data)
+                return self.store.put_if_unchanged(key, data, version)
+            except StoreUnsupportedError:
+                pass
+        return self._look_and_put(key, data, version)
+
+    def _look_and_put(self, key: str, data: bytes, version: str | None) -> str | None:
+        """What a store without conditions allows: what came between look and put is not noticed, later is."""
+        found = self.store.head(key)
+        if (found.version if found else None) != version:
+            return None
+        self.store.put(key, data)
+        found = self.store.head(key)
         try:
-            if version is None:
-                return self.store.put_if_absent(key, data)
-            return self.store.put_if_unchanged(key, data, version)
-        except StoreUnsupportedError:
-            return self.store.put(key, data) if self.version(path) == version else None
+            return found.version if found is not None and self.store.read(key) == data else None
+        except FileNotFoundError:
+            return None
+
+    def honours_conditions(self) -> bool:
+        known = self._conditions()
+        return known is None or known.can_replace
 
     def modified(self, path: str) -> int:
         return 0  # A prefix has no time of its own.
 
     def kvstore(self, path: str = "") -> dict[str, Any]:
-        return self.store.kvstore(self._inside(path))
+        return self.store.kvstore(self.inside(path))
 
     def _key(self, path: str) -> str:
         return "/".join(part for part in (self._prefix, path.strip("/")) if part)
 
-    def _inside(self, path: str) -> str:
+    def inside(self, path: str = "") -> str:
         """What the keys of everything in a directory begin with."""
         key = self._key(path)
         return f"{key}/" if key else ""
@@ -204,7 +240,13 @@ class LocalFiles(ObjectFiles):
 
     def make_directory(self, path: str) -> None:
         with failing("make directory", self.locate(path)):
-            make_directory(self._root / path)
+            try:
+                make_directory(self._root / path)
+            except FileNotFoundError as error:
+                raise PersistentStoreError(
+                    f"could not make directory {self.locate(path)}: nothing can be made in its parents. Check"
+                    " that the persistent directory is mounted."
+                ) from error
 
     def delete_tree(self, path: str) -> None:
         with failing("delete", self.locate(path)):

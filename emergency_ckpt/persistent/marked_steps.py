@@ -4,7 +4,8 @@ There is no rename, so a step's directory may hold objects of several attempts. 
 name. The few objects with names that Orbax gives (the root of the array store, metadata) are put only over what
 the committer saw before it began: of two committers one gets through, one that wakes up late changes nothing.
 The marker says which attempt the step is and carries the checksums of its chief objects: a mixture, which only
-a store without conditional puts lets happen, is damage to the reader and never believed.
+a store without conditional puts lets happen, is damage to the reader and never believed. On such a store a
+committer that finds that it came over another one's objects takes the marker away: no step is better than that.
 """
 
 from __future__ import annotations
@@ -219,17 +220,22 @@ class _Marked:
         self._attempt = attempt
         self._key = key
         self._versions = dict(versions)
+        self._written: dict[str, str] = {}
         self._tidy = tidy
 
     def write(self, path: str, data: bytes) -> None:
         if path == self._key:
             self._versions[path] = self._put(path, data, self._versions[path])
+            if not self._is_alone and self._files.version(ORBAX_COMMIT_FILE) is not None:
+                raise self._withdrawn(path)
             return
         try:
             self._put(path, data, self._versions[path])
         except PersistentStoreError:
             self._check_owned()
             self._put(path, data, self._files.version(path))
+        if not self._is_alone and self._files.version(self._key) != self._versions[self._key]:
+            raise self._withdrawn(path)
 
     def publish(self, digests: Mapping[str, str]) -> bool:
         attempt = self._attempt
@@ -238,7 +244,11 @@ class _Marked:
         self._records.write(_PUBLISHING, b"")
         self._check_owned()
         if not self._files.create(ORBAX_COMMIT_FILE, mark.to_bytes()):
+            if not self._is_alone:
+                raise self._withdrawn(ORBAX_COMMIT_FILE)
             self._take_over(mark)
+        if not self._is_alone:
+            self._check_unmixed()
         self._tidy()
         return True
 
@@ -248,6 +258,7 @@ class _Marked:
             put = self._files.version(path)  # A request that had to be repeated, or equal bytes of another one.
         if put is None:
             raise self._interfered(path)
+        self._written[path] = put
         return put
 
     def _same(self, path: str, data: bytes) -> bool:
@@ -265,6 +276,21 @@ class _Marked:
         version = self._files.version(ORBAX_COMMIT_FILE)
         if Mark.read(self._files) != mark:
             self._put(ORBAX_COMMIT_FILE, mark.to_bytes(), version)
+
+    @property
+    def _is_alone(self) -> bool:
+        """Whether nobody can come between look and put."""
+        return self._files.honours_conditions()
+
+    def _check_unmixed(self) -> None:
+        for path, version in self._written.items():
+            if self._files.version(path) != version:
+                raise self._withdrawn(path)
+
+    def _withdrawn(self, path: str) -> PersistentStoreError:
+        """Makes no step of what two committers have put over each other."""
+        self._files.delete(ORBAX_COMMIT_FILE)
+        return self._interfered(path)
 
     def _interfered(self, path: str) -> PersistentStoreError:
         return PersistentStoreError(

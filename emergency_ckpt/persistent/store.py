@@ -17,6 +17,7 @@ from absl import logging
 from emergency_ckpt.core.lineage import Activation, Deletion, StepId, is_void
 from emergency_ckpt.errors import CorruptDataError, PersistentStoreError, StaleGenerationError
 from emergency_ckpt.persistent.attempts import Attempt, PersistentStep, StepNames
+from emergency_ckpt.persistent.conditions import with_recorded_conditions
 from emergency_ckpt.persistent.files import Entry, Files, RenamingFiles, VersionedFiles
 from emergency_ckpt.persistent.marked_steps import MarkedSteps
 from emergency_ckpt.persistent.object_store.opening import open_files
@@ -64,7 +65,7 @@ class PersistentStore:
         self, root: str | os.PathLike[str], names: StepNames | None = None, files: Files | None = None
     ):
         self.names = names or StepNames()
-        self.files: Files = files or open_files(root)
+        self.files: Files = with_recorded_conditions(files or open_files(root))
         self._placing: Placing = (
             RenamedSteps(self.files, self.names)
             if isinstance(self.files, RenamingFiles)

@@ -33,6 +33,7 @@ from emergency_ckpt.runtime.restoring import Restorer
 from emergency_ckpt.runtime.retention import Retention
 from emergency_ckpt.runtime.settings import Settings
 from emergency_ckpt.runtime.survey import Survey
+from emergency_ckpt.runtime.trying import try_directory
 from emergency_ckpt.telemetry.events import StartEvent
 from emergency_ckpt.telemetry.log import CheckpointLogger, LogContext
 from emergency_ckpt.telemetry.metrics import Metric, Metrics
@@ -59,11 +60,13 @@ def start_job(settings: Settings, mesh: jax.sharding.Mesh, abstract_state: Any) 
     log = CheckpointLogger(context, Metrics(), settings.log_format, settings.event_listener)
 
     def make_root() -> tuple[str, str]:
-        persistent.files.make_directory("")
+        try_directory(settings.persistent_directory, timeout.total_seconds(), log)
         _keep_root_metadata(persistent, settings.root_metadata, log)
         return persistent.run_id(), _item_name(persistent, mesh, settings.replica_axis)
 
-    run, item = tell(coordinator, "start/run", make_root, timeout)
+    # So that nobody waits for a process 0 that is not there as long as for a store that does not answer.
+    tell(coordinator, "start/begun", lambda: True, timeout)
+    run, item = tell(coordinator, "start/run", make_root, 3 * timeout)
     device_layout = build_layout(abstract_state, topology, layout_metadata_files(abstract_state, item))
     layout = _storage_layout(device_layout, settings)
     log = log.bind(run=run)

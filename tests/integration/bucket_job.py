@@ -9,12 +9,23 @@ import jax
 
 from emergency_ckpt import CheckpointManager
 from emergency_ckpt.cli.launcher.ramdisk import remove_tree
+from emergency_ckpt.errors import EmergencyCheckpointError
 from tests.integration.training_job import check_state, make_config, make_mesh, make_state
 
 
-def save_lose_and_go_on(root: str, url: str, changed: dict[str, Any]) -> list[dict[str, Any]]:
-    """Three lives: each restores what there is and saves four steps; the second one has lost the ramdisks."""
+def save_lose_and_go_on(root: str, url: str, no_bucket: str, changed: dict[str, Any]) -> list[dict[str, Any]]:
+    """Three lives: each restores what there is and saves four steps; the second one has lost the ramdisks.
+
+    Before them a start whose bucket is not there.
+    """
     mesh, process = make_mesh(2), jax.process_index()
+    try:
+        CheckpointManager.from_config(
+            make_config(root, {"base_output_directory": no_bucket}), mesh, make_state(mesh, 0)
+        )
+        refused = ""
+    except EmergencyCheckpointError as error:
+        refused = f"{type(error).__name__}: {error}"
     told: list[dict[str, Any]] = []
     for life in range(3):
         if life == 1:
@@ -41,6 +52,7 @@ def save_lose_and_go_on(root: str, url: str, changed: dict[str, Any]) -> list[di
                     "steps": list(manager.all_steps()),
                     "persistent": [s.step_id.step for s in manager._engine.job.persistent.steps()],
                     "directory": str(manager.directory),
+                    "refused": refused,
                 }
             )
     return told

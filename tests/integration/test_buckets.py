@@ -50,8 +50,13 @@ def test_a_job_on_gcs_comes_back_from_the_bucket(monkeypatch: pytest.MonkeyPatch
 def assert_lives(
     root: Path, url: str, flags: dict[str, Any], persistent: list[list[int]], sources: list[str]
 ) -> None:
-    told = run_job(save_lose_and_go_on, 2, str(root), url, flags)
-    for (first, second, third), source in zip(told, sources, strict=True):
+    no_bucket = f"{url.partition('://')[0]}://never-made/runs"
+    lives = run_job(save_lose_and_go_on, 2, str(root), url, no_bucket, flags)
+    ours, theirs = (first["refused"] for first, *_ in lives)
+    assert ours.startswith("StoreBucketMissingError: ")
+    assert theirs.startswith("PeerFailedError: process 0: ")
+    assert ours.removeprefix("StoreBucketMissingError: ") in theirs
+    for (first, second, third), source in zip(lives, sources, strict=True):
         assert first["directory"] == f"{url}/job/checkpoints"
         assert (first["start"], second["start"], third["start"]) == (0, 4, 8)
         assert (second["source"], third["source"]) == (source, "own slot")

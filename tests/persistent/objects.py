@@ -19,7 +19,7 @@ class ObjectsInDirectory(ObjectFiles):
     """Without empty directories: a bucket has none."""
 
     def below(self, path: str) -> ObjectsInDirectory:
-        return ObjectsInDirectory(self.store, self._key(path))
+        return ObjectsInDirectory(self.store, self._key(path), self._conditions)
 
     def entries(self, path: str = "") -> list[Entry]:
         found = super().entries(path)

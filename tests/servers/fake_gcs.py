@@ -10,6 +10,7 @@ import base64
 import bisect
 import contextlib
 import dataclasses
+import datetime
 import email
 import email.policy
 import hashlib
@@ -42,6 +43,7 @@ class Object:
     generation: int
     metadata: dict[str, str]
     content_type: str
+    written: str
 
     @property
     def crc32c(self) -> str:
@@ -78,6 +80,7 @@ class Buckets:
         self._lock = threading.Lock()
         self._buckets: dict[str, dict[str, Object]] = {name: {} for name in names}
         self._newest = time.time_ns() // 1000
+        self.settings: dict[str, Any] = {}
 
     def objects(self, bucket: str) -> dict[str, Object]:
         if bucket == FORBIDDEN_BUCKET:
@@ -103,7 +106,8 @@ class Buckets:
             _check(objects.get(name), conditions)
             self._newest += 1
             content_type = resource.get("contentType", "application/octet-stream")
-            objects[name] = Object(data, self._newest, resource.get("metadata") or {}, content_type)
+            now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+            objects[name] = Object(data, self._newest, resource.get("metadata") or {}, content_type, now)
             return objects[name]
 
     def delete(self, bucket: str, name: str, conditions: dict[str, str]) -> None:
@@ -162,8 +166,8 @@ def described(bucket: str, name: str, found: Object) -> dict[str, Any]:
         "crc32c": found.crc32c,
         "md5Hash": found.md5,
         "etag": base64.b64encode(str(found.generation).encode()).decode(),
-        "timeCreated": "2026-01-01T00:00:00.000Z",
-        "updated": "2026-01-01T00:00:00.000Z",
+        "timeCreated": found.written,
+        "updated": found.written,
         "storageClass": "STANDARD",
     }
 
@@ -242,12 +246,20 @@ class Handler(BaseHTTPRequestHandler):
             if self.asked.get("alt") != "media":
                 return _json(described(bucket, name, found))
             return self._media(found)
-        if match := _OBJECTS.fullmatch(path):
-            return _json(self.server.buckets.list(urllib.parse.unquote(match[1]), self.asked))
         if match := _BUCKET.fullmatch(path):
             name = urllib.parse.unquote(match[1])
             self.server.buckets.objects(name)
-            return _json({"kind": "storage#bucket", "id": name, "name": name, "location": "US"})
+            return _json(
+                {
+                    "kind": "storage#bucket",
+                    "id": name,
+                    "name": name,
+                    "location": "US",
+                    **self.server.buckets.settings,
+                }
+            )
+        if match := _OBJECTS.fullmatch(path):
+            return _json(self.server.buckets.list(urllib.parse.unquote(match[1]), self.asked))
         raise Refusal(404, "notFound", f"the fake has no {path}")
 
     def _media(self, found: Object) -> tuple[int, dict[str, str], bytes]:

@@ -14,6 +14,7 @@ from emergency_ckpt.errors import (
     StoreBucketMissingError,
     StoreCredentialsError,
     StoreCredentialsExpiredError,
+    StoreEncryptionError,
     StoreFullError,
     StorePermissionError,
     StoreRegionError,
@@ -21,6 +22,7 @@ from emergency_ckpt.errors import (
     StoreUnreachableError,
     StoreUnsupportedError,
 )
+from emergency_ckpt.persistent.object_store.file_system import REFUSALS, system_failure
 from emergency_ckpt.persistent.object_store.repeating import Failure
 
 ADVICE: Mapping[type[PersistentStoreError], str] = {
@@ -34,6 +36,10 @@ ADVICE: Mapping[type[PersistentStoreError], str] = {
     StorePermissionError: (
         "Check that the bucket is yours, and that its policy lets these credentials list, read, write and"
         " delete objects under the prefix."
+    ),
+    StoreEncryptionError: (
+        "Make what the bucket demands its default encryption, so that requests need not ask for it, and let"
+        " these credentials use the key (kms:GenerateDataKey and kms:Decrypt)."
     ),
     StoreBucketMissingError: "Make the bucket, or correct its name or the endpoint.",
     StoreRegionError: "Set AWS_REGION (or `region` in the profile) to the region of the bucket.",
@@ -98,6 +104,8 @@ _TOLD = 300
 def refusal(what: str, status: int, code: str, said: str = "", found_region: str = "") -> Failure:
     """What an answer with this HTTP status and this code of an error means; `said` is the server's own text."""
     kind = _CODES.get(code) or _STATUSES.get(status, PersistentStoreError)
+    if code.startswith("KMS.") or (kind is StorePermissionError and "kms:" in said):
+        kind = StoreEncryptionError
     passing = kind is StoreThrottledError or code in _PASSING_CODES or status in _PASSING_STATUSES
     text = f"the store refused it with {_words(status, code)}" + (f" ({_harmless(said)})" if said else "")
     if kind is StoreRegionError and found_region:
@@ -129,7 +137,7 @@ def explained(kind: type[PersistentStoreError], what: str, text: str) -> Persist
 
 
 def tensorstore_failure(message: str, what: str) -> PersistentStoreError | None:
-    """What an error of TensorStore on a bucket means; None for one that is not about a request to a server.
+    """What an error of TensorStore means; None where no server and no file system has refused anything.
 
     Its messages quote whole answers, which may have keys and signatures in them.
     """
@@ -137,6 +145,9 @@ def tensorstore_failure(message: str, what: str) -> PersistentStoreError | None:
     if status is None:
         if curl := re.search(r"CURL error ([^\[]*)", message):
             return unreachable(what, curl[1].strip(" .:")).error
+        system = re.search(r"\[os_error_code='(\d+)'\]", message)
+        if system is not None and int(system[1]) in REFUSALS:
+            return system_failure(what, int(system[1]))
         return None
     if status[1] == "416":  # The object is shorter than it should be: damage, no refusal.
         return None

@@ -25,6 +25,17 @@ _T = TypeVar("_T")
 _SCRATCH = re.compile(r"\..+\.[0-9a-f]{32}")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+REFUSALS = (*_FULL, *_FORBIDDEN)
+_ADVICE = {
+    errno.EROFS: "It is mounted read-only: mount it for writing.",
+    errno.EACCES: "Let the user of this job list, read and write there.",
+    errno.ENOSPC: "Delete something there, or make it larger.",
+    errno.EDQUOT: "Delete something there, or raise the quota of the user.",
+    errno.ENOTDIR: "Something in the path is a file: remove it, or give another directory.",
+    errno.ESTALE: "The directory was removed or its server was replaced: mount it again.",
+    errno.ENOTCONN: "The server of the mount is gone: mount it again.",
+}
+_USUAL_ADVICE = "Check that the persistent directory is mounted, writable and not full."
 
 
 class FileSystemStore:
@@ -41,8 +52,13 @@ class FileSystemStore:
     def locate(self, key: str = "") -> str:
         return str(self._root / key)
 
-    def check(self) -> None:
-        self._answered("list", "", lambda: self._scan(""))
+    @property
+    def server(self) -> str:
+        return ""
+
+    def check(self, prefix: str = "") -> None:
+        directory = prefix.removesuffix("/")
+        self._answered("list", directory, lambda: self._scan(directory))
 
     def list_pages(self, prefix: str = "", delimiter: str = "") -> Iterator[Page]:
         directory = prefix.removesuffix("/")
@@ -168,12 +184,15 @@ def failing(operation: str, path: str) -> Iterator[None]:
     except (FileNotFoundError, FileExistsError, PersistentStoreError):
         raise
     except OSError as error:
-        kind = StoreFullError if error.errno in _FULL else PersistentStoreError
-        kind = StorePermissionError if error.errno in _FORBIDDEN else kind
-        raise kind(
-            f"could not {operation} {path}: {error.strerror or error}."
-            f" Check that the persistent directory is mounted, writable and not full."
-        ) from error
+        said = error.strerror or str(error)
+        raise system_failure(f"could not {operation} {path}", error.errno or 0, said) from error
+
+
+def system_failure(what: str, number: int, said: str = "") -> PersistentStoreError:
+    """What an error of the operating system with this number means."""
+    kind = StoreFullError if number in _FULL else PersistentStoreError
+    kind = StorePermissionError if number in _FORBIDDEN else kind
+    return kind(f"{what}: {said or os.strerror(number)}. {_ADVICE.get(number, _USUAL_ADVICE)}")
 
 
 def make_directory(path: Path) -> None:

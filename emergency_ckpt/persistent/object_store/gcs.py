@@ -28,7 +28,7 @@ _T = TypeVar("_T")
 _TOKEN = "emergency-ckpt-put"
 _EMULATOR = "STORAGE_EMULATOR_HOST"
 _TENSORSTORE_SERVER = "TENSORSTORE_GCS_HTTP_URL"
-_SERVER = "https://storage.googleapis.com"
+GOOGLES_SERVER = "https://storage.googleapis.com"
 _RETRIES = {"max_retries": 12, "initial_delay": "200ms", "max_delay": "10s"}
 
 
@@ -45,8 +45,12 @@ class GcsStore:
     def locate(self, key: str = "") -> str:
         return f"gs://{self.bucket}/{key}".rstrip("/")
 
-    def check(self) -> None:
-        self._ask("looking at", "", lambda _: self._page("", "", None, 1))
+    @property
+    def server(self) -> str:
+        return without_secrets(check_servers())
+
+    def check(self, prefix: str = "") -> None:
+        self._ask("looking at", prefix, lambda _: self._page(prefix, "", None, 1))
 
     def list_pages(self, prefix: str = "", delimiter: str = "") -> Iterator[Page]:
         token: str | None = None
@@ -123,6 +127,31 @@ class GcsStore:
     def kvstore(self, prefix: str = "") -> dict[str, Any]:
         check_servers()
         return {"driver": "gcs", "bucket": self.bucket, "path": prefix, "gcs_request_retries": _RETRIES}
+
+    def properties(self) -> dict[str, Any]:
+        """The bucket's own resource, as the JSON API gives it."""
+
+        def ask(_: int) -> dict[str, Any]:
+            self._bucket.reload(timeout=self._timeout, retry=None)
+            return dict(self._bucket._properties)
+
+        return self._ask("asking for the settings of", "", ask)
+
+    def written_at(self, key: str) -> float:
+        """When an object that is there was written, by the server's clock: Unix time."""
+        return self._head(key).updated.timestamp()
+
+    def delete_versions(self, prefix: str) -> None:
+        """Deletes what is left of objects that were deleted in a bucket with versions."""
+
+        def delete(_: int) -> None:
+            found = self._bucket.client.list_blobs(
+                self._bucket, prefix=prefix, versions=True, timeout=self._timeout, retry=None
+            )
+            for blob in found:
+                blob.delete(timeout=self._timeout, retry=None)
+
+        self._ask("deleting the versions of", prefix, delete)
 
     @functools.cached_property
     def _bucket(self) -> Any:
@@ -212,7 +241,7 @@ class GcsStore:
         self, seconds: float | None, doing: str, key: str, request: Callable[[int], _T], nbytes: int = 0
     ) -> _T:
         """The answer to `request`, sent until there is one; limits as in `repeated`."""
-        where = f"{doing} {self.locate(key)} at {without_secrets(check_servers())}"
+        where = f"{doing} {self.locate(key)} at {self.server}"
         return repeated(where, request, self._limits, _explain, seconds, nbytes)
 
 
@@ -227,7 +256,7 @@ def check_servers() -> str:
         )
     if metadata and "://" not in metadata:
         raise ConfigError(f"{_EMULATOR} is {metadata!r}: expected a URL, as http://{metadata}.")
-    return metadata or _SERVER
+    return metadata or GOOGLES_SERVER
 
 
 def _client(concurrency: int) -> Any:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 
 from emergency_ckpt.core.locations import absolute, is_url
-from emergency_ckpt.persistent.files import Files, LocalFiles, ObjectFiles
+from emergency_ckpt.persistent.files import LocalFiles, ObjectFiles
 from emergency_ckpt.persistent.object_store.gcs import GcsStore
 from emergency_ckpt.persistent.object_store.operations import Limits, ObjectStore
 from emergency_ckpt.persistent.object_store.s3 import S3Store
 from emergency_ckpt.persistent.object_store.urls import BucketUrl, parse_url
 
 
-def open_files(location: str | os.PathLike[str], limits: Limits | None = None) -> Files:
+def open_files(location: str | os.PathLike[str], limits: Limits | None = None) -> ObjectFiles:
     """The files below a `gs://` or `s3://` URL, or below a directory. Nothing is asked of a server.
 
     Raises ConfigError for a URL that cannot be one.

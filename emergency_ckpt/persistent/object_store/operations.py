@@ -71,8 +71,16 @@ class ObjectStore(Protocol):
         """The object's URL or path, for messages."""
         ...
 
-    def check(self) -> None:
-        """Asks the store for anything: raises the error that says why nothing can be done there, if so."""
+    @property
+    def server(self) -> str:
+        """Where requests go, without secrets; empty for a file system."""
+        ...
+
+    def check(self, prefix: str = "") -> None:
+        """Asks for one of the objects below `prefix`: raises the error that says why it cannot, if so.
+
+        `prefix` as in `list_pages`: rights may be given below some prefixes only.
+        """
         ...
 
     def list_pages(self, prefix: str = "", delimiter: str = "") -> Iterator[Page]:

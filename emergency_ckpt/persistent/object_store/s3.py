@@ -33,6 +33,7 @@ from emergency_ckpt.persistent.object_store.urls import check_key
 _T = TypeVar("_T")
 _TOKEN = "emergency-ckpt-put"
 _DELETED_AT_ONCE = 1000
+_ENCRYPTIONS = ("AES256", "aws:kms")
 _BATCHES_AT_A_TIME = 4
 _READ_BYTES = 1024**2
 
@@ -50,10 +51,16 @@ class S3Store:
     def locate(self, key: str = "") -> str:
         return f"s3://{self.bucket}/{key}".rstrip("/")
 
-    def check(self) -> None:
+    @property
+    def server(self) -> str:
+        return without_secrets(self.settings.endpoint)
+
+    def check(self, prefix: str = "") -> None:
         # boto3 follows a bucket into its region by itself; TensorStore does not.
         answer = self._ask(
-            "looking at", "", lambda _: self._client.list_objects_v2(Bucket=self.bucket, MaxKeys=1)
+            "looking at",
+            prefix,
+            lambda _: self._client.list_objects_v2(Bucket=self.bucket, Prefix=prefix, MaxKeys=1),
         )
         found = answer["ResponseMetadata"]["HTTPHeaders"].get("x-amz-bucket-region")
         if found and self.settings.is_default_endpoint and found != self.settings.region:
@@ -128,6 +135,56 @@ class S3Store:
     def kvstore(self, prefix: str = "") -> dict[str, Any]:
         return self.settings.kvstore(self.bucket, prefix)
 
+    def demanded_encryption(self, key: str) -> str | None:
+        """Which encryption a put has to name so that the bucket does not refuse it for that, if it is so.
+
+        For a put that was refused without; what is put meanwhile has this key.
+        """
+
+        def status(**given: Any) -> int:
+            def put(_: int) -> int:
+                try:
+                    self._put(key, b"", **given)
+                except self._client.exceptions.ClientError as error:
+                    return _status_and_code(error)[0]
+                return 200
+
+            return self._ask("writing", key, put)
+
+        plain = status()
+        for kind in _ENCRYPTIONS:
+            if status(ServerSideEncryption=kind) not in (plain, 401, 403):
+                return kind
+        return None
+
+    def setting(self, operation: str) -> dict[str, Any] | None:
+        """What boto3's `get_bucket_…` operation of this name says; None where nothing is set."""
+
+        def ask(_: int) -> dict[str, Any] | None:
+            try:
+                return getattr(self._client, operation)(Bucket=self.bucket)
+            except self._client.exceptions.ClientError as error:
+                code = _status_and_code(error)[1]
+                if code.endswith("NotFoundError") or (code.startswith("NoSuch") and code != "NoSuchBucket"):
+                    return None
+                raise
+
+        return self._ask(f"asking with {operation} for the settings of", "", ask)
+
+    def answer_to_head(self, key: str) -> dict[str, Any]:
+        """All that the server says of an object that is there, its own clock and the encryption included."""
+        return self._head(key) or {}
+
+    def delete_versions(self, prefix: str) -> None:
+        """Deletes what is left of objects that were deleted in a bucket with versions."""
+
+        def delete(_: int) -> None:
+            found = self._client.list_object_versions(Bucket=self.bucket, Prefix=prefix)
+            for each in [*found.get("Versions", ()), *found.get("DeleteMarkers", ())]:
+                self._client.delete_object(Bucket=self.bucket, Key=each["Key"], VersionId=each["VersionId"])
+
+        self._ask("deleting the versions of", prefix, delete)
+
     @functools.cached_property
     def settings(self) -> S3Settings:
         """Server, region and credentials."""
@@ -184,8 +241,10 @@ class S3Store:
                     Bucket=self.bucket, Delete={"Objects": [{"Key": key} for key in left], "Quiet": True}
                 )
             except self._client.exceptions.ClientError as error:
-                if _status_and_code(error)[0] not in (405, 501):
+                status, code = _status_and_code(error)
+                if status not in (405, 501) and code != "AccessDenied":
                     raise
+                # Some servers have no such request, or ask for rights in the whole bucket.
                 raise _NoBatches from error
             refused = {failed["Key"]: failed for failed in answer.get("Errors", ())}
             for key in [key for key in left if key not in refused]:
@@ -211,7 +270,7 @@ class S3Store:
         self, seconds: float | None, doing: str, key: str, request: Callable[[int], _T], nbytes: int = 0
     ) -> _T:
         """The answer to `request`, sent until there is one; limits as in `repeated`."""
-        where = f"{doing} {self.locate(key)} at {without_secrets(self.settings.endpoint)}"
+        where = f"{doing} {self.locate(key)} at {self.server}"
         return repeated(where, request, self._limits, self._explain, seconds, nbytes)
 
     def _explain(self, error: Exception, what: str) -> Failure | None:
@@ -252,7 +311,7 @@ class _Refused(Exception):
 
 
 class _NoBatches(Exception):
-    """The server cannot delete many objects by one request."""
+    """The server does not delete many objects by one request, or not for these credentials."""
 
 
 def _status_and_code(error: Any) -> tuple[int, str]:

@@ -70,6 +70,12 @@ class S3Settings:
         return {**spec, "endpoint": self.endpoint}
 
     @property
+    def kind_of_credentials(self) -> str:
+        """How boto3 found them, in its own words."""
+        found = _credentials(self.session)
+        return str(found.method) if found is not None else "none"
+
+    @property
     def _has_bucket_in_host(self) -> bool:
         """Whether a server that is not AWS's is addressed as bucket.host, which has to be asked for."""
         return (self.session.get_config_variable("s3") or {}).get("addressing_style") == "virtual"
