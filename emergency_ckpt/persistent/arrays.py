@@ -31,7 +31,7 @@ _INLINE_BYTES = 1024
 _OBJECT_BYTES = 32 * 1024**2
 # Chunks that follow each other come by one request: a thousand small leaves by some dozen.
 _JOINED_READS = {
-    "experimental_read_coalescing_threshold_bytes": 64 * 1024,
+    "experimental_read_coalescing_threshold_bytes": 4096,
     "experimental_read_coalescing_merged_bytes": 8 * 1024**2,
     "experimental_read_coalescing_interval": "10ms",
 }

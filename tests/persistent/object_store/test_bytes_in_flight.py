@@ -28,7 +28,7 @@ _RANGE = re.compile(r"bytes=(\d+)-(\d+)")
 
 
 class Turnstile(Proxy):
-    """Answers reads of chunks when so many of them wait at once as is said, or the last ones do."""
+    """Answers reads of chunks, joined or not, when so many wait at once as is said, or the last ones do."""
 
     def __init__(self, upstream: str) -> None:
         super().__init__(upstream)
@@ -39,7 +39,7 @@ class Turnstile(Proxy):
         """Begins to count anew."""
         with self._changed:
             self._together, self._left = together, CHUNKS
-            self._waiting: set[object] = set()
+            self._waiting: dict[object, int] = {}
             self.bytes_in_flight = self.most_in_flight = 0
 
     def forward(self, request: Request) -> Answer:
@@ -52,9 +52,9 @@ class Turnstile(Proxy):
         with self._changed:
             self.bytes_in_flight += size
             self.most_in_flight = max(self.most_in_flight, self.bytes_in_flight)
-            self._waiting.add(me)
-            self._left -= 1
-            if len(self._waiting) >= self._together or self._left == 0:
+            self._waiting[me] = size // CHUNK
+            self._left -= size // CHUNK
+            if sum(self._waiting.values()) >= self._together or self._left == 0:
                 self._waiting.clear()
                 self._changed.notify_all()
             let_through = self._changed.wait_for(lambda: me not in self._waiting, 60)
