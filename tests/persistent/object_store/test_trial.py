@@ -184,7 +184,7 @@ def test_a_store_that_does_not_answer_is_waited_for_and_then_nothing_is_lost(
     use_s3(monkeypatch, proxy.endpoint, s3_with_bucket.users["owner"])
     url = f"s3://{BUCKET}/{uuid.uuid4().hex}"
     with running(proxy):
-        proxy.fail(Fault(Kind.RESET, 6))
+        proxy.fail(Fault(Kind.RESET, 5))
         attempt(url, 20.0)
         assert "The start waits for it, for up to 20 s" in caplog.text
         assert "conditional puts at" in caplog.text
