@@ -1,6 +1,7 @@
 """What a run's store makes of conditional puts: found out once, recorded in its directory, and used.
 
-The record says of which server it is; where that differs, or where the store was weak, it is found out anew.
+The record says of which server it is. Where that differs, where the store was weak, or where it is found to be
+weak by a shorter trial that every start makes, it is found out anew.
 """
 
 from __future__ import annotations
@@ -15,7 +16,12 @@ from emergency_ckpt.errors import CorruptDataError
 from emergency_ckpt.persistent.fields import parsed, typed
 from emergency_ckpt.persistent.files import Files, ObjectFiles, RenamingFiles
 from emergency_ckpt.persistent.object_store.gcs import GOOGLES_SERVER
-from emergency_ckpt.persistent.object_store.probe import ConditionalPuts, Honoured, probe_conditional_puts
+from emergency_ckpt.persistent.object_store.probe import (
+    ConditionalPuts,
+    Honoured,
+    probe_conditional_puts,
+    still_honours,
+)
 from emergency_ckpt.persistent.step_files import seal, unseal
 
 RECORD = "emergency_ckpt/conditional_puts.json"
@@ -39,7 +45,12 @@ def find_conditions(files: ObjectFiles, probes: str) -> tuple[ConditionalPuts, b
     """
     server = files.store.server
     known = _read(files)
-    if known is not None and known[1] == server and known[0].found is Honoured.YES:
+    if (
+        known is not None
+        and known[1] == server
+        and known[0].found is Honoured.YES
+        and (server == GOOGLES_SERVER or still_honours(files.store, files.inside(probes)))
+    ):
         return known[0], False
     if server == GOOGLES_SERVER:  # It says so itself, and slows down who writes one object often.
         found = ConditionalPuts(Honoured.YES, f"conditional puts at {server} are honoured, as Google documents")

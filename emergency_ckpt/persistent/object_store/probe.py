@@ -59,6 +59,20 @@ def probe_conditional_puts(
     return ConditionalPuts(found, f"conditional puts at {store.locate(prefix)} are {found.value}: {why}")
 
 
+def still_honours(store: ObjectStore, prefix: str = "") -> bool:
+    """Whether of two creations of one object, one after the other, the second is refused still.
+
+    For a store that was tried as a whole before: versions that a bucket has since then may change it.
+    """
+    key = f"{prefix}emergency_ckpt.probe-{uuid.uuid4().hex}"
+    try:
+        return store.put_if_absent(key, b"first") is not None and store.put_if_absent(key, b"second") is None
+    except StoreUnsupportedError:
+        return False
+    finally:
+        store.delete(key)
+
+
 def _probe(store: ObjectStore, keys: list[str], writers: int) -> tuple[Honoured, str]:
     try:
         version = store.put_if_absent(keys[0], b"first")
