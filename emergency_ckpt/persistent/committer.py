@@ -33,6 +33,7 @@ from emergency_ckpt.persistent.chunks import chunk_count
 from emergency_ckpt.persistent.files import Files
 from emergency_ckpt.persistent.merging import Merge
 from emergency_ckpt.persistent.orbax_values import OrbaxValues, orbax_values, tree_with_values
+from emergency_ckpt.persistent.placing import StepCommittedError
 from emergency_ckpt.persistent.step_files import (
     CHECKSUMS_FILE,
     CLAIM_FILE,
@@ -95,6 +96,12 @@ def commit(
             next(stages)
         except StopIteration as ended:
             return ended.value
+        except StepCommittedError:
+            held = store.committed(attempt)
+            if held is None:
+                raise
+            store.abandon(attempt)
+            return held
 
 
 def commit_stages(

@@ -24,7 +24,7 @@ from emergency_ckpt.persistent.attempts import (
     parse_store_name,
 )
 from emergency_ckpt.persistent.files import Entry, VersionedFiles
-from emergency_ckpt.persistent.placing import Placement
+from emergency_ckpt.persistent.placing import Placement, StepCommittedError
 from emergency_ckpt.persistent.step_files import (
     ITEM_NAMES,
     ORBAX_COMMIT_FILE,
@@ -32,10 +32,10 @@ from emergency_ckpt.persistent.step_files import (
     Mark,
     parse_side_file_name,
 )
+from emergency_ckpt.persistent.turns import Turn
 
-# Its presence says that the marker may be there.
-_PUBLISHING = "publishing"
-_RECORD = re.compile(r".+-g(\d+)-[0-9a-f]+-\d+")
+# The records of an attempt, and without an ordinal whose turn it is at a step.
+_RECORD = re.compile(r"(.+)-g(\d+)-[0-9a-f]+(?:-\d+)?")
 
 
 class MarkedSteps:
@@ -67,21 +67,34 @@ class MarkedSteps:
 
     def place(self, attempt: Attempt, paths: Sequence[str]) -> Placement:
         files = self._files.below(self.directory(attempt))
+        turn = self._turn(attempt)
+        if (mark := turn.take(lambda mark: mark.speaks_of(files))) is not None:
+            # Its committer is dead, or about to put it itself.
+            files.create(ORBAX_COMMIT_FILE, mark.to_bytes())
         item_marker = f"{attempt.item}/{ORBAX_COMMIT_FILE}"
         versions = {path: files.version(path) for path in (*paths, item_marker)}
-        records = self._files.below(self.records(attempt))
-        return _Marked(files, records, attempt, paths[0], versions, lambda: self._tidy(attempt))
+        # Looked for once no later committer can come between unnoticed.
+        if files.version(ORBAX_COMMIT_FILE) is not None:
+            raise StepCommittedError(f"{attempt}: another attempt has just committed the step")
+        return _Marked(files, turn, attempt, versions, lambda: self._tidy(attempt, turn))
 
-    def _tidy(self, attempt: Attempt) -> None:
+    def _turn(self, attempt: Attempt) -> Turn:
+        generation = attempt.generation
+        name = f"{self._names.name(attempt.step)}-g{generation.number}-{generation.nonce}"
+        return Turn(self._files.below(f"{self._records}/{name}"), attempt)
+
+    def _tidy(self, attempt: Attempt, turn: Turn) -> None:
         """After a commit: whatever fails here, the step stands, and `sweep` finds what is left."""
         try:
+            # Whoever else was at it cannot commit any more.
             self._sweep_others(self.directory(attempt), attempt.item, owner_of(attempt))
             self._files.delete_tree(self.records(attempt))
+            turn.end()
         except PersistentStoreError as error:
             logging.warning("%s is committed; what it needs no more could not be deleted: %s", attempt, error)
 
     def abandon(self, attempt: Attempt) -> None:
-        if any(entry.name == _PUBLISHING for entry in self._files.entries(self.records(attempt))):
+        if self._turn(attempt).is_publishing():
             return  # Its marker may be there, or may yet arrive. `sweep` takes what is of no use.
         item = f"{self.directory(attempt)}/{attempt.item}"
         for entry in self._files.entries(item):
@@ -90,6 +103,8 @@ class MarkedSteps:
         self._files.delete_tree(self.records(attempt))
 
     def remove(self, name: str, generation: int) -> None:
+        # First of all, or somebody would end what it says was begun.
+        self._delete_records(generation, name)
         self._files.delete(f"{name}/{ORBAX_COMMIT_FILE}")
         self._clear(name, generation)
 
@@ -98,9 +113,14 @@ class MarkedSteps:
         for entry in self._files.entries():
             if entry.is_directory and self._names.step(entry.name) is not None:
                 removed += self._sweep_step(entry.name, generation)
+        return removed + self._delete_records(generation - 1)
+
+    def _delete_records(self, generation: int, step: str | None = None) -> list[str]:
+        """Those of attempts of generations up to this one, at one step or at all."""
+        removed: list[str] = []
         for entry in self._files.entries(self._records):
             match = _RECORD.fullmatch(entry.name)
-            if match and int(match[1]) < generation:
+            if match and int(match[2]) <= generation and step in (None, match[1]):
                 self._files.delete_tree(f"{self._records}/{entry.name}")
                 removed.append(f"{self._records}/{entry.name}")
         return removed
@@ -139,7 +159,8 @@ class MarkedSteps:
             owner = parse_store_name(entry.name)
             if owner is None or owner == committed:
                 continue
-            if owner < committed or (below is not None and owner.generation < below):
+            # Its generation's other attempts can commit no more, what later ones write is theirs.
+            if owner.generation <= max(committed.generation, (below or 0) - 1):
                 self._files.delete_tree(f"{name}/{item}/{entry.name}")
                 removed.append(f"{name}/{item}/{entry.name}")
         for entry in self._files.entries(name):
@@ -198,10 +219,9 @@ class MarkedSteps:
 
 
 class _Marked:
-    """Puts objects over what was there when it was made, and over nothing else.
+    """Puts objects over what was there when it was made, and over nothing else, as long as it is its turn.
 
-    The first path is the key to the others: who has put it last owns the step, and gives way to nobody but a
-    committer that began later and put it in turn. One that wakes up late finds everything replaced, and stops.
+    One that wakes up late finds everything replaced, or the turn taken, and stops.
 
     `versions`: by path, the version that it replaces, None where it creates.
     """
@@ -209,44 +229,38 @@ class _Marked:
     def __init__(
         self,
         files: VersionedFiles,
-        records: VersionedFiles,
+        turn: Turn,
         attempt: Attempt,
-        key: str,
         versions: Mapping[str, str | None],
         tidy: Callable[[], None],
     ) -> None:
         self._files = files
-        self._records = records
+        self._turn = turn
         self._attempt = attempt
-        self._key = key
         self._versions = dict(versions)
         self._written: dict[str, str] = {}
         self._tidy = tidy
 
     def write(self, path: str, data: bytes) -> None:
-        if path == self._key:
-            self._versions[path] = self._put(path, data, self._versions[path])
-            if not self._is_alone and self._files.version(ORBAX_COMMIT_FILE) is not None:
-                raise self._withdrawn(path)
-            return
         try:
             self._put(path, data, self._versions[path])
         except PersistentStoreError:
-            self._check_owned()
-            self._put(path, data, self._files.version(path))
-        if not self._is_alone and self._files.version(self._key) != self._versions[self._key]:
+            # Somebody who had the turn before: looked at first, so that nothing of a later one is replaced.
+            version = self._files.version(path)
+            self._check_turn()
+            self._put(path, data, version)
+        if not self._is_alone and not self._is_still_alone():
             raise self._withdrawn(path)
 
     def publish(self, digests: Mapping[str, str]) -> bool:
         attempt = self._attempt
         mark = Mark(attempt.step_id, attempt.generation.nonce, attempt.ordinal, digests)
         self.write(f"{attempt.item}/{ORBAX_COMMIT_FILE}", mark.to_bytes())
-        self._records.write(_PUBLISHING, b"")
-        self._check_owned()
-        if not self._files.create(ORBAX_COMMIT_FILE, mark.to_bytes()):
+        self._turn.publish(mark)
+        if not self._files.create(ORBAX_COMMIT_FILE, mark.to_bytes()) and Mark.read(self._files) != mark:
             if not self._is_alone:
                 raise self._withdrawn(ORBAX_COMMIT_FILE)
-            self._take_over(mark)
+            raise self._interfered(ORBAX_COMMIT_FILE)
         if not self._is_alone:
             self._check_unmixed()
         self._tidy()
@@ -267,20 +281,17 @@ class _Marked:
         except FileNotFoundError:
             return False
 
-    def _check_owned(self) -> None:
-        if self._files.version(self._key) != self._versions[self._key]:
-            raise self._interfered(self._key)
-
-    def _take_over(self, mark: Mark) -> None:
-        """Another committer's marker came in between, but the objects that it speaks of are ours by now."""
-        version = self._files.version(ORBAX_COMMIT_FILE)
-        if Mark.read(self._files) != mark:
-            self._put(ORBAX_COMMIT_FILE, mark.to_bytes(), version)
+    def _check_turn(self) -> None:
+        if not self._turn.is_mine():
+            raise self._turn.lost()
 
     @property
     def _is_alone(self) -> bool:
         """Whether nobody can come between look and put."""
         return self._files.honours_conditions()
+
+    def _is_still_alone(self) -> bool:
+        return self._turn.is_mine() and self._files.version(ORBAX_COMMIT_FILE) is None
 
     def _check_unmixed(self) -> None:
         for path, version in self._written.items():

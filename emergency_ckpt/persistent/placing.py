@@ -11,11 +11,16 @@ import uuid
 from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
+from emergency_ckpt.errors import PersistentStoreError
 from emergency_ckpt.persistent.attempts import TEMPORARY, Attempt, StepNames
 from emergency_ckpt.persistent.files import Entry, RenamingFiles
 from emergency_ckpt.persistent.step_files import ORBAX_COMMIT_FILE
 
 _ATTEMPT = re.compile(r".+\.orbax-checkpoint-tmp-(?:g(\d+)-[0-9a-f]+-\d+|removed-[0-9a-f]+)")
+
+
+class StepCommittedError(PersistentStoreError):
+    """Another attempt of the same generation has committed the step meanwhile."""
 
 
 class Placement(Protocol):

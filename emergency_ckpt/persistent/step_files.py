@@ -112,9 +112,12 @@ class Mark:
     ordinal: int
     digests: Mapping[str, str]
 
-    def to_bytes(self) -> bytes:
+    def to_json(self) -> dict[str, Any]:
         step = [self.step_id.generation, self.step_id.step]
-        return seal({"step_id": step, "nonce": self.nonce, "ordinal": self.ordinal, "digests": self.digests})
+        return {"step_id": step, "nonce": self.nonce, "ordinal": self.ordinal, "digests": dict(self.digests)}
+
+    def to_bytes(self) -> bytes:
+        return seal(self.to_json())
 
     @classmethod
     def read(cls, files: Files) -> Mark | None:
@@ -129,10 +132,18 @@ class Mark:
         if not data.startswith(b"{"):
             return None
         where = files.locate(ORBAX_COMMIT_FILE)
-        return parsed(unseal(data, where, _STEP_ADVICE), cls._parse, where, _STEP_ADVICE)
+        return parsed(unseal(data, where, _STEP_ADVICE), cls.from_json, where, _STEP_ADVICE)
+
+    def speaks_of(self, files: Files) -> bool:
+        """Whether the chief files of a step are those of this mark."""
+        try:
+            return all(digest(files.read(path)) == expected for path, expected in self.digests.items())
+        except FileNotFoundError:
+            return False
 
     @classmethod
-    def _parse(cls, raw: Any) -> Mark:
+    def from_json(cls, raw: Any) -> Mark:
+        """Raises KeyError, TypeError, ValueError for what is no mark."""
         return cls(
             step_id(raw["step_id"]),
             typed(raw["nonce"], str),

@@ -22,7 +22,7 @@ from emergency_ckpt.persistent.files import Entry, Files, RenamingFiles, Version
 from emergency_ckpt.persistent.marked_steps import MarkedSteps
 from emergency_ckpt.persistent.object_store.opening import open_files
 from emergency_ckpt.persistent.origins import Origins
-from emergency_ckpt.persistent.placing import Placement, Placing, RenamedSteps
+from emergency_ckpt.persistent.placing import Placement, Placing, RenamedSteps, StepCommittedError
 from emergency_ckpt.persistent.reader import StepReader
 from emergency_ckpt.persistent.records import (
     Generation,
@@ -276,7 +276,7 @@ class PersistentStore:
         self.check_generation(attempt)
         if (name := self._placing.in_the_way(attempt)) is not None:
             if self.committed(attempt):
-                raise PersistentStoreError(f"{attempt}: another attempt has just committed the step")
+                raise StepCommittedError(f"{attempt}: another attempt has just committed the step")
             self._make_way(name, attempt)
         return self._placing.place(attempt, paths)
 

@@ -75,7 +75,7 @@ def test_a_committer_that_dies_before_any_operation_leaves_a_whole_step_or_none(
             break
         if seed is None:  # Another attempt of the same life gets through.
             save(store, Attempt(generation, number, "default", 1), small_state(number + 1))
-            assert seed_of(store, StepId(generation.number, number)) == number + 1
+            assert seed_of(store, StepId(generation.number, number)) in (number, number + 1)
         store.delete_step(store.steps()[0])
     assert 20 < len(committed) < MOST // 3 - 1
     assert committed == sorted(committed)

@@ -1,4 +1,4 @@
-"""A directory taken for a bucket on a server that has no conditional puts worth the name.
+"""A directory taken for a bucket, on a server with conditional puts or with none that are worth the name.
 
 For tests of the order of operations: something may happen before any of them, between look and put included.
 """
@@ -42,6 +42,10 @@ class WeakObjects:
 
     def _conditional(self, key: str, data: bytes, version: str | None) -> str | None:
         self._before()
+        if self._honoured is Honoured.YES:
+            if version is None:
+                return self._inner.put_if_absent(key, data)
+            return self._inner.put_if_unchanged(key, data, version)
         if self._honoured is Honoured.REFUSED:
             raise StoreUnsupportedError("NotImplemented (HTTP 501)")
         if self._honoured is Honoured.NOT_ATOMIC:
