@@ -16,7 +16,7 @@ from emergency_ckpt.core.holders import ShardBlocks
 from emergency_ckpt.core.inventory import Holding
 from emergency_ckpt.core.parts import MOST_PARTS, part_numbers
 from emergency_ckpt.core.replica_votes import DifferingReplicas, Replica, SlotOf, Version
-from emergency_ckpt.core.universe import Universe
+from emergency_ckpt.core.universe import Universe, distinct
 
 _Kind = tuple[int, int]  # Slots of the same shards: the number of their layout, and of the list there.
 
@@ -28,13 +28,11 @@ class _Piece:
     Attributes:
       number: equal for the same shards.
       part: which part of the slot it lies in. whole: the pieces of that part, by their numbers.
-      is_lone: whether no two processes of one slice were to hold that part.
     """
 
     number: int
     part: int
     whole: tuple[int, ...]
-    is_lone: bool
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -66,6 +64,7 @@ class ReplicaGroups:
         self._universe = universe
         self._layout_numbers = {layout_hash: number for number, layout_hash in enumerate(universe.hashes)}
         self._cuts: dict[frozenset[int], _Cut] = {}
+        self._alone: dict[_Kind, tuple[int, ...]] = {}
 
     def differing(self, holdings: Collection[tuple[int, Holding]]) -> tuple[DifferingReplicas, ...]:
         """Of these holdings of one step, what is held by several and not known to be equal in all.
@@ -112,7 +111,7 @@ class ReplicaGroups:
         leaves = {kind: self._universe.layouts[kind[0]].value_leaves for kind in pieces}
         if not any(leaves.values()):
             return []
-        # Counterparts have the same shards, or some that nobody else of their slice has.
+        # Counterparts have the same shards, or some that the same processes want, no two of them in a slice.
         leaders: dict[Hashable, Hashable] = {}
 
         def leader(of: Hashable) -> Hashable:
@@ -121,15 +120,27 @@ class ReplicaGroups:
             return of
 
         for kind, of_slot in pieces.items():
-            whole = tuple(sorted(piece.number for piece in of_slot))
-            shared = [("lone", piece.number) for piece in of_slot if piece.is_lone]
-            for each in [("whole", whole), *shared]:
+            same = tuple(sorted(piece.number for piece in of_slot))
+            for each in (same, *self._wanted_alone(kind)):
                 leaders[leader((leaves[kind], each))] = leader(kind)
         groups: dict[Hashable, list[tuple[_Slot, Version]]] = collections.defaultdict(list)
         for each in slots:
             if leaves[each.kind]:
                 groups[leader(each.kind)].append((each, each.version_of_values(pieces[each.kind])))
         return list(groups.values())
+
+    def _wanted_alone(self, kind: _Kind) -> tuple[int, ...]:
+        """Of these slots' shards, the blocks in the wanted layout that no two processes of a slice want."""
+        if kind not in self._alone:
+            wanted = self._universe.wanted
+            numbers = self._universe.numbers[kind[0]][self._universe.layouts[kind[0]].held.lists[kind[1]]]
+            blocks: list[int] = distinct(
+                wanted.shard_holders.blocks[numbers[numbers < len(wanted.shards)]]
+            ).tolist()
+            holders = {block: wanted.shard_holders.processes[block] for block in blocks}
+            slices = {block: {wanted.process_slice[p] for p in by} for block, by in holders.items()}
+            self._alone[kind] = tuple(b for b, by in holders.items() if len(slices[b]) == len(by))
+        return self._alone[kind]
 
 
 class _Cut:
@@ -139,7 +150,6 @@ class _Cut:
         """`numbers`: of the layouts."""
         self._universe = universe
         self._pieces: dict[_Kind, tuple[_Piece, ...]] = {}
-        self._lone: dict[tuple[int, int], bool] = {}
         if len(numbers) == 1:
             self._of = {number: universe.layouts[number].shard_holders.blocks for number in numbers}
             return
@@ -170,20 +180,12 @@ class _Cut:
         numbers, first = np.unique(self._of[kind[0]][held], return_index=True)
         if len(numbers) > MOST_PARTS:
             alike = -1 - self._universe.set_number(kind[0], layout.held.kinds.index(kind[1]))
-            return (_Piece(alike, 0, (alike,), False),)
+            return (_Piece(alike, 0, (alike,)),)
         parts = part_numbers(layout, kind[1])[first]
-        blocks = layout.shard_holders.blocks[held[first]].tolist()
         return tuple(
-            _Piece(number, part, tuple(numbers[parts == part].tolist()), self._is_lone(kind[0], block))
-            for number, part, block in zip(numbers.tolist(), parts.tolist(), blocks, strict=True)
+            _Piece(number, part, tuple(numbers[parts == part].tolist()))
+            for number, part in zip(numbers.tolist(), parts.tolist(), strict=True)
         )
-
-    def _is_lone(self, layout: int, block: int) -> bool:
-        if (layout, block) not in self._lone:
-            saved = self._universe.layouts[layout]
-            slices = [saved.process_slice[p] for p in saved.shard_holders.processes[block]]
-            self._lone[layout, block] = len(set(slices)) == len(slices)
-        return self._lone[layout, block]
 
 
 def _versions(group: Sequence[tuple[_Slot, Version]]) -> int:

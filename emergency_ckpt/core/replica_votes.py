@@ -103,7 +103,7 @@ class DifferingReplicas:
 
     @functools.cached_property
     def is_certain(self) -> bool:
-        """Whether it is known that some differ."""
+        """Whether it is known that some differ, in this or in what their digests are of beside it."""
         found = {each.version for each in self.replicas}
         return len({version.of for version in found}) < len(found)
 
