@@ -244,9 +244,9 @@ def _cut(blocks: Blocks, layout: Layout, manifest: Manifest, place_of: Mapping[i
     nbytes = layout.shard_nbytes[shard]
     total = -(-nbytes // BLOCK_BYTES)
     last = total if blocks.count is None else blocks.first + blocks.count
+    place = blocks.target.data
     # A view without elements cannot be cast.
-    fits = blocks.target.flags.c_contiguous and blocks.target.nbytes
-    place = blocks.target.data.cast("B") if fits else memoryview(bytearray())
+    place = place.cast("B") if place.c_contiguous and place.nbytes else memoryview(bytearray())
     begin, end = blocks.first * BLOCK_BYTES, min(nbytes, last * BLOCK_BYTES)
     if not 0 <= blocks.first <= last <= total or place.nbytes != end - begin or place.readonly:
         raise ValueError(
@@ -305,20 +305,20 @@ def _receive(answer: Answer, pieces: Iterable[tuple[_Piece, int]]) -> set[int]:
     block = xxhash.xxh3_64()
     for group in _groups(pieces):
         targets: list[memoryview] = []
-        for part in group:
-            targets.append(part.target)
-            if part.gap:
-                targets.append(dropped[: part.gap])
+        for _, target, _, _, _, gap in group:
+            targets.append(target)
+            if gap:
+                targets.append(dropped[:gap])
         answer.fill(targets)
-        for part in group:
-            if part.begins and part.expected is not None:
-                found = xxhash.xxh3_64_intdigest(part.target, part.seed)
+        for shard, target, seed, begins, expected, _ in group:
+            if begins and expected is not None:
+                found = xxhash.xxh3_64_intdigest(target, seed)
             else:
-                block = xxhash.xxh3_64(seed=part.seed) if part.begins else block
-                block.update(part.target)
-                found = None if part.expected is None else block.intdigest()
-            if found != part.expected:
-                bad.add(part.shard)
+                block = xxhash.xxh3_64(seed=seed) if begins else block
+                block.update(target)
+                found = None if expected is None else block.intdigest()
+            if found != expected:
+                bad.add(shard)
     return bad
 
 
@@ -328,7 +328,7 @@ def _groups(pieces: Iterable[tuple[_Piece, int]]) -> Iterator[list[_Part]]:
     nbytes = 0
     for piece, gap in pieces:
         for part in _parts(piece, gap):
-            length = part.target.nbytes
+            length = len(part.target)
             if group and (nbytes + length > _CACHED_BYTES or 2 * len(group) >= MOST_BUFFERS):
                 yield group
                 group, nbytes = [], 0
@@ -338,13 +338,17 @@ def _groups(pieces: Iterable[tuple[_Piece, int]]) -> Iterator[list[_Part]]:
         yield group
 
 
-def _parts(piece: _Piece, gap: int) -> Iterator[_Part]:
-    shard, target, seed, checksums = piece.shard, piece.target, piece.seed, piece.checksums
+def _parts(piece: _Piece, gap: int) -> Iterable[_Part]:
+    shard, _, _, count, target, seed, checksums = piece
     # No checksum is negative: what has too few or too many of them is bad.
-    fits = len(checksums) == piece.count
-    if piece.count == 1 and target.nbytes <= _CACHED_BYTES:
-        yield _Part(shard, target, seed, True, checksums[0] if fits else -1, gap)
-        return
+    fits = len(checksums) == count
+    if count == 1 and len(target) <= _CACHED_BYTES:
+        return (_Part(shard, target, seed, True, checksums[0] if fits else -1, gap),)
+    return _parts_of_large(piece, gap, fits)
+
+
+def _parts_of_large(piece: _Piece, gap: int, fits: bool) -> Iterator[_Part]:
+    shard, _, _, _, target, seed, checksums = piece
     for number, (begin, length) in enumerate(block_ranges(target.nbytes)):
         end, expected = begin + length, checksums[number] if fits else -1
         for at in range(begin, end, _CACHED_BYTES):

@@ -88,8 +88,8 @@ class _PlainSocket(socket.socket):
 
     def fill(self, targets: Sequence[memoryview]) -> None:
         """Fills all targets, at most `MOST_BUFFERS`, in order: with one system call where it goes well."""
-        left = list(targets)
-        while left:
+        left, nbytes = targets, sum([target.nbytes for target in targets])
+        while nbytes:
             if time.monotonic() > self.deadline:
                 raise TimeoutError("the time limit of the exchange is over")
             try:
@@ -97,8 +97,10 @@ class _PlainSocket(socket.socket):
             except BlockingIOError as error:
                 raise TimeoutError(f"nothing came for {self.stall_seconds:g} s") from error
             if not count:
-                raise _ended_early(sum(target.nbytes for target in left))
-            left = _after(left, count)
+                raise _ended_early(nbytes)
+            nbytes -= count
+            if nbytes:
+                left = _after(left, count)
 
     def sendall(self, *args: Any, **kwargs: Any) -> None:
         try:
@@ -155,7 +157,7 @@ class Answer:
                 self.read_into(target)
             return
         left = targets if self._is_past_buffer else self._take_buffered(targets)
-        nbytes = sum(target.nbytes for target in left)
+        nbytes = sum([target.nbytes for target in left])
         if nbytes > self._response.length:
             raise _ended_early(nbytes - self._response.length)
         for at in range(0, len(left), MOST_BUFFERS):

@@ -126,10 +126,8 @@ class _Read:
 
     @property
     def blocks(self) -> tuple[int, int]:
-        """The blocks that are needed: first, and how many."""
+        """The blocks that are needed for copies: first, and how many."""
         layout = self.source.layout
-        if self.direct is not None:
-            return 0, -(-layout.shard_nbytes[self.shard] // BLOCK_BYTES)
         of = layout.shards[self.shard]
         itemsize = dtype_of(layout.leaf[of.leaf].dtype).itemsize
         first, last = _flat_range(of.box, (copy.box for copy in self.copies))
@@ -143,6 +141,13 @@ class _Read:
             return nbytes
         first, count = self.blocks
         return min((first + count) * BLOCK_BYTES, nbytes) - first * BLOCK_BYTES
+
+    def into(self, data: np.ndarray) -> Blocks:
+        """What is to be fetched; `data`: memory of the whole shard."""
+        if self.direct is not None:
+            return Blocks(self.shard, data)
+        first, count = self.blocks
+        return Blocks(self.shard, data[first * BLOCK_BYTES :][: self.nbytes], first, count)
 
 
 def gather(
@@ -242,15 +247,7 @@ class _Gathering:
             return
         memory = [self._memory(read) for read in task]
         try:
-            source.fetch(
-                [
-                    Blocks(
-                        read.shard, data[first * BLOCK_BYTES : first * BLOCK_BYTES + read.nbytes], first, count
-                    )
-                    for read, data in zip(task, memory, strict=True)
-                    for first, count in [read.blocks]
-                ]
-            )
+            source.fetch([read.into(data) for read, data in zip(task, memory, strict=True)])
             bad: Collection[int] = ()
         except CorruptShardsError as error:
             bad = set(error.shards)

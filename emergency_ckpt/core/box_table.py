@@ -76,8 +76,16 @@ class BoxTable:
 
     def named(self, row: int) -> str:
         """A box as text, as the box itself says it."""
-        bounds: list[int] = self.rows[row].tolist()
-        return text_of_bounds(bounds[: self.dimensions], bounds[self.dimensions :])
+        text = self._texts.get(row)
+        if text is None:
+            bounds: list[int] = self.rows[row].tolist()
+            text = self._texts[row] = text_of_bounds(bounds[: self.dimensions], bounds[self.dimensions :])
+        return text
+
+    @functools.cached_property
+    def _texts(self) -> dict[int, str]:
+        """By row, of those that were named: a process names the same box of many leaves that are cut alike."""
+        return {}
 
     @functools.cached_property
     def sizes(self) -> Numbers:

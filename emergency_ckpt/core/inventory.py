@@ -24,6 +24,7 @@ class Holding:
       digest: one checksum over all block checksums as saved; equal for bit-identical replicas.
       extras_of: the process indices whose extras are kept with it.
       missing: ascending indices into the layout's shards, of those that are not good in this slot.
+      parts: one digest of each of its parts and one of its values (see `core.parts`); none where it has many.
     """
 
     step: StepId
@@ -32,6 +33,7 @@ class Holding:
     digest: str
     extras_of: tuple[int, ...] = ()
     missing: tuple[int, ...] = ()
+    parts: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -62,6 +64,7 @@ class Inventory:
                         h.digest,
                         list(h.extras_of),
                         list(h.missing),
+                        list(h.parts),
                     ]
                     for h in self.holdings
                 ],
@@ -92,7 +95,14 @@ class Inventory:
 
 
 def _holding(
-    generation: Any, step: Any, layout: Any, position: Any, digest: Any, extras_of: Any, missing: Any = ()
+    generation: Any,
+    step: Any,
+    layout: Any,
+    position: Any,
+    digest: Any,
+    extras_of: Any,
+    missing: Any = (),
+    parts: Any = (),
 ) -> Holding:
     return Holding(
         StepId(int(generation), int(step)),
@@ -101,4 +111,5 @@ def _holding(
         str(digest),
         tuple(int(process) for process in extras_of),
         tuple(int(shard) for shard in missing),
+        tuple(str(part) for part in parts),
     )

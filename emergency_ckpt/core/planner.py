@@ -20,10 +20,19 @@ from emergency_ckpt.core.misplaced import Misplaced, find_misplaced
 from emergency_ckpt.core.other_layouts import OtherLayout, Unusable, covers_all, differing_briefly
 from emergency_ckpt.core.plan_reasons import describe_lost, describe_sources
 from emergency_ckpt.core.plan_words import because, processes_named
-from emergency_ckpt.core.replica_votes import DifferingReplicas, Outvoted, SlotOf
+from emergency_ckpt.core.replica_groups import ReplicaGroups
+from emergency_ckpt.core.replica_votes import (
+    DifferingReplicas,
+    Outvoted,
+    SlotOf,
+    Vote,
+    outvoted_in_any,
+    vote,
+)
+from emergency_ckpt.core.replicas import Divergence, Fingerprints
 from emergency_ckpt.core.restore_plan import RestorePlan, Strike
 from emergency_ckpt.core.step_needs import StepNeeds
-from emergency_ckpt.core.survivors import Survivors, differing_replicas, find_survivors
+from emergency_ckpt.core.survivors import Survivors, find_survivors
 from emergency_ckpt.core.universe import Universe
 
 
@@ -42,7 +51,7 @@ class Planner:
       others: by hash, the layouts of other job shapes and states that the inventories name.
       served: the processes whose slots others can fetch from; None: all.
       stored: what slots of this job hold, where slices share the state; None: what processes have to get.
-      outvoted: of slots whose replicas differ and were compared, the shards that are not what most have.
+      fingerprints: of slots that may differ and were asked, one number per shard (see `core.replica_votes`).
     """
 
     layout: Layout
@@ -54,7 +63,7 @@ class Planner:
     others: Mapping[str, OtherLayout] = dataclasses.field(default_factory=dict[str, OtherLayout])
     served: frozenset[int] | None = None
     stored: Layout | None = None
-    outvoted: Mapping[SlotOf, Outvoted] = dataclasses.field(default_factory=dict[SlotOf, Outvoted])
+    fingerprints: Mapping[SlotOf, Fingerprints] = dataclasses.field(default_factory=dict[SlotOf, Fingerprints])
 
     def candidates(self) -> list[StepId]:
         """Steps that anybody holds something of, newest first, void ones left out."""
@@ -90,12 +99,16 @@ class Planner:
         return [s for s in reversed(self.candidates()) if self._is_restorable(s, strikes, known)]
 
     def differing_replicas(self, most_steps: int) -> tuple[DifferingReplicas, ...]:
-        """Slots that should be equal and are not, of the newest steps, newest first."""
+        """Slots that should be equal and are not known to be, of the newest steps, newest first."""
         return tuple(
             each
             for step in self.candidates()[:most_steps]
-            for each in differing_replicas(self._universe, self._holdings.get(step, ()))
+            for each in self._groups.differing(self._holdings.get(step, ()))
         )
+
+    def divergences(self, step: StepId) -> tuple[Divergence, ...]:
+        """The leaves of a step that differ, as far as slots were asked."""
+        return tuple(found for vote in self._votes(step) for found in vote.divergences)
 
     def saved_layout(self, layout_hash: str) -> Layout:
         """The layout of this hash, which is the job's or among the others."""
@@ -191,11 +204,26 @@ class Planner:
     def _survivors(self, step: StepId, strikes: Collection[Strike]) -> Survivors:
         strikes = [strike for strike in strikes if strike.step == step]
         holdings = self._holdings.get(step, ())
-        found = find_survivors(self._universe, self.others, holdings, strikes, self.outvoted, self.served)
+        outvoted = self._outvoted(step)
+        found = find_survivors(self._universe, self.others, holdings, strikes, outvoted, self.served)
         if step.generation == 0 and self._has_persistent(step, strikes):
             # Another program may have written this step number anew since it was copied to the ramdisks.
             return found.none()
         return found
+
+    def _votes(self, step: StepId) -> tuple[Vote, ...]:
+        """On what slots that should be equal may differ in. Strikes change nothing about it."""
+        if step not in self._known_votes:
+            layouts = dict(zip(self._universe.hashes, self._universe.layouts, strict=True))
+            slices = self.layout.process_slice
+            found = self._groups.differing(self._holdings.get(step, ()))
+            self._known_votes[step] = tuple(vote(each, layouts, self.fingerprints, slices) for each in found)
+        return self._known_votes[step]
+
+    def _outvoted(self, step: StepId) -> Mapping[SlotOf, Outvoted]:
+        if step not in self._known_outvoted:
+            self._known_outvoted[step] = outvoted_in_any(self._votes(step))
+        return self._known_outvoted[step]
 
     def _has_persistent(self, step: StepId, strikes: Collection[Strike]) -> bool:
         """Whether the persistent tier has this step, and not all of it was struck."""
@@ -273,6 +301,18 @@ class Planner:
             for holding in inventory.holdings:
                 found[holding.step].append((inventory.process, holding))
         return dict(found)
+
+    @functools.cached_property
+    def _groups(self) -> ReplicaGroups:
+        return ReplicaGroups(self._universe)
+
+    @functools.cached_property
+    def _known_votes(self) -> dict[StepId, tuple[Vote, ...]]:
+        return {}
+
+    @functools.cached_property
+    def _known_outvoted(self) -> dict[StepId, Mapping[SlotOf, Outvoted]]:
+        return {}
 
     @functools.cached_property
     def _universe(self) -> Universe:

@@ -1,13 +1,15 @@
 """What slots that should be equal give to a restore, shard by shard: the bytes of the majority.
 
-Each shard is voted on by itself: slots that are wrong in different places make each other good. Most slots win;
+Each shard is voted on by itself, by all slots that hold it: those that are wrong in different places make each
+other good, and slots need not hold the same shards. Most slots win;
 of equal numbers the version that is good somewhere, then that of the lowest slice.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +20,7 @@ from emergency_ckpt.core.replicas import Comparison, Divergence, Fingerprints, f
 from emergency_ckpt.core.values import Value
 
 MOST_VERSIONS = 32
-"""Slots with more different contents are not compared shard by shard."""
+"""What has more different versions is not compared shard by shard."""
 
 NOT_THERE = 0
 """In place of the fingerprint of a shard that a slot never got: it has no vote."""
@@ -35,11 +37,22 @@ class SlotOf:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Version:
+    """What a digest is of, and the digest.
+
+    Copies with both equal are equal; with other digests of the same, they differ; else nothing is known.
+    """
+
+    of: Hashable
+    digest: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Replica:
     """A slot that should be equal to others. `missing`: shards that are not good in it, as in `Holding`."""
 
     slot: SlotOf
-    digest: str
+    version: Version
     missing: tuple[int, ...] = ()
 
 
@@ -60,26 +73,39 @@ class Outvoted:
 
 @dataclasses.dataclass(frozen=True)
 class DifferingReplicas:
-    """Slots of the same shards and one step whose digests differ; ascending."""
+    """Slots of one step that have something in common and are not known to be equal in it; ascending.
+
+    Attributes:
+      shards: what they have in common: by the hash of each layout that they name, ascending indices into its
+        shards. The layouts have the same leaves, so that the same shards have the same order in all.
+        None: their leaves that are no arrays.
+    """
 
     replicas: tuple[Replica, ...]
+    shards: Mapping[str, tuple[int, ...]] | None
 
     @property
     def step(self) -> StepId:
         return self.replicas[0].slot.step
 
-    @property
+    @functools.cached_property
     def versions(self) -> list[list[Replica]]:
-        """Those with equal digests together."""
-        found: dict[str, list[Replica]] = {}
+        """Those that are known to be equal together."""
+        found: dict[Version, list[Replica]] = {}
         for each in self.replicas:
-            found.setdefault(each.digest, []).append(each)
+            found.setdefault(each.version, []).append(each)
         return list(found.values())
 
     @property
     def asked(self) -> tuple[SlotOf, ...]:
         """One slot of each version, whose fingerprints tell of all."""
         return tuple(version[0].slot for version in self.versions)
+
+    @functools.cached_property
+    def is_certain(self) -> bool:
+        """Whether it is known that some differ, in this or in what their digests are of beside it."""
+        found = {each.version for each in self.replicas}
+        return len({version.of for version in found}) < len(found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +118,7 @@ class Vote:
     """
 
     outvoted: Mapping[SlotOf, Outvoted]
-    divergences: tuple[Divergence, ...]
+    divergences: tuple[Divergence, ...] = ()
 
 
 def slot_fingerprints(
@@ -118,41 +144,74 @@ def vote(
     fingerprints: Mapping[SlotOf, Fingerprints],
     process_slice: Sequence[int],
 ) -> Vote:
-    """Which shards of which slots are not what most have.
+    """What of which slots is not what most have.
+
+    Where a slot that was to be asked said nothing, versions count as wholes, if it is known that any differ.
 
     Args:
-      layouts: by hash, those that the slots name. They have the same leaves, so that slots of the same shards
-        have them in the same order.
-      fingerprints: of the slots that were asked, as `slot_fingerprints` gives them.
+      layouts: by hash, those that the slots name.
+      fingerprints: by slot, as `slot_fingerprints` gives them.
       process_slice: per process of this job, its slice.
 
     Raises ValueError for fingerprints that are not of these slots.
     """
     versions = differing.versions
+    told = all(slot in fingerprints for slot in differing.asked)
+    if not told and not differing.is_certain:
+        return Vote({})
     first = layouts[versions[0][0].slot.layout]
-    shards = first.process_shards[versions[0][0].slot.position]
-    columns = len(shards) + len(first.value_leaves)
-    rows = [fingerprints[version[0].slot] for version in versions]
-    if any(row.shape != (columns,) for row in rows):
-        raise ValueError(f"fingerprints of {differing.step} are not of {columns} shards and values")
-    table = np.stack(rows)
-    good = np.stack([_good_in_any(version, layouts, columns) for version in versions])
+    shards = () if differing.shards is None else differing.shards[first.hash]
+    columns = len(first.value_leaves) if differing.shards is None else len(shards)
+    if told:
+        table = np.stack([_columns(differing, slot, layouts, fingerprints[slot]) for slot in differing.asked])
+    else:
+        table = np.repeat(np.arange(1, len(versions) + 1, dtype=np.uint64)[:, None], columns, axis=1)
+    good = np.stack([_good_in_any(version, differing, columns) for version in versions])
     ballots = _Ballots(table, good, versions, process_slice)
-    lost = ballots.outvoted
-    of_values = lost[:, len(shards) :].any(axis=1)
-    if of_values.all():  # Each is wrong in another value: values belong together, so one slot's are taken.
-        of_values[ballots.best] = False
     outvoted: dict[SlotOf, Outvoted] = {}
-    for version, row, values_differ in zip(versions, lost, of_values.tolist(), strict=True):
-        places = np.flatnonzero(row[: len(shards)]).tolist()
-        for each in version:
-            held = layouts[each.slot.layout].process_shards[each.slot.position]
-            outvoted[each.slot] = Outvoted(frozenset(held[place] for place in places), values_differ)
+    if differing.shards is None:
+        lost = ballots.outvoted.any(axis=1)
+        if lost.all():  # Each is wrong in another value: values belong together, so one slot's are taken.
+            lost[ballots.best] = False
+        for version, is_lost in zip(versions, lost.tolist(), strict=True):
+            outvoted.update((each.slot, Outvoted(values=is_lost)) for each in version)
+    else:
+        for version, row in zip(versions, ballots.outvoted, strict=True):
+            places = np.flatnonzero(row).tolist()
+            for each in version:
+                held = differing.shards[each.slot.layout]
+                outvoted[each.slot] = Outvoted(frozenset(held[place] for place in places))
+    if not told:
+        return Vote(outvoted)
     # What a slot never got is no difference.
     shown = np.where(table == NOT_THERE, ballots.winning, table)
     found = {each.slot.process: row for version, row in zip(versions, shown, strict=True) for each in version}
-    compared = Comparison(tuple(sorted(found)), shards, first.value_leaves)
-    return Vote(outvoted, find_divergences(compared, first, found))
+    values = first.value_leaves if differing.shards is None else ()
+    return Vote(outvoted, find_divergences(Comparison(tuple(sorted(found)), shards, values), first, found))
+
+
+def outvoted_in_any(votes: Iterable[Vote]) -> dict[SlotOf, Outvoted]:
+    """Per slot all that was outvoted in it."""
+    found: dict[SlotOf, Outvoted] = {}
+    for each in votes:
+        for slot, outvoted in each.outvoted.items():
+            before = found.get(slot, Outvoted())
+            found[slot] = Outvoted(before.shards | outvoted.shards, before.values or outvoted.values)
+    return found
+
+
+def _columns(
+    differing: DifferingReplicas, slot: SlotOf, layouts: Mapping[str, Layout], fingerprints: Fingerprints
+) -> Fingerprints:
+    """Those of the fingerprints of a slot that are of what is compared."""
+    layout = layouts[slot.layout]
+    held = layout.held.of_process(slot.position)
+    if fingerprints.shape != (len(held) + len(layout.value_leaves),):
+        wanted = f"{len(held)} shards and {len(layout.value_leaves)} values"
+        raise ValueError(f"fingerprints of {differing.step} are not of {wanted}")
+    if differing.shards is None:
+        return fingerprints[len(held) :]
+    return fingerprints[np.searchsorted(held, np.array(differing.shards[slot.layout], np.int64))]
 
 
 class _Ballots:
@@ -210,15 +269,13 @@ def _first_alike(table: Fingerprints) -> npt.NDArray[np.int8]:
 
 
 def _good_in_any(
-    version: Iterable[Replica], layouts: Mapping[str, Layout], columns: int
+    version: Iterable[Replica], differing: DifferingReplicas, columns: int
 ) -> npt.NDArray[np.bool_]:
     """Per column, whether any slot of a version has it whole."""
-    found = np.zeros(columns, np.bool_)
+    found = np.full(columns, differing.shards is None)
     for each in version:
-        held = layouts[each.slot.layout].held.of_process(each.slot.position)
-        here = np.ones(columns, np.bool_)
-        here[: len(held)] = ~np.isin(held, np.array(each.missing, np.int64))
-        found |= here
+        if differing.shards is not None:
+            found |= ~np.isin(differing.shards[each.slot.layout], np.array(each.missing, np.int64))
     return found
 
 

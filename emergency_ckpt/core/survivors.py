@@ -1,7 +1,7 @@
 """What of one step is left on the ramdisks and good: the sources of a restore, alike ones together.
 
-All replicas of a slot take the bytes of the majority, else of the lowest slice; what differs is no source.
-Where the replicas were compared shard by shard that holds for each shard, otherwise for slots as wholes.
+All replicas of a shard take the bytes of the majority, else of the lowest slice (`core.replica_votes`); what
+differs is no source.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from emergency_ckpt.core.box_table import Numbers
 from emergency_ckpt.core.inventory import Holding
 from emergency_ckpt.core.other_layouts import OtherLayout
 from emergency_ckpt.core.plan_words import because, is_one, processes_named, shards_counted
-from emergency_ckpt.core.replica_votes import DifferingReplicas, Outvoted, Replica, SlotOf
+from emergency_ckpt.core.replica_votes import Outvoted, SlotOf
 from emergency_ckpt.core.restore_plan import Strike
 from emergency_ckpt.core.universe import Universe, among
 
@@ -81,7 +81,7 @@ def find_survivors(
     """What of `holdings` (process, holding) of one step may be used.
 
     Args:
-      outvoted: of slots whose replicas were compared shard by shard.
+      outvoted: of slots that should be equal to others and are not known to be, what is not what most have.
       served: the processes that others can fetch from; None: all.
       others: the layouts that the universe may lack: those of other states.
       strikes: those of this step.
@@ -114,8 +114,9 @@ def find_survivors(
                 (misspoken if wrong.values else describers).append(slot)
                 beaten |= {process} if wrong else set()
                 missing |= wrong.shards
-            digest = holding.digest if wrong is None else ""
-            usable.append(_Usable(process, number, shards, holding.position, digest, missing, bool(wrong)))
+            if wrong and missing.issuperset(universe.layouts[number].process_shards[holding.position]):
+                continue  # Nothing of it is left.
+            usable.append(_Usable(process, number, shards, holding.position, missing, bool(wrong)))
     describers = [slot for slot in describers if misspoken and (served is None or slot.process in served)]
     if misspoken and not describers:
         # Nobody can give those that need them the right values: then these slots are none.
@@ -124,31 +125,13 @@ def find_survivors(
     notes += struck.notes({process for process, _ in holdings})
     for why, processes in misfits.items():
         notes.append(f"the {'copy' if len(processes) == 1 else 'copies'} of {processes_named(processes)} {why}")
-    losers = _losers(usable, universe.wanted.process_slice)
-    beaten |= {each.process for each in losers}
     if beaten:
         named = processes_named(beaten)
         notes.append(
             f"replicas differ: {named} {'takes' if is_one(named) else 'take'} the bytes of the majority"
         )
-    gathered = _gathered(universe, [u for u in usable if u not in losers], tuple(notes))
+    gathered = _gathered(universe, usable, tuple(notes))
     return dataclasses.replace(gathered, losers=tuple(sorted(beaten)), describers=tuple(describers))
-
-
-def differing_replicas(
-    universe: Universe, holdings: Sequence[tuple[int, Holding]]
-) -> tuple[DifferingReplicas, ...]:
-    """The slots of one step that should be equal and are not, those of the lowest process first."""
-    layout_numbers = {layout_hash: number for number, layout_hash in enumerate(universe.hashes)}
-    by_set: dict[int, list[Replica]] = collections.defaultdict(list)
-    for process, holding in sorted(holdings, key=_order):
-        number = layout_numbers.get(holding.layout)
-        if number is not None and 0 <= holding.position < universe.layouts[number].process_count:
-            slot = SlotOf(holding.step, process, holding.layout, holding.position)
-            shards = universe.set_number(number, holding.position)
-            by_set[shards].append(Replica(slot, holding.digest, holding.missing))
-    found = [each for each in by_set.values() if len({replica.digest for replica in each}) > 1]
-    return tuple(DifferingReplicas(tuple(each)) for each in found)
 
 
 _UNKNOWN = "cannot be read: their layout is unknown"
@@ -160,7 +143,6 @@ class _Usable:
     layout: int
     shards: int
     position: int
-    digest: str
     missing: frozenset[int]
     is_outvoted: bool
 
@@ -201,24 +183,6 @@ class _Struck:
 def _order(item: tuple[int, Holding]) -> tuple[int, str, int, str]:
     process, holding = item
     return process, holding.layout, holding.position, holding.digest
-
-
-def _losers(usable: Iterable[_Usable], process_slice: Sequence[int]) -> set[_Usable]:
-    """Those whose bytes differ from what most slots of the same shards have."""
-    by_set: dict[int, list[_Usable]] = collections.defaultdict(list)
-    for each in usable:
-        by_set[each.shards].append(each)
-    losers: set[_Usable] = set()
-    for alike in by_set.values():
-        if len(alike) == 1:
-            continue
-        digests = collections.Counter(each.digest for each in alike)
-        if len(digests) > 1:
-            best = max(digests.values())
-            leading = [each for each in alike if digests[each.digest] == best]
-            winner = min(leading, key=lambda each: (process_slice[each.process], each.process)).digest
-            losers.update(each for each in alike if each.digest != winner)
-    return losers
 
 
 def _gathered(universe: Universe, usable: Iterable[_Usable], notes: tuple[str, ...]) -> Survivors:

@@ -11,6 +11,7 @@ from collections.abc import Collection
 
 from emergency_ckpt.core.inventory import Holding
 from emergency_ckpt.core.lineage import StepId, is_void
+from emergency_ckpt.core.parts import part_digests
 from emergency_ckpt.core.slots import Outcome
 from emergency_ckpt.errors import CorruptDataError, LocalDirectoryError
 from emergency_ckpt.local.held_slots import HeldSlots
@@ -125,4 +126,5 @@ def _holding(slot: SealedSlot) -> Holding:
         manifest.digest,
         tuple(sorted(manifest.extras)),
         slot.missing,
+        part_digests(slot.layout, manifest.position, manifest.checksums, manifest.values),
     )

@@ -253,8 +253,11 @@ class Filling:
 
     def _keep_own(self, takes: Collection[Take]) -> Setbacks:
         """Where slices share the state, the part that this process keeps stays in its slot."""
-        self._own = None
         job = self._job
+        before = frozenset[int]() if self._own is None else self._own.shards
+        self._own = None
+        for shard in before:  # They are in no other place.
+            self._done.pop(shard, None)
         slot = None if job.stores_all else job.local.sealed(self.step)
         if slot is None or (slot.manifest.layout, slot.manifest.position) != (job.layout.hash, job.process):
             return NONE
@@ -264,17 +267,23 @@ class Filling:
             why = "it was found damaged meanwhile"
             named = frozenset(job.layout.shards[shard] for shard in bad)
             return Setbacks((Strike(self.step, job.process, named, why),))
-        if not shards and any(entry.nbytes for entry in job.layout.slot_entries(job.process)):
-            return NONE  # It is no source any more.
+        there = {entry.shard for entry in job.layout.slot_entries(job.process) if entry.nbytes}
+        describing = self._describing(takes)
+        if there - set(slot.missing) - shards or (describing and describing.process != job.process):
+            return NONE  # It is no source any more, or not of all: what other replicas outvoted is not kept.
         self._own = OwnPart(slot, shards & self._needed)
         self._described = _Described.by(slot.manifest)
-        if fresh := [shard for shard in self._own.shards if shard not in self._done]:
+        if fresh := [s for s in self._own.shards if s not in self._done and s not in before]:
             self._count(OWN, fresh)
         self._done.update((shard, slot.checksums(shard)) for shard in self._own.shards)
         return NONE
 
     def _to_be_copied(self, takes: Collection[Take]) -> Collection[Take]:
         return takes if self._own is None else [take for take in takes if not self._is_own_part(take)]
+
+    def _describing(self, takes: Collection[Take]) -> Take | None:
+        """The take that says whose values count, where replicas have different ones."""
+        return next((take for take in takes if not take.shards), None)
 
     def _is_own_part(self, take: Take) -> bool:
         job = self._job
@@ -317,8 +326,7 @@ class Filling:
             wanted &= {shard for shard, place in places.items() if place.nbytes}
         if isinstance(self._room, Repair):
             wanted &= set(self._room.missing)
-        # Where replicas have different values, a take without shards says whose count.
-        describing = next((take for take in takes if not take.shards), None)
+        describing = self._describing(takes)
         if not wanted:
             takes = [describing] if describing and self._described is None else []
         if not takes:

@@ -1,6 +1,6 @@
 """Comparing replicas before a restore: who has other bytes than most, shard by shard, and in which leaves.
 
-Digests tell that copies differ; only then does one process per version say a number per shard, over the
+Where digests tell that copies differ, or do not tell, one process per version says a number per shard over the
 coordination service, and process 0 plans anew with what it learned. Bounded: the newest steps, and what fits.
 """
 
@@ -13,17 +13,9 @@ from typing import Any
 import numpy as np
 
 from emergency_ckpt.core.layout import Layout
-from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.core.planner import Planner
-from emergency_ckpt.core.replica_votes import (
-    MOST_VERSIONS,
-    DifferingReplicas,
-    Outvoted,
-    SlotOf,
-    slot_fingerprints,
-    vote,
-)
-from emergency_ckpt.core.replicas import Divergence, Fingerprints
+from emergency_ckpt.core.replica_votes import MOST_VERSIONS, SlotOf, slot_fingerprints
+from emergency_ckpt.core.replicas import Fingerprints
 from emergency_ckpt.runtime.agreement import agree
 from emergency_ckpt.runtime.job import Job
 from emergency_ckpt.runtime.replicas import divergence_events
@@ -35,46 +27,48 @@ _MOST_LEAVES = 50
 """How many leaves of a step are named."""
 
 
-def compared_replicas(planner: Planner) -> tuple[DifferingReplicas, ...]:
-    """The replicas that are worth a comparison, as far as the bounds allow. Process 0 asks."""
-    found: list[DifferingReplicas] = []
+def slots_to_ask(planner: Planner) -> tuple[SlotOf, ...]:
+    """The slots whose fingerprints tell in what replicas differ, as far as the bounds allow. Process 0 asks."""
+    found: dict[SlotOf, None] = {}
     numbers = 0
     for each in planner.differing_replicas(_MOST_STEPS):
-        slot = each.asked[0]
-        layout = planner.saved_layout(slot.layout)
-        size = len(layout.held.of_process(slot.position)) + len(layout.value_leaves)
-        numbers += size * len(each.asked)
-        if numbers > _MOST_NUMBERS:
-            break
-        if len(each.asked) <= MOST_VERSIONS:
-            found.append(each)
+        fresh = [slot for slot in each.asked if slot not in found]
+        size = sum(_columns(planner.saved_layout(slot.layout), slot) for slot in fresh)
+        if len(each.asked) <= MOST_VERSIONS and numbers + size <= _MOST_NUMBERS:
+            found.update(dict.fromkeys(fresh))
+            numbers += size
     return tuple(found)
 
 
+def _columns(layout: Layout, slot: SlotOf) -> int:
+    return len(layout.held.of_process(slot.position)) + len(layout.value_leaves)
+
+
 def compare_replicas(
-    job: Job, key: str, survey: Survey, again: Callable[[Mapping[SlotOf, Outvoted]], Survey]
+    job: Job, key: str, survey: Survey, again: Callable[[Mapping[SlotOf, Fingerprints]], Survey]
 ) -> Survey:
     """The survey in which replicas that differ have been compared. Collective where `survey.asked` has any.
 
-    `again`: takes the survey anew, knowing what was outvoted; process 0 calls it.
+    `again`: takes the survey anew, knowing the fingerprints of slots; process 0 calls it.
     """
     if not survey.asked:
         return survey
     surveyed: list[Survey] = []
 
     def decide(said: Sequence[Any]) -> Any:
-        assert survey.planner is not None
         numbers = {
             survey.asked[int(place)]: np.frombuffer(base64.b64decode(text), np.uint64)
             for each in said
             for place, text in each.items()
         }
-        outvoted, divergences = _voted(survey.planner, numbers, job.topology.process_slice)
-        taken = again(outvoted)
+        taken = again(numbers)
+        assert taken.planner is not None
         events = [
             event
-            for step, found in sorted(divergences.items())
-            for event in divergence_events(step.step, found[:_MOST_LEAVES], job.topology.process_slice)
+            for step in sorted({slot.step for slot in survey.asked})
+            for event in divergence_events(
+                step.step, taken.planner.divergences(step)[:_MOST_LEAVES], job.topology.process_slice
+            )
         ]
         surveyed.append(taken.with_divergences(tuple(events)))
         return surveyed[0].to_json()
@@ -94,20 +88,3 @@ def _own_numbers(job: Job, asked: Sequence[SlotOf]) -> dict[str, str]:
         numbers = slot_fingerprints(sealed.layout, slot.position, manifest.checksums, manifest.values)
         found[str(place)] = base64.b64encode(numbers.tobytes()).decode()
     return found
-
-
-def _voted(
-    planner: Planner, numbers: Mapping[SlotOf, Fingerprints], process_slice: Sequence[int]
-) -> tuple[dict[SlotOf, Outvoted], dict[StepId, list[Divergence]]]:
-    outvoted: dict[SlotOf, Outvoted] = {}
-    divergences: dict[StepId, list[Divergence]] = {}
-    for each in compared_replicas(planner):
-        if not numbers.keys() >= set(each.asked):
-            continue
-        layouts: dict[str, Layout] = {
-            replica.slot.layout: planner.saved_layout(replica.slot.layout) for replica in each.replicas
-        }
-        found = vote(each, layouts, numbers, process_slice)
-        outvoted |= found.outvoted
-        divergences.setdefault(each.step, []).extend(found.divergences)
-    return outvoted, divergences

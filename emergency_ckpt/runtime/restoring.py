@@ -22,7 +22,8 @@ from emergency_ckpt.core.inventory import Inventory
 from emergency_ckpt.core.lineage import Activation, StepId
 from emergency_ckpt.core.plan_words import processes_named, shards_counted
 from emergency_ckpt.core.planner import Planner
-from emergency_ckpt.core.replica_votes import Outvoted, SlotOf
+from emergency_ckpt.core.replica_votes import SlotOf
+from emergency_ckpt.core.replicas import Fingerprints
 from emergency_ckpt.core.restore_plan import PlanOfOne, RestorePlan, Strike
 from emergency_ckpt.errors import CorruptDataError, NoRestorableStepError, StateMismatchError
 from emergency_ckpt.persistent.store import Generation
@@ -32,7 +33,7 @@ from emergency_ckpt.runtime.extras import ReceivedExtras, WantedExtras
 from emergency_ckpt.runtime.filling import PEER, PERSISTENT, Filling
 from emergency_ckpt.runtime.job import Job
 from emergency_ckpt.runtime.layout_exchange import fetch_layouts, publish_layouts
-from emergency_ckpt.runtime.replica_survey import compare_replicas, compared_replicas
+from emergency_ckpt.runtime.replica_survey import compare_replicas, slots_to_ask
 from emergency_ckpt.runtime.replicas import tell_divergences
 from emergency_ckpt.runtime.restore_attempt import Attempt, Held, persistent_mismatch
 from emergency_ckpt.runtime.setbacks import Setbacks
@@ -93,7 +94,7 @@ class Restorer:
         job, timeout = self._job, self._job.settings.coordination_timeout
         key = f"{call}/survey"
         surveyed: list[Survey] = []
-        takes: list[Callable[[Mapping[SlotOf, Outvoted]], Survey]] = []
+        takes: list[Callable[[Mapping[SlotOf, Fingerprints]], Survey]] = []
 
         def decide(said: list[Any]) -> Any:
             parsed = [Inventory.from_bytes(json.dumps(raw).encode()) for raw, _ in said]
@@ -115,8 +116,7 @@ class Restorer:
             )
             survey = takes[0]({})
             assert survey.planner is not None
-            asked = tuple(slot for each in compared_replicas(survey.planner) for slot in each.asked)
-            surveyed.append(dataclasses.replace(survey, asked=asked))
+            surveyed.append(dataclasses.replace(survey, asked=slots_to_ask(survey.planner)))
             return surveyed[0].to_json()
 
         def mine() -> Any:
@@ -127,7 +127,7 @@ class Restorer:
 
         answer = agree(job.coordinator, key, mine, decide, timeout)
         survey = surveyed[0] if surveyed else Survey.from_json(answer)
-        survey = compare_replicas(job, f"{key}/replicas", survey, lambda outvoted: takes[0](outvoted))
+        survey = compare_replicas(job, f"{key}/replicas", survey, lambda numbers: takes[0](numbers))
         self._plan_of_newest = survey.plan
         job.local.activate(survey.activations)
         job.local.learn_restorable(survey.restorable)

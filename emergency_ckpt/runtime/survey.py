@@ -12,7 +12,8 @@ from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.lineage import Activation, StepId, begun_from, newest_promised
 from emergency_ckpt.core.other_layouts import OtherLayout, Unusable
 from emergency_ckpt.core.planner import Planner
-from emergency_ckpt.core.replica_votes import Outvoted, SlotOf
+from emergency_ckpt.core.replica_votes import SlotOf
+from emergency_ckpt.core.replicas import Fingerprints
 from emergency_ckpt.core.restore_plan import RestorePlan
 from emergency_ckpt.jaxio.topology import Topology
 from emergency_ckpt.local.store import LocalStore
@@ -36,7 +37,7 @@ class Survey:
       fetching: the processes that get something from elsewhere when the newest of the restorable is restored.
       planner: on process 0 only, for planning the restore.
       plan: of the newest step, only where the survey was taken.
-      asked: slots whose replicas differ; their processes say more of them (see `replica_survey`).
+      asked: slots that may differ from others; their processes say more of them (see `replica_survey`).
       divergences: what came of that, leaf by leaf.
     """
 
@@ -126,7 +127,7 @@ def take_survey(
     others: Mapping[str, OtherLayout],
     served: frozenset[int],
     stored: Layout | None = None,
-    outvoted: Mapping[SlotOf, Outvoted] | None = None,
+    fingerprints: Mapping[SlotOf, Fingerprints] | None = None,
 ) -> Survey:
     """Puts all inventories together. Process 0 calls it.
 
@@ -134,7 +135,7 @@ def take_survey(
       layout: what processes need.
       others: the layouts that they name beside ours. served: the processes whose slots can be fetched.
       stored: what slots hold, where that is something else.
-      outvoted: of replicas that were compared, what not most have.
+      fingerprints: of slots that should be equal to others and were asked.
     """
     newest = persistent.newest_generation()
     known = {a for inventory in inventories for a in inventory.activations} | set(persistent.activations())
@@ -150,7 +151,7 @@ def take_survey(
         others,
         served,
         stored,
-        dict(outvoted or {}),
+        dict(fingerprints or {}),
     )
     plan, reason = planner.plan()
     generations = [i.highest_generation for i in inventories] + [s.generation for s in steps]

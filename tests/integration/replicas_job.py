@@ -78,6 +78,7 @@ def save_and_restore(root: str, slices: int, flags: dict[str, Any], damaged: dic
         manager.restore_or_init(lambda: make_state(mesh, 0))
         assert manager.last_restore is not None
         again = manager.last_restore.source
+        told["again_divergences"] = manager.metrics_snapshot()["replica_divergences"]
     right = make_state(mesh, 4)
     return {
         **told,

@@ -73,3 +73,22 @@ def test_of_two_slices_both_are_named_and_the_processes_that_hold_the_copies_rai
     # Where nothing tells, all take the bytes of the lowest slice, which are right here.
     assert [answer["wrong"] for answer in told] == [[]] * 4
     assert [answer["restored"] for answer in told] == [1] * 4
+
+
+def test_of_slices_that_keep_overlapping_parts_all_get_one_version_and_keep_it(ramdisk: Path) -> None:
+    """Three slices with two copies: slice 0 keeps `w` and `scale`, 1 `scale` and `host`, 2 `w` and `host`."""
+    spread = {"local_checkpoint_spread": True, "local_checkpoint_copies": 2}
+    told = run_job(save_and_restore, 3, str(ramdisk), 3, spread, {"0": "lr", "1": "scale", "2": "w"})
+    assert [answer["step"] for answer in told] == [4] * 3
+    assert [answer["wrong"] for answer in told] == [[]] * 3, (
+        "of two versions the lowest slice's, of values most"
+    )
+    # Beside what its slice does not keep, each fetches the shard that it has wrong.
+    assert [answer["fetched"] for answer in told] == [40, 2 * 16 * 4 * 4, 2 * 16 * 4 * 4]
+    for part, odd in (("w[0:16, 0:4]", (0, 2)), ("scale[0:16, 0:4]", (0, 1))):
+        (line,) = [line for line in told[0]["restored_lines"] if f"replicas of {part} differ" in line]
+        assert " and ".join(f"slice {p} (process {p})" for p in odd) + " differ, and nothing tells" in line
+    assert [answer["restored"] for answer in told] == [3] * 3
+    assert [answer["again_divergences"] for answer in told] == [0] * 3, (
+        "what was wrong lies on no ramdisk any more"
+    )
