@@ -40,6 +40,7 @@ from emergency_ckpt.persistent.writer import read_part
 
 OURS = Ours.name
 DIRECTIONS = ("up", "down")
+WRITTEN, COMMITTED = "written", "committed"
 _SLICES = (1, 2, 4)
 
 
@@ -97,9 +98,10 @@ def measure_slices(
                     list(pool.map(_Writer.wait_ready, writers))
                     began = time.perf_counter()
                     list(pool.map(_Writer.write, writers))
+                samples.add(f"{slices}", WRITTEN, time.perf_counter() - began)
                 store = PersistentStore(bucket.url)
                 committer.commit(attempt, [read_part(store, attempt, p) for p in range(slices)])
-                samples.add(f"{slices}", "up", time.perf_counter() - began)
+                samples.add(f"{slices}", COMMITTED, time.perf_counter() - began)
                 committer.forget()
     return samples
 
@@ -188,11 +190,17 @@ def slices_table(samples: Samples, nbytes: int, bytes_per_second: float) -> Tabl
         title=f"{nbytes / MIB:.0f} MiB from hosts that send {bytes_per_second / MIB:.0f} MiB/s each",
         title_justify="left",
     )
-    for heading in ("slices", "seconds", "of one slice's time", "1/S"):
+    for heading in ("slices", "all parts written", "of one slice's", "committed", "of one slice's", "1/S"):
         table.add_column(heading, justify="right")
     for name in samples.values:
-        ratio = Spread.of_ratios(samples.of(name, "up"), samples.of("1", "up"))
-        table.add_row(name, _shown(Spread.of(samples.of(name, "up"))), _shown(ratio), f"{1 / int(name):.2f}")
+        shown: list[str] = []
+        for what in (WRITTEN, COMMITTED):
+            seconds = samples.of(name, what)
+            shown += [
+                f"{_shown(Spread.of(seconds))} s",
+                _shown(Spread.of_ratios(seconds, samples.of("1", what))),
+            ]
+        table.add_row(name, *shown, f"{1 / int(name):.2f}")
     return table
 
 
