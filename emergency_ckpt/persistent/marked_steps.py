@@ -62,20 +62,24 @@ class MarkedSteps:
     def is_open(self, attempt: Attempt) -> bool:
         return True  # Nothing tells; what is left of it is swept up.
 
-    def in_the_way(self, attempt: Attempt) -> str | None:
-        name = self.directory(attempt)
-        return name if self.is_committed(self._files.entries(name)) else None
-
-    def place(self, attempt: Attempt, paths: Sequence[str]) -> Placement:
+    def place(self, attempt: Attempt, paths: Sequence[str], check: Callable[[], object]) -> Placement:
         files = self._files.below(self.directory(attempt))
         turn = self._turn(attempt)
         if (mark := turn.take(lambda mark: mark.speaks_of(files))) is not None:
             # Its committer is dead, or about to put it itself.
             files.create(ORBAX_COMMIT_FILE, mark.to_bytes())
         item_marker = f"{attempt.item}/{ORBAX_COMMIT_FILE}"
+        if files.version(ORBAX_COMMIT_FILE) is not None:
+            try:
+                check()
+            except PersistentStoreError:
+                turn.give_up()
+                raise
+            self._vacate(attempt, turn, frozenset(paths))
         versions = {path: files.version(path) for path in (*paths, item_marker)}
         # Looked for once no later committer can come between unnoticed.
         if files.version(ORBAX_COMMIT_FILE) is not None:
+            turn.give_up()
             raise StepCommittedError(f"{attempt}: another attempt has just committed the step")
         return _Marked(files, turn, attempt, versions, lambda: self._tidy(attempt, turn))
 
@@ -101,6 +105,18 @@ class MarkedSteps:
         self._delete_stores(f"{self.directory(attempt)}/{attempt.item}", lambda found: found == owner)
         self._files.delete_tree(self.records(attempt))
 
+    def _vacate(self, attempt: Attempt, turn: Turn, paths: Collection[str]) -> None:
+        """Removes a void step. Nothing deletes on condition: whoever has the turn does, and looks each time.
+
+        What the attempt itself writes is put on condition, over objects of the void step that have the names.
+        """
+        name, generation = self.directory(attempt), attempt.generation.number - 1
+        if not turn.is_mine():
+            raise turn.lost()
+        self.hide(name, generation)
+        if not self._clear(name, generation, lambda: not turn.is_mine(), paths):
+            raise turn.lost()
+
     def hide(self, name: str, generation: int) -> str | None:
         # First of all, or somebody would end what it says was begun.
         self._delete_records(generation, name)
@@ -108,15 +124,24 @@ class MarkedSteps:
         return name
 
     def clear(self, directory: str, generation: int, stopped: Callable[[], bool]) -> bool:
+        return self._clear(directory, generation, stopped)
+
+    def _clear(
+        self,
+        directory: str,
+        generation: int,
+        stopped: Callable[[], bool] = lambda: False,
+        kept: Collection[str] = (),
+    ) -> bool:
         """Deletes what is in a step's directory, but for what generations after this one have written.
 
         Its own marker goes first, and what says whose it is last, so that a removal that was cut short is taken
-        up again. No writer's directory is listed by itself: there may be thousands.
+        up again. No writer's directory is listed by itself: there may be thousands. `kept`: paths that stay.
         """
         ranks: tuple[list[str], ...] = ([], [], [], [])
         for page in self._files.walk(directory):
             for path in page:
-                if (rank := _rank(path, generation)) is not None:
+                if path not in kept and (rank := _rank(path, generation)) is not None:
                     ranks[rank].append(f"{directory}/{path}")
         for paths in ranks:
             for first in range(0, len(paths), _DELETED_AT_A_TIME):
@@ -126,11 +151,7 @@ class MarkedSteps:
         return True
 
     def make_way(self, name: str, identity: str, attempt: Attempt) -> str | None:
-        # All of it: what is written next may have the same names.
-        generation = attempt.generation.number - 1
-        self.hide(name, generation)
-        self.clear(name, generation, lambda: False)
-        return None
+        return None  # Nothing is in the way of a marker for which a place was found.
 
     def leftovers(self, generation: int) -> list[str]:
         steps = [
@@ -177,7 +198,7 @@ class MarkedSteps:
             owner.generation >= generation for owner in self._owners(name, entries)
         ):
             return []  # Another program's, or being written; what is old in it goes with the commit.
-        self.clear(name, generation - 1, lambda: False)
+        self._clear(name, generation - 1)
         return [name]
 
     def _sweep_others(self, name: str, item: str, committed: StoreOwner, below: int | None = None) -> list[str]:

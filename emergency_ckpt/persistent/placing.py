@@ -70,12 +70,11 @@ class Placing(Protocol):
         """Whether somebody may wait for a part of the attempt; False where all have ended, or none begun."""
         ...
 
-    def in_the_way(self, attempt: Attempt) -> str | None:
-        """The directory of a committed step that has to go before the attempt's files may be written."""
-        ...
+    def place(self, attempt: Attempt, paths: Sequence[str], check: Callable[[], object]) -> Placement:
+        """For the committer, before it writes anything; `paths`: all that it is going to write, in order.
 
-    def place(self, attempt: Attempt, paths: Sequence[str]) -> Placement:
-        """For the committer, before it writes anything; `paths`: all that it is going to write, in order."""
+        `check` raises where the committed step that is in the way may not be removed.
+        """
         ...
 
     def abandon(self, attempt: Attempt) -> None:
@@ -140,10 +139,7 @@ class RenamedSteps:
     def is_open(self, attempt: Attempt) -> bool:
         return bool(self._files.entries(self.directory(attempt)))
 
-    def in_the_way(self, attempt: Attempt) -> str | None:
-        return None
-
-    def place(self, attempt: Attempt, paths: Sequence[str]) -> Placement:
+    def place(self, attempt: Attempt, paths: Sequence[str], check: Callable[[], object]) -> Placement:
         return _Renamed(self._files, attempt, self.directory(attempt), self._names.name(attempt.step))
 
     def abandon(self, attempt: Attempt) -> None:
@@ -186,18 +182,20 @@ class RenamedSteps:
         return aside
 
     def leftovers(self, generation: int) -> list[str]:
-        found = [(entry, _ATTEMPT.fullmatch(entry.name), entry.name) for entry in self._files.entries()]
-        for entry in self._files.entries(self._removed):
-            found.append((entry, _REMOVED.fullmatch(entry.name), f"{self._removed}/{entry.name}"))
-        return [
-            path
-            for entry, match, path in found
-            if match and entry.is_directory and int(match[1] or 0) < generation
-        ]
+        found = [entry.name for entry in self._files.entries() if entry.is_directory]
+        found += [f"{self._removed}/{entry.name}" for entry in self._files.entries(self._removed)]
+        return [directory for directory in found if self._is_leftover(directory, generation)]
 
     def sweep(self, directory: str, generation: int) -> list[str]:
+        if not self._is_leftover(directory, generation):
+            return []
         self._files.delete_tree(directory)
         return [directory]
+
+    def _is_leftover(self, directory: str, generation: int) -> bool:
+        parent, _, name = directory.rpartition("/")
+        match = _ATTEMPT.fullmatch(name) if not parent else _REMOVED.fullmatch(name)
+        return match is not None and int(match[1] or 0) < generation
 
     def sweep_foreign(self) -> list[str]:
         removed: list[str] = []

@@ -19,6 +19,7 @@ from emergency_ckpt.errors import CorruptDataError, PersistentStoreError, StaleG
 from emergency_ckpt.persistent.attempts import Attempt, HiddenStep, PersistentStep, StepNames
 from emergency_ckpt.persistent.conditions import with_recorded_conditions
 from emergency_ckpt.persistent.files import Entry, Files, RenamingFiles, VersionedFiles
+from emergency_ckpt.persistent.latest import read_latest, write_latest
 from emergency_ckpt.persistent.marked_steps import MarkedSteps
 from emergency_ckpt.persistent.object_store.opening import open_files
 from emergency_ckpt.persistent.origins import Origins
@@ -271,6 +272,23 @@ class PersistentStore:
         """
         return self._placing.clear(hidden.directory, hidden.generation, stopped)
 
+    def latest(self) -> PersistentStep | None:
+        """The step that the pointer names, which is there; None where it names none. There may be newer ones.
+
+        Two or three requests, however many steps there are.
+        """
+        said = read_latest(self.files)
+        if said is None or self.names.name(said.step_id.step) != said.name:
+            return None
+        held = self._step_in(said.name, said.step_id.step) if self.files.entries(said.name) else None
+        return held if held is not None and held.step_id == said.step_id else None
+
+    def point_at(self, step: PersistentStep) -> None:
+        """Lets the pointer name this step, unless it names a newer one that is there."""
+        said = self.latest()
+        if said is None or said.step_id < step.step_id:
+            write_latest(self.files, step.step_id, step.name)
+
     # Attempts.
 
     def begin(self, attempt: Attempt) -> None:
@@ -295,11 +313,7 @@ class PersistentStore:
         Raises as `commit` does.
         """
         self.check_generation(attempt)
-        if (name := self._placing.in_the_way(attempt)) is not None:
-            if self.committed(attempt):
-                raise StepCommittedError(f"{attempt}: another attempt has just committed the step")
-            self._make_way(name, attempt, [])
-        return self._placing.place(attempt, paths)
+        return self._placing.place(attempt, paths, lambda: self._check_void(attempt))
 
     def commit(self, attempt: Attempt, placement: Placement, digests: Mapping[str, str]) -> PersistentStep:
         """Makes a written attempt a step. One process calls this, after everything is in place.
@@ -311,13 +325,21 @@ class PersistentStore:
         self.check_generation(attempt)
         aside: list[HiddenStep] = []
         try:
-            return self._commit(attempt, placement, digests, aside)
+            committed = self._commit(attempt, placement, digests, aside)
+            self._point_at_committed(committed)
+            return committed
         finally:
             for hidden in aside:
                 try:
                     self.clear(hidden)
                 except PersistentStoreError as error:
                     logging.warning("what was in the way of %s is left to the next start: %s", attempt, error)
+
+    def _point_at_committed(self, step: PersistentStep) -> None:
+        try:
+            write_latest(self.files, step.step_id, step.name)
+        except PersistentStoreError as error:
+            logging.warning("%s is committed; the pointer to it could not be written: %s", step.step_id, error)
 
     def _commit(
         self, attempt: Attempt, placement: Placement, digests: Mapping[str, str], aside: list[HiddenStep]
@@ -360,14 +382,22 @@ class PersistentStore:
         held = looks[1]
         if held != looks[0] or (held and self._is_of(held, attempt)):
             return
-        if held and not is_void(held.step_id, self.activations()):
-            raise PersistentStoreError(
-                f"{self.files.locate(name)} holds {held.step_id}, which no restore made void, so"
-                f" {attempt} cannot take its place. Delete that step, or save under another number."
-            )
+        self._check_is_void(held, attempt)
         identity = f"g{held.step_id.generation}-{held.nonce}" if held else "unknown"
         if (directory := self._placing.make_way(name, identity, attempt)) is not None:
             aside.append(HiddenStep(directory, attempt.generation.number - 1))
+
+    def _check_void(self, attempt: Attempt) -> None:
+        if self.committed(attempt):
+            raise StepCommittedError(f"{attempt}: another attempt has just committed the step")
+        self._check_is_void(self._step_in(self.names.name(attempt.step), attempt.step), attempt)
+
+    def _check_is_void(self, held: PersistentStep | None, attempt: Attempt) -> None:
+        if held and not is_void(held.step_id, self.activations()):
+            raise PersistentStoreError(
+                f"{held.location} holds {held.step_id}, which no restore made void, so"
+                f" {attempt} cannot take its place. Delete that step, or save under another number."
+            )
 
     def committed(self, attempt: Attempt) -> PersistentStep | None:
         """The step of this attempt where it is there, be it by another attempt of the same generation."""
