@@ -9,6 +9,7 @@ from emergency_ckpt.agent.draining import check_life
 from emergency_ckpt.agent.orders import Destination
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.core.retention import superseded_steps
+from emergency_ckpt.persistent.attempts import PersistentStep
 from emergency_ckpt.persistent.store import PersistentStore, without_void
 
 
@@ -25,10 +26,10 @@ def apply_retention(store: PersistentStore, destination: Destination) -> list[St
     newest = max((step.step_id for step in valid), default=None)
     numbers = [step.step_id.step for step in valid]
     given_up = set(superseded_steps(numbers, destination.max_to_keep, destination.keep_period))
-    deleted: list[StepId] = []
+    deleted: list[PersistentStep] = []
     for step in steps:
         superseded = step.step_id.step in given_up and (newest is None or step.step_id.step != newest.step)
         if step not in valid or superseded:
-            store.delete_step(step)
-            deleted.append(step.step_id)
-    return deleted
+            deleted.append(step)
+    store.delete_steps(deleted)
+    return [step.step_id for step in deleted]

@@ -57,6 +57,14 @@ class PersistentStep:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class HiddenStep:
+    """A deleted step whose bytes are still in this directory. What is of generations after this one stays."""
+
+    directory: str
+    generation: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Attempt:
     """One try at writing one step; a further try of the same generation takes another `ordinal`.
 

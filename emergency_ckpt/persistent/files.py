@@ -12,7 +12,7 @@ import dataclasses
 import errno
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, Self, runtime_checkable
 
@@ -25,11 +25,15 @@ from emergency_ckpt.persistent.object_store.file_system import (
 )
 from emergency_ckpt.persistent.object_store.operations import ObjectStore
 from emergency_ckpt.persistent.object_store.probe import ConditionalPuts
+from emergency_ckpt.persistent.side_by_side import side_by_side
 
 Conditions = Callable[[], ConditionalPuts | None]
 """What a store makes of conditional puts; None where that is not known, and they are made use of."""
 
 _ANSWER_SECONDS = 120.0
+# The directories of a step's writers lie two levels below it; a server far away answers many at a time.
+_DEPTH = 2
+_DELETED_AT_A_TIME = 8
 
 
 @dataclasses.dataclass(frozen=True, slots=True, order=True)
@@ -79,6 +83,10 @@ class Files(Protocol):
         """Makes a directory and its parents; nothing happens if it is there, or in a bucket, which has none."""
         ...
 
+    def delete(self, path: str) -> None:
+        """Deletes a file; nothing happens if there is none."""
+        ...
+
     def delete_tree(self, path: str) -> None:
         """Deletes a directory with all its content; nothing happens if there is none."""
         ...
@@ -120,8 +128,12 @@ class VersionedFiles(Files, Protocol):
         """
         ...
 
-    def delete(self, path: str) -> None:
-        """Deletes a file; nothing happens if there is none."""
+    def walk(self, path: str = "") -> Iterator[list[str]]:
+        """All files below a directory, some at a time, by their paths in it: one request for each thousand."""
+        ...
+
+    def delete_many(self, paths: Iterable[str]) -> None:
+        """Deletes files, many at a time; nothing happens for those that are not there."""
         ...
 
     def honours_conditions(self) -> bool:
@@ -172,11 +184,19 @@ class ObjectFiles:
         pass
 
     def delete_tree(self, path: str) -> None:
-        for page in self.store.list_pages(self.inside(path)):
-            self.store.delete_many([info.key for info in page.objects])
+        pages = self.store.list_pages(self.inside(path))
+        self.store.delete_many(info.key for page in pages for info in page.objects)
 
     def delete(self, path: str) -> None:
         self.store.delete(self._key(path))
+
+    def walk(self, path: str = "") -> Iterator[list[str]]:
+        inside = self.inside(path)
+        for page in self.store.list_pages(inside):
+            yield [found for info in page.objects if (found := info.key[len(inside) :])]
+
+    def delete_many(self, paths: Iterable[str]) -> None:
+        self.store.delete_many(self._key(path) for path in paths)
 
     def version(self, path: str) -> str | None:
         found = self.store.head(self._key(path))
@@ -251,9 +271,8 @@ class LocalFiles(ObjectFiles):
     def delete_tree(self, path: str) -> None:
         with failing("delete", self.locate(path)):
             while (self._root / path).exists():
-                # A name that is gone already was deleted by somebody else at the same time.
-                with contextlib.suppress(FileNotFoundError):
-                    shutil.rmtree(self._root / path)
+                side_by_side(_remove, _directories(self._root / path, _DEPTH), _DELETED_AT_A_TIME, "deleting")
+                _remove(self._root / path)
 
     def rename(self, source: str, target: str) -> None:
         with failing("rename", self.locate(target)):
@@ -270,6 +289,25 @@ class LocalFiles(ObjectFiles):
     def modified(self, path: str) -> int:
         with failing("look at", self.locate(path)):
             return (self._root / path).stat().st_mtime_ns
+
+
+def _directories(root: Path, depth: int) -> Iterator[Path]:
+    """The directories that many levels below `root`."""
+    try:
+        inside = [Path(entry.path) for entry in os.scandir(root) if entry.is_dir(follow_symlinks=False)]
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for path in inside:
+        if depth == 1:
+            yield path
+        else:
+            yield from _directories(path, depth - 1)
+
+
+def _remove(path: Path) -> None:
+    # A name that is gone already was deleted by somebody else at the same time.
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(path)
 
 
 def _raise(error: OSError) -> None:

@@ -34,6 +34,7 @@ from emergency_ckpt.persistent.step_files import (
 )
 from emergency_ckpt.persistent.turns import Turn
 
+_DELETED_AT_A_TIME = 4000  # objects: four requests at the same time
 # The records of an attempt, and without an ordinal whose turn it is at a step.
 _RECORD = re.compile(r"(.+)-g(\d+)-[0-9a-f]+(?:-\d+)?")
 
@@ -61,20 +62,24 @@ class MarkedSteps:
     def is_open(self, attempt: Attempt) -> bool:
         return True  # Nothing tells; what is left of it is swept up.
 
-    def in_the_way(self, attempt: Attempt) -> str | None:
-        name = self.directory(attempt)
-        return name if self.is_committed(self._files.entries(name)) else None
-
-    def place(self, attempt: Attempt, paths: Sequence[str]) -> Placement:
+    def place(self, attempt: Attempt, paths: Sequence[str], check: Callable[[], object]) -> Placement:
         files = self._files.below(self.directory(attempt))
         turn = self._turn(attempt)
         if (mark := turn.take(lambda mark: mark.speaks_of(files))) is not None:
             # Its committer is dead, or about to put it itself.
             files.create(ORBAX_COMMIT_FILE, mark.to_bytes())
         item_marker = f"{attempt.item}/{ORBAX_COMMIT_FILE}"
+        if files.version(ORBAX_COMMIT_FILE) is not None:
+            try:
+                check()
+            except PersistentStoreError:
+                turn.give_up()
+                raise
+            self._vacate(attempt, turn, frozenset(paths))
         versions = {path: files.version(path) for path in (*paths, item_marker)}
         # Looked for once no later committer can come between unnoticed.
         if files.version(ORBAX_COMMIT_FILE) is not None:
+            turn.give_up()
             raise StepCommittedError(f"{attempt}: another attempt has just committed the step")
         return _Marked(files, turn, attempt, versions, lambda: self._tidy(attempt, turn))
 
@@ -96,24 +101,68 @@ class MarkedSteps:
     def abandon(self, attempt: Attempt) -> None:
         if self._turn(attempt).is_publishing():
             return  # Its marker may be there, or may yet arrive. `sweep` takes what is of no use.
-        item = f"{self.directory(attempt)}/{attempt.item}"
-        for entry in self._files.entries(item):
-            if parse_store_name(entry.name) == owner_of(attempt):
-                self._files.delete_tree(f"{item}/{entry.name}")
+        owner = owner_of(attempt)
+        self._delete_stores(f"{self.directory(attempt)}/{attempt.item}", lambda found: found == owner)
         self._files.delete_tree(self.records(attempt))
 
-    def remove(self, name: str, generation: int) -> None:
+    def _vacate(self, attempt: Attempt, turn: Turn, paths: Collection[str]) -> None:
+        """Removes a void step. Nothing deletes on condition: whoever has the turn does, and looks each time.
+
+        What the attempt itself writes is put on condition, over objects of the void step that have the names.
+        """
+        name, generation = self.directory(attempt), attempt.generation.number - 1
+        if not turn.is_mine():
+            raise turn.lost()
+        self.hide(name, generation)
+        if not self._clear(name, generation, lambda: not turn.is_mine(), paths):
+            raise turn.lost()
+
+    def hide(self, name: str, generation: int) -> str | None:
         # First of all, or somebody would end what it says was begun.
         self._delete_records(generation, name)
         self._files.delete(f"{name}/{ORBAX_COMMIT_FILE}")
-        self._clear(name, generation)
+        return name
 
-    def sweep(self, generation: int) -> list[str]:
-        removed: list[str] = []
-        for entry in self._files.entries():
-            if entry.is_directory and self._names.step(entry.name) is not None:
-                removed += self._sweep_step(entry.name, generation)
-        return removed + self._delete_records(generation - 1)
+    def clear(self, directory: str, generation: int, stopped: Callable[[], bool]) -> bool:
+        return self._clear(directory, generation, stopped)
+
+    def _clear(
+        self,
+        directory: str,
+        generation: int,
+        stopped: Callable[[], bool] = lambda: False,
+        kept: Collection[str] = (),
+    ) -> bool:
+        """Deletes what is in a step's directory, but for what generations after this one have written.
+
+        Its own marker goes first, and what says whose it is last, so that a removal that was cut short is taken
+        up again. No writer's directory is listed by itself: there may be thousands. `kept`: paths that stay.
+        """
+        ranks: tuple[list[str], ...] = ([], [], [], [])
+        for page in self._files.walk(directory):
+            for path in page:
+                if path not in kept and (rank := _rank(path, generation)) is not None:
+                    ranks[rank].append(f"{directory}/{path}")
+        for paths in ranks:
+            for first in range(0, len(paths), _DELETED_AT_A_TIME):
+                if stopped():
+                    return False
+                self._files.delete_many(paths[first : first + _DELETED_AT_A_TIME])
+        return True
+
+    def make_way(self, name: str, identity: str, attempt: Attempt) -> str | None:
+        return None  # Nothing is in the way of a marker for which a place was found.
+
+    def leftovers(self, generation: int) -> list[str]:
+        steps = [
+            e.name for e in self._files.entries() if e.is_directory and self._names.step(e.name) is not None
+        ]
+        return [*steps, self._records]
+
+    def sweep(self, directory: str, generation: int) -> list[str]:
+        if directory == self._records:
+            return self._delete_records(generation - 1)
+        return self._sweep_step(directory, generation)
 
     def _delete_records(self, generation: int, step: str | None = None) -> list[str]:
         """Those of attempts of generations up to this one, at one step or at all."""
@@ -154,55 +203,31 @@ class MarkedSteps:
 
     def _sweep_others(self, name: str, item: str, committed: StoreOwner, below: int | None = None) -> list[str]:
         """Removes stores of attempts that did not become this step: of earlier generations and attempts."""
-        removed: list[str] = []
-        for entry in self._files.entries(f"{name}/{item}"):
-            owner = parse_store_name(entry.name)
-            if owner is None or owner == committed:
-                continue
-            # Its generation's other attempts can commit no more, what later ones write is theirs.
-            if owner.generation <= max(committed.generation, (below or 0) - 1):
-                self._files.delete_tree(f"{name}/{item}/{entry.name}")
-                removed.append(f"{name}/{item}/{entry.name}")
+        # Its generation's other attempts can commit no more, what later ones write is theirs.
+        latest = max(committed.generation, (below or 0) - 1)
+        removed = self._delete_stores(
+            f"{name}/{item}", lambda found: found != committed and found.generation <= latest
+        )
         for entry in self._files.entries(name):
             said = parse_side_file_name(entry.name)
             if said and said < (committed.generation, committed.nonce):
                 self._files.delete(f"{name}/{entry.name}")
         return removed
 
-    def _clear(self, name: str, generation: int) -> None:
-        """Deletes what is in a step's directory, but for what generations after this one have written.
-
-        What says whose it is goes last, so that a removal that was cut short is taken up again.
-        """
-        entries = self._files.entries(name)
-        ours = [e for e in entries if e.name in OUR_FILES or parse_side_file_name(e.name)]
-        for entry in entries:
-            if entry in ours:
-                continue
-            if not entry.is_directory:
-                self._files.delete(f"{name}/{entry.name}")
-            elif entry.name in ITEM_NAMES:
-                self._clear_item(f"{name}/{entry.name}", generation)
-            else:
-                self._files.delete_tree(f"{name}/{entry.name}")
-        for entry in ours:
-            said = parse_side_file_name(entry.name)
-            if said is None or said[0] <= generation:
-                self._files.delete(f"{name}/{entry.name}")
-
-    def _clear_item(self, directory: str, generation: int) -> None:
-        entries = self._files.entries(directory)
-        # Its own marker first, what says whose it is last.
-        for entry in sorted(
-            entries, key=lambda e: (parse_store_name(e.name) is not None, e.name != ORBAX_COMMIT_FILE)
-        ):
-            owner = parse_store_name(entry.name)
-            if owner is not None and owner.generation > generation:
-                continue
-            if entry.is_directory:
-                self._files.delete_tree(f"{directory}/{entry.name}")
-            else:
-                self._files.delete(f"{directory}/{entry.name}")
+    def _delete_stores(self, item: str, wanted: Callable[[StoreOwner], bool]) -> list[str]:
+        """Deletes writers' stores, those of a thousand writers by as many requests as those of one."""
+        names = [
+            entry.name
+            for entry in self._files.entries(item)
+            if (owner := parse_store_name(entry.name)) is not None and wanted(owner)
+        ]
+        if names:
+            given_up = set(names)
+            pages = self._files.walk(item)
+            self._files.delete_many(
+                f"{item}/{path}" for page in pages for path in page if path.partition("/")[0] in given_up
+            )
+        return [f"{item}/{name}" for name in names]
 
     def _is_ours(self, name: str, entries: Collection[Entry]) -> bool:
         if any(e.name in OUR_FILES or parse_side_file_name(e.name) for e in entries):
@@ -308,6 +333,22 @@ class _Marked:
             f"{self._files.locate(path)} was written by somebody else meanwhile: another committer is at work "
             f"on the step of {self._attempt}. If it is not alive, write the step again with another attempt."
         )
+
+
+def _rank(path: str, generation: int) -> int | None:
+    """When an object of a step of this generation is deleted, 0 first; None where it stays."""
+    top, _, rest = path.partition("/")
+    if not rest:
+        said = parse_side_file_name(top)
+        if said is not None:
+            return 3 if said[0] <= generation else None
+        return 3 if top in OUR_FILES else 1
+    if top not in ITEM_NAMES:
+        return 1
+    owner = parse_store_name(rest.partition("/")[0])
+    if owner is not None:
+        return 2 if owner.generation <= generation else None
+    return 0 if rest == ORBAX_COMMIT_FILE else 1
 
 
 def _items(entries: Collection[Entry]) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 from emergency_ckpt.errors import PersistentStoreError
@@ -17,6 +17,9 @@ from emergency_ckpt.persistent.files import Entry, RenamingFiles
 from emergency_ckpt.persistent.step_files import ORBAX_COMMIT_FILE
 
 _ATTEMPT = re.compile(r".+\.orbax-checkpoint-tmp-(?:g(\d+)-[0-9a-f]+-\d+|removed-[0-9a-f]+)")
+# What was in the way of an attempt, and the generation of that.
+_REMOVED = re.compile(r".+-by-g(\d+)")
+_TOMBSTONE = "removed"
 
 
 class StepCommittedError(PersistentStoreError):
@@ -67,26 +70,43 @@ class Placing(Protocol):
         """Whether somebody may wait for a part of the attempt; False where all have ended, or none begun."""
         ...
 
-    def in_the_way(self, attempt: Attempt) -> str | None:
-        """The directory of a committed step that has to go before the attempt's files may be written."""
-        ...
+    def place(self, attempt: Attempt, paths: Sequence[str], check: Callable[[], object]) -> Placement:
+        """For the committer, before it writes anything; `paths`: all that it is going to write, in order.
 
-    def place(self, attempt: Attempt, paths: Sequence[str]) -> Placement:
-        """For the committer, before it writes anything; `paths`: all that it is going to write, in order."""
+        `check` raises where the committed step that is in the way may not be removed.
+        """
         ...
 
     def abandon(self, attempt: Attempt) -> None:
         """Removes what an attempt that is not committed has written so far."""
         ...
 
-    def remove(self, name: str, generation: int) -> None:
-        """Removes a committed step that this generation wrote: out of sight at once, its bytes follow.
+    def hide(self, name: str, generation: int) -> str | None:
+        """Takes a committed step that this generation wrote out of sight; returns what is to be cleared.
+
+        None where there is none.
+        """
+        ...
+
+    def clear(self, directory: str, generation: int, stopped: Callable[[], bool]) -> bool:
+        """Deletes the bytes of a hidden step; False where `stopped` ended that before it was done.
 
         What later generations are writing for the same step stays.
         """
         ...
 
-    def sweep(self, generation: int) -> list[str]:
+    def make_way(self, name: str, identity: str, attempt: Attempt) -> str | None:
+        """Removes what is in the way of an attempt and was found to be of this identity, and nothing else.
+
+        Returns what is to be cleared when the attempt is committed.
+        """
+        ...
+
+    def leftovers(self, generation: int) -> list[str]:
+        """Directories in which there may be something that `sweep` removes."""
+        ...
+
+    def sweep(self, directory: str, generation: int) -> list[str]:
         """Removes what attempts of earlier generations and half-done removals left; returns the names."""
         ...
 
@@ -98,9 +118,11 @@ class Placing(Protocol):
 class RenamedSteps:
     """Steps on file systems: an attempt has a temporary name, as Orbax gives them, and the rename commits."""
 
-    def __init__(self, files: RenamingFiles, names: StepNames) -> None:
+    def __init__(self, files: RenamingFiles, names: StepNames, removed: str) -> None:
+        """`removed` is a directory of the root that is no step."""
         self._files = files
         self._names = names
+        self._removed = removed
 
     def directory(self, attempt: Attempt) -> str:
         return f"{self._names.name(attempt.step)}{TEMPORARY}-{attempt.tag}"
@@ -117,26 +139,63 @@ class RenamedSteps:
     def is_open(self, attempt: Attempt) -> bool:
         return bool(self._files.entries(self.directory(attempt)))
 
-    def in_the_way(self, attempt: Attempt) -> str | None:
-        return None
-
-    def place(self, attempt: Attempt, paths: Sequence[str]) -> Placement:
+    def place(self, attempt: Attempt, paths: Sequence[str], check: Callable[[], object]) -> Placement:
         return _Renamed(self._files, attempt, self.directory(attempt), self._names.name(attempt.step))
 
     def abandon(self, attempt: Attempt) -> None:
-        self._remove(self.directory(attempt))
+        if (hidden := self.hide(self.directory(attempt), attempt.generation.number)) is not None:
+            self._files.delete_tree(hidden)
 
-    def remove(self, name: str, generation: int) -> None:
-        self._remove(name)
+    def hide(self, name: str, generation: int) -> str | None:
+        aside = f"{name.partition(TEMPORARY)[0]}{TEMPORARY}-removed-{uuid.uuid4().hex}"
+        try:
+            self._files.rename(name, aside)
+        except FileNotFoundError:
+            return None
+        return aside
 
-    def sweep(self, generation: int) -> list[str]:
-        removed: list[str] = []
-        for entry in self._files.entries():
-            match = _ATTEMPT.fullmatch(entry.name)
-            if match and entry.is_directory and int(match[1] or 0) < generation:
-                self._files.delete_tree(entry.name)
-                removed.append(entry.name)
-        return removed
+    def clear(self, directory: str, generation: int, stopped: Callable[[], bool]) -> bool:
+        if directory.startswith(f"{self._removed}/"):
+            # Something stays, so that nothing else is renamed to this.
+            self._files.write(f"{directory}/{_TOMBSTONE}", b"")
+            for entry in self._files.entries(directory):
+                if entry.is_directory:
+                    self._files.delete_tree(f"{directory}/{entry.name}")
+                elif entry.name != _TOMBSTONE:
+                    self._files.delete(f"{directory}/{entry.name}")
+        else:
+            self._files.delete_tree(directory)
+        return True
+
+    def make_way(self, name: str, identity: str, attempt: Attempt) -> str | None:
+        """Of several attempts that find the same in their way one takes it away, however late the others are.
+
+        A rename names no content: one that comes late would take away what another attempt has committed. All
+        rename to the same name, which stays taken until the next life of the run.
+        """
+        aside = f"{self._removed}/{name}-{identity}-by-g{attempt.generation.number}"
+        self._files.make_directory(self._removed)
+        try:
+            self._files.rename(name, aside)
+        except (FileExistsError, FileNotFoundError):
+            return None
+        return aside
+
+    def leftovers(self, generation: int) -> list[str]:
+        found = [entry.name for entry in self._files.entries() if entry.is_directory]
+        found += [f"{self._removed}/{entry.name}" for entry in self._files.entries(self._removed)]
+        return [directory for directory in found if self._is_leftover(directory, generation)]
+
+    def sweep(self, directory: str, generation: int) -> list[str]:
+        if not self._is_leftover(directory, generation):
+            return []
+        self._files.delete_tree(directory)
+        return [directory]
+
+    def _is_leftover(self, directory: str, generation: int) -> bool:
+        parent, _, name = directory.rpartition("/")
+        match = _ATTEMPT.fullmatch(name) if not parent else _REMOVED.fullmatch(name)
+        return match is not None and int(match[1] or 0) < generation
 
     def sweep_foreign(self) -> list[str]:
         removed: list[str] = []
@@ -145,15 +204,6 @@ class RenamedSteps:
                 self._files.delete_tree(entry.name)
                 removed.append(entry.name)
         return removed
-
-    def _remove(self, name: str) -> None:
-        """Takes a directory out of sight in one operation, then deletes it."""
-        aside = f"{name.partition(TEMPORARY)[0]}{TEMPORARY}-removed-{uuid.uuid4().hex}"
-        try:
-            self._files.rename(name, aside)
-        except FileNotFoundError:
-            return
-        self._files.delete_tree(aside)
 
 
 class _Renamed:

@@ -9,16 +9,17 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from absl import logging
 
 from emergency_ckpt.core.lineage import Activation, Deletion, StepId, is_void
 from emergency_ckpt.errors import CorruptDataError, PersistentStoreError, StaleGenerationError
-from emergency_ckpt.persistent.attempts import Attempt, PersistentStep, StepNames
+from emergency_ckpt.persistent.attempts import Attempt, HiddenStep, PersistentStep, StepNames
 from emergency_ckpt.persistent.conditions import with_recorded_conditions
 from emergency_ckpt.persistent.files import Entry, Files, RenamingFiles, VersionedFiles
+from emergency_ckpt.persistent.latest import read_latest, write_latest
 from emergency_ckpt.persistent.marked_steps import MarkedSteps
 from emergency_ckpt.persistent.object_store.opening import open_files
 from emergency_ckpt.persistent.origins import Origins
@@ -31,6 +32,7 @@ from emergency_ckpt.persistent.records import (
     read_generation,
     record_number,
 )
+from emergency_ckpt.persistent.side_by_side import side_by_side
 from emergency_ckpt.persistent.step_files import (
     CLAIM_FILE,
     ITEM_NAMES,
@@ -47,11 +49,13 @@ _ACTIVATIONS = f"{_RECORDS}/activations"
 _DELETION = f"{_RECORDS}/deletion.json"
 _RECORD = re.compile(r"(\d{8,})\.json")
 _ATTEMPTS = f"{_RECORDS}/attempts"
+_REMOVED = f"{_RECORDS}/removed"
 # Orbax's name, and the one that its early versions used.
 _ROOT_METADATA, _OLD_ROOT_METADATA = "metadata/_ROOT_METADATA", "metadata/metadata"
 _ROOT_METADATA_FIELDS = ("internal_metadata", "custom_metadata")
 _MINT_TRIES = 1000
 _REPLACE_TRIES = 10
+_REMOVED_AT_A_TIME = 4
 UNKNOWN_NONCE = "unknown"
 
 
@@ -67,7 +71,7 @@ class PersistentStore:
         self.names = names or StepNames()
         self.files: Files = with_recorded_conditions(files or open_files(root))
         self._placing: Placing = (
-            RenamedSteps(self.files, self.names)
+            RenamedSteps(self.files, self.names, _REMOVED)
             if isinstance(self.files, RenamingFiles)
             else MarkedSteps(cast(VersionedFiles, self.files), self.names, _ATTEMPTS)
         )
@@ -248,7 +252,42 @@ class PersistentStore:
 
     def delete_step(self, step: PersistentStep) -> None:
         """Deletes a committed step. It disappears at once; its bytes follow."""
-        self._placing.remove(step.name, step.step_id.generation)
+        if (hidden := self.hide_step(step)) is not None:
+            self.clear(hidden)
+
+    def delete_steps(self, steps: Iterable[PersistentStep]) -> None:
+        """Deletes committed steps, some at a time, when all of them have disappeared."""
+        hidden = [each for step in steps if (each := self.hide_step(step)) is not None]
+        side_by_side(self.clear, hidden, _REMOVED_AT_A_TIME, "deleting steps")
+
+    def hide_step(self, step: PersistentStep) -> HiddenStep | None:
+        """Takes a committed step out of sight; its bytes are for `clear`. None where it is gone already."""
+        directory = self._placing.hide(step.name, step.step_id.generation)
+        return None if directory is None else HiddenStep(directory, step.step_id.generation)
+
+    def clear(self, hidden: HiddenStep, stopped: Callable[[], bool] = lambda: False) -> bool:
+        """Deletes the bytes of a step that was hidden; False where `stopped` ended that before it was done.
+
+        Nobody may commit a step in its directory meanwhile. What is left is a leftover to the next generation.
+        """
+        return self._placing.clear(hidden.directory, hidden.generation, stopped)
+
+    def latest(self) -> PersistentStep | None:
+        """The step that the pointer names, which is there; None where it names none. There may be newer ones.
+
+        Two or three requests, however many steps there are.
+        """
+        said = read_latest(self.files)
+        if said is None or self.names.name(said.step_id.step) != said.name:
+            return None
+        held = self._step_in(said.name, said.step_id.step) if self.files.entries(said.name) else None
+        return held if held is not None and held.step_id == said.step_id else None
+
+    def point_at(self, step: PersistentStep) -> None:
+        """Lets the pointer name this step, unless it names a newer one that is there."""
+        said = self.latest()
+        if said is None or said.step_id < step.step_id:
+            write_latest(self.files, step.step_id, step.name)
 
     # Attempts.
 
@@ -274,11 +313,7 @@ class PersistentStore:
         Raises as `commit` does.
         """
         self.check_generation(attempt)
-        if (name := self._placing.in_the_way(attempt)) is not None:
-            if self.committed(attempt):
-                raise StepCommittedError(f"{attempt}: another attempt has just committed the step")
-            self._make_way(name, attempt)
-        return self._placing.place(attempt, paths)
+        return self._placing.place(attempt, paths, lambda: self._check_void(attempt))
 
     def commit(self, attempt: Attempt, placement: Placement, digests: Mapping[str, str]) -> PersistentStep:
         """Makes a written attempt a step. One process calls this, after everything is in place.
@@ -288,6 +323,28 @@ class PersistentStore:
         not void is in the way.
         """
         self.check_generation(attempt)
+        aside: list[HiddenStep] = []
+        try:
+            committed = self._commit(attempt, placement, digests, aside)
+            self._point_at_committed(committed)
+            return committed
+        finally:
+            for hidden in aside:
+                try:
+                    self.clear(hidden)
+                except PersistentStoreError as error:
+                    logging.warning("what was in the way of %s is left to the next start: %s", attempt, error)
+
+    def _point_at_committed(self, step: PersistentStep) -> None:
+        try:
+            write_latest(self.files, step.step_id, step.name)
+        except PersistentStoreError as error:
+            logging.warning("%s is committed; the pointer to it could not be written: %s", step.step_id, error)
+
+    def _commit(
+        self, attempt: Attempt, placement: Placement, digests: Mapping[str, str], aside: list[HiddenStep]
+    ) -> PersistentStep:
+        """`aside`: gets what has to be cleared afterwards."""
         name = self.names.name(attempt.step)
         for _ in range(_REPLACE_TRIES):
             try:
@@ -305,21 +362,42 @@ class PersistentStore:
             if held and self._is_of(held, attempt):
                 self._placing.abandon(attempt)
                 return held
-            self._make_way(name, attempt)
+            self._make_way(name, attempt, aside)
         raise PersistentStoreError(
             f"{self.files.locate(name)} was replaced {_REPLACE_TRIES} times while {attempt} was committed:"
             " several jobs are writing to this directory. Stop all but one."
         )
 
-    def _make_way(self, name: str, attempt: Attempt) -> None:
-        """Removes a void step, or what is none, whose place an attempt takes."""
-        held = self._step_in(name, attempt.step)
-        if held and not is_void(held.step_id, self.activations()) and not self._is_of(held, attempt):
+    def _make_way(self, name: str, attempt: Attempt, aside: list[HiddenStep]) -> None:
+        """Removes a void step, or what is none, whose place an attempt takes; nothing else is touched.
+
+        Of a directory that another attempt takes away while it is read a part is seen. What two looks agree on
+        counts: the second one begins after the first, and so at a directory that is still there.
+        """
+        looks: list[PersistentStep | None] = []
+        for _ in range(2):
+            if not self.files.entries(name):
+                return
+            looks.append(self._step_in(name, attempt.step))
+        held = looks[1]
+        if held != looks[0] or (held and self._is_of(held, attempt)):
+            return
+        self._check_is_void(held, attempt)
+        identity = f"g{held.step_id.generation}-{held.nonce}" if held else "unknown"
+        if (directory := self._placing.make_way(name, identity, attempt)) is not None:
+            aside.append(HiddenStep(directory, attempt.generation.number - 1))
+
+    def _check_void(self, attempt: Attempt) -> None:
+        if self.committed(attempt):
+            raise StepCommittedError(f"{attempt}: another attempt has just committed the step")
+        self._check_is_void(self._step_in(self.names.name(attempt.step), attempt.step), attempt)
+
+    def _check_is_void(self, held: PersistentStep | None, attempt: Attempt) -> None:
+        if held and not is_void(held.step_id, self.activations()):
             raise PersistentStoreError(
-                f"{self.files.locate(name)} holds {held.step_id}, which no restore made void, so"
+                f"{held.location} holds {held.step_id}, which no restore made void, so"
                 f" {attempt} cannot take its place. Delete that step, or save under another number."
             )
-        self._placing.remove(name, attempt.generation.number - 1)
 
     def committed(self, attempt: Attempt) -> PersistentStep | None:
         """The step of this attempt where it is there, be it by another attempt of the same generation."""
@@ -364,7 +442,22 @@ class PersistentStore:
         Attempts of `current` stay, since they may be in progress, and so does what other programs write (see
         `remove_foreign_leftovers`).
         """
-        return self._placing.sweep(current.number)
+        removed: list[str] = []
+        side_by_side(
+            lambda directory: removed.extend(self.remove_leftover(directory, current)),
+            self.leftovers(current),
+            _REMOVED_AT_A_TIME,
+            "removing leftovers",
+        )
+        return removed
+
+    def leftovers(self, current: Generation) -> list[str]:
+        """Directories in which there may be something that `remove_leftovers` removes."""
+        return self._placing.leftovers(current.number)
+
+    def remove_leftover(self, directory: str, current: Generation) -> list[str]:
+        """Does what `remove_leftovers` does in one of these. Nobody may commit in it meanwhile."""
+        return self._placing.sweep(directory, current.number)
 
     def remove_foreign_leftovers(self) -> list[str]:
         """Removes steps that other programs left uncommitted; returns their names.

@@ -77,6 +77,11 @@ class Turn:
         found = self._read()
         return found is not None and found.publishing is not None and found.ordinal == self._attempt.ordinal
 
+    def give_up(self) -> None:
+        """Nothing was written in this turn, and nothing will be."""
+        if self.is_mine():
+            self.end()
+
     def end(self) -> None:
         """The marker is there, and says all that there is to say."""
         self._files.delete_tree("")

@@ -105,10 +105,12 @@ class Catalog:
         return best_step(values, lowest=ranking.lowest)
 
     def delete_persistent(self, step: int) -> None:
-        """Deletes `step` from the persistent tier if it is there. One process calls it."""
+        """Deletes `step` from the persistent tier if it is there; its bytes follow. One process calls it."""
         found = self._find_persistent(step)
         if found is not None:
-            self._job.persistent.delete_step(found)
+            hidden = self._job.persistent.hide_step(found)
+            if hidden is not None:
+                self._job.deletions.clear(hidden)
 
     def _read_info(self, held: PersistentStep) -> SavedStep:
         facts = self._read_facts(held)

@@ -38,6 +38,8 @@ from emergency_ckpt.runtime.wanted import Wanted
 from emergency_ckpt.runtime.workers import Workers
 
 _FINISH_TRIES = 2
+# What is not deleted by then is a leftover to the next life of the run.
+_DELETION_PATIENCE = timedelta(seconds=30)
 
 Prepare = Callable[[], SaveContent]
 Loaded = TypeVar("Loaded")
@@ -500,8 +502,12 @@ class Engine:
     # Ending.
 
     def wait(self) -> None:
-        """Waits until every save has its outcome and every drain has ended, within their own time limits."""
+        """Waits until every save has its outcome and every drain has ended, within their own time limits.
+
+        Steps that retention gives up are out of sight then; that their bytes are there nobody notices.
+        """
         self._workers.wait()
+        self.job.deletions.wait_hidden(_DELETION_PATIENCE)
 
     def await_drains(self) -> list[EmergencyCheckpointError]:
         """Waits until every drain has ended; the errors of drains since the last call, oldest first.
@@ -527,6 +533,7 @@ class Engine:
             self.wait()
         finally:
             self._workers.close()
+            self.job.deletions.close(_DELETION_PATIENCE)
             self.job.peers.close()
             self.job.local.close()
 

@@ -16,6 +16,7 @@ from emergency_ckpt.errors import PersistentStoreError
 from emergency_ckpt.jaxio.coordination import Coordinator
 from emergency_ckpt.jaxio.topology import Topology
 from emergency_ckpt.local.store import LocalStore
+from emergency_ckpt.persistent.deletions import Deletions
 from emergency_ckpt.persistent.reader import StepReader
 from emergency_ckpt.persistent.store import Generation, PersistentStore
 from emergency_ckpt.runtime.peers import Peers
@@ -31,7 +32,8 @@ class Job:
 
     `layout` says what slots hold, and `device_layout` what devices do: shards that a process stores for others
     are in the first one only, and where slices share what all of them hold, some are in the second one only.
-    Both have the same shards. `place` is where in the mesh this process stands.
+    Both have the same shards. `place` is where in the mesh this process stands. `deletions` is made use of by
+    the leading process.
     """
 
     settings: Settings
@@ -47,6 +49,15 @@ class Job:
     generation: Generation
     log: CheckpointLogger
     place: MeshPlace
+    deletions: Deletions = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        self.deletions = Deletions(
+            self.persistent,
+            lambda: self.generation,
+            lambda step, text: self.log.info("retention", step, text),
+            lambda step, text: self.log.warning("retention", step, text),
+        )
 
     @property
     def process(self) -> int:

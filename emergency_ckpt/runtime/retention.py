@@ -1,4 +1,4 @@
-"""Retention: which committed steps are deleted after a commit. The committer alone does it.
+"""Retention: which committed steps are deleted after a commit. The committer alone does it, in the background.
 
 A policy that fails deletes nothing and is heard: its error reaches the log and `check_for_errors`.
 """
@@ -26,7 +26,10 @@ class Retention:
         self._kept: tuple[PersistentStep, ...] | None = None
 
     def apply(self) -> None:
-        """Deletes what is to be deleted now. Raises PersistentStoreError; what is left stays restorable."""
+        """Chooses what is to be deleted now, which is done in the background.
+
+        Raises PersistentStoreError where nothing can be chosen; what is left stays restorable.
+        """
         job = self._job
         steps = job.persistent.steps()
         valid = without_void(steps, job.local.activations)
@@ -34,12 +37,12 @@ class Retention:
         given_up = self._given_up(valid)
         kept = [step for step in valid if step.step_id.step not in given_up]
         self._know(kept)
-        for step in steps:
-            void = step not in valid
-            if void or step not in kept:
-                job.persistent.delete_step(step)
-                why = "a restore left it behind" if void else "newer ones are kept"
-                job.log.info("retention", step.step_id.step, f"deleted the persistent {step.step_id}: {why}")
+        gone = [
+            (step, "a restore left it behind" if step not in valid else "newer ones are kept")
+            for step in steps
+            if step not in kept
+        ]
+        job.deletions.delete(gone, max(kept, key=lambda step: step.step_id, default=None))
 
     def steps(self) -> tuple[PersistentStep, ...]:
         """Committed steps that are not void, without asking the store at every call."""

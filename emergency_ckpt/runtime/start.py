@@ -10,8 +10,8 @@ from typing import Any
 import jax
 
 from emergency_ckpt.agent.drain import ByAgent, DrainJob, DrainWorker, InProcess, Runner
-from emergency_ckpt.agent.draining import destination_of
-from emergency_ckpt.agent.orders import Destination
+from emergency_ckpt.agent.draining import Stop, destination_of
+from emergency_ckpt.agent.orders import Destination, Share
 from emergency_ckpt.core.copies import survivable
 from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.lineage import StepId
@@ -22,6 +22,7 @@ from emergency_ckpt.jaxio.layouts import build_layout
 from emergency_ckpt.jaxio.mesh_places import place_in
 from emergency_ckpt.jaxio.orbax_metadata import layout_metadata_files
 from emergency_ckpt.jaxio.topology import Topology, axis_position
+from emergency_ckpt.local.slot_views import SealedSlot
 from emergency_ckpt.local.store import LocalStore, StoreOptions
 from emergency_ckpt.persistent.store import Generation, PersistentStore
 from emergency_ckpt.runtime.agreement import agree, tell
@@ -168,15 +169,17 @@ def _keep_root_metadata(
 
 
 def _remove_leftovers(job: Job) -> None:
-    """Tidies up after earlier lives. It must not keep the job from starting: leftovers are invisible anyway."""
+    """Tidies up after earlier lives, without keeping the job from starting: leftovers are invisible.
+
+    What other programs left goes at once: nothing tells it from what processes of this job are going to write.
+    """
+    job.deletions.sweep(job.generation)
     try:
-        for name in job.persistent.remove_leftovers(job.generation):
-            job.log.info("start", None, f"removed {name}, which an earlier life of the run left uncommitted")
         if job.settings.remove_foreign_leftovers:
             for name in job.persistent.remove_foreign_leftovers():
                 job.log.info("start", None, f"removed {name}, which another program left uncommitted")
     except (PersistentStoreError, OSError) as error:
-        job.log.warning("start", None, f"leftovers of earlier lives could not be removed: {error}")
+        job.log.warning("start", None, f"leftovers of other programs could not be removed: {error}")
 
 
 def mint_generation(job: Job, key: str, highest_seen: int, parent: StepId | None) -> Generation:
@@ -212,6 +215,18 @@ def destination(job: Job) -> Destination:
     )
 
 
+class _InFreeDirectories:
+    """Drains by another runner, when nothing is deleted any more where the step is going to be."""
+
+    def __init__(self, runner: Runner, job: Job) -> None:
+        self._runner = runner
+        self._job = job
+
+    def run(self, share: Share, slot: SealedSlot, stop: Stop) -> int:
+        self._job.deletions.make_free(self._job.persistent.names.name(share.step))
+        return self._runner.run(share, slot, stop)
+
+
 def start_drains(job: Job, retention: Retention) -> DrainWorker | None:
     """The drain worker of the current generation; None where nothing goes to the persistent tier."""
     if job.settings.schedule.persistent is None:
@@ -220,6 +235,8 @@ def start_drains(job: Job, retention: Retention) -> DrainWorker | None:
     runner: Runner = InProcess(job.persistent, where)
     if job.peers.host is not None:
         runner = ByAgent(job.peers.host, where, runner, job.log)
+    if job.leads:
+        runner = _InFreeDirectories(runner, job)
     return DrainWorker(
         DrainJob(
             local=job.local,

@@ -175,7 +175,7 @@ def test_an_error_of_the_coordination_stops_one_save_and_not_those_after_it(
 def test_leftovers_that_cannot_be_removed_do_not_keep_the_job_from_starting(
     opened: Opener, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Unreliable(monkeypatch, PersistentStore, "remove_leftovers", PersistentStoreError("device busy"))
+    Unreliable(monkeypatch, PersistentStore, "leftovers", PersistentStoreError("device busy"))
     assert opened().restore_or_init(lambda: "fresh").state == "fresh"
 
 

@@ -15,7 +15,7 @@ from emergency_ckpt.persistent.store import PersistentStore
 from tests.persistent.objects import open_store
 from tests.persistent.saving import save, small_state
 
-CHANGES = ("create", "write", "make_directory", "delete_tree", "delete", "replace")
+CHANGES = ("create", "write", "make_directory", "delete_tree", "delete", "delete_many", "replace")
 
 
 class Countdown:

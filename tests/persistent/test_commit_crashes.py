@@ -77,7 +77,7 @@ def test_a_process_that_dies_before_any_operation_leaves_the_old_step_or_the_new
     # Only the last operations come after the commit: deleting what was replaced.
     assert committed == sorted(committed)
     assert committed[-1]
-    assert not committed[-8 if kind == "objects" else -4]
+    assert not committed[-10 if kind == "objects" else -16]
 
 
 def assert_tidy(root: Path, store: PersistentStore) -> None:

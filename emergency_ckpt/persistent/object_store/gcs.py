@@ -9,7 +9,6 @@ import functools
 import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from emergency_ckpt.errors import ConfigError, StoreCredentialsError, StoreCredentialsExpiredError
@@ -23,6 +22,7 @@ from emergency_ckpt.persistent.object_store.failures import (
 from emergency_ckpt.persistent.object_store.operations import Limits, ObjectInfo, Page
 from emergency_ckpt.persistent.object_store.repeating import Failure, repeated
 from emergency_ckpt.persistent.object_store.urls import check_key
+from emergency_ckpt.persistent.side_by_side import side_by_side
 
 _T = TypeVar("_T")
 _TOKEN = "emergency-ckpt-put"
@@ -121,8 +121,7 @@ class GcsStore:
         self._ask("deleting", key, delete)
 
     def delete_many(self, keys: Iterable[str]) -> None:
-        with ThreadPoolExecutor(self._limits.concurrency, "emergency_ckpt deleting") as pool:
-            list(pool.map(self.delete, dict.fromkeys(keys)))
+        side_by_side(self.delete, dict.fromkeys(keys), self._limits.concurrency, "deleting")
 
     def kvstore(self, prefix: str = "") -> dict[str, Any]:
         check_servers()

@@ -9,7 +9,6 @@ import functools
 import itertools
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from emergency_ckpt.errors import (
@@ -29,6 +28,7 @@ from emergency_ckpt.persistent.object_store.operations import Limits, ObjectInfo
 from emergency_ckpt.persistent.object_store.repeating import Failure, repeated
 from emergency_ckpt.persistent.object_store.s3_settings import S3Settings, resolve
 from emergency_ckpt.persistent.object_store.urls import check_key
+from emergency_ckpt.persistent.side_by_side import side_by_side
 
 _T = TypeVar("_T")
 _TOKEN = "emergency-ckpt-put"
@@ -129,8 +129,7 @@ class S3Store:
     def delete_many(self, keys: Iterable[str]) -> None:
         # Repeated keys would be told as errors by some servers.
         batches = _batches(dict.fromkeys(keys), _DELETED_AT_ONCE)
-        with ThreadPoolExecutor(_BATCHES_AT_A_TIME, "emergency_ckpt deleting") as pool:
-            list(pool.map(self._delete_batch, batches))
+        side_by_side(self._delete_batch, batches, _BATCHES_AT_A_TIME, "deleting")
 
     def kvstore(self, prefix: str = "") -> dict[str, Any]:
         return self.settings.kvstore(self.bucket, prefix)
@@ -257,8 +256,7 @@ class S3Store:
         try:
             self._ask("deleting", f"{keys[0]} and {len(keys) - 1} others", delete)
         except _NoBatches:
-            with ThreadPoolExecutor(self._limits.concurrency, "emergency_ckpt deleting") as pool:
-                list(pool.map(self.delete, left))
+            side_by_side(self.delete, left, self._limits.concurrency, "deleting")
 
     def _sending(self, doing: str, key: str, data: bytes, request: Callable[[int], _T]) -> _T:
         return self._ask_within(self._limits.attempt_seconds, doing, key, request, len(data))
