@@ -18,7 +18,7 @@ from tests.persistent.saving import assert_same, layout_of, read_shards, save, s
 
 
 class Interrupted(LocalFiles):
-    """Files of a slow committer: something happens before the n-th time that it looks at step 20 or moves it."""
+    """Files of a slow committer: something happens before the n-th time that it looks at or moves step 20."""
 
     left, happen = 0, staticmethod(lambda: None)
 
