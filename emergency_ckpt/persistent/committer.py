@@ -96,7 +96,8 @@ def commit(
             next(stages)
         except StopIteration as ended:
             return ended.value
-        except StepCommittedError:
+        except (StepCommittedError, CorruptDataError):
+            # Of an attempt that comes too late the stores are deleted, perhaps while they are being read.
             held = store.committed(attempt)
             if held is None:
                 raise

@@ -230,8 +230,12 @@ class Deletions:
     def _point_at_newest(self) -> None:
         with self._changed:
             newest, self._newest = self._newest, None
-        if newest is not None:
+        if newest is None:
+            return
+        try:
             self._store.point_at(newest)
+        except _FAILURES as error:
+            self._warn(newest.step_id.step, f"the pointer to the newest step could not be written: {error}")
 
     def _forget(self, directory: str) -> None:
         with self._changed:

@@ -81,6 +81,8 @@ class MarkedSteps:
         if files.version(ORBAX_COMMIT_FILE) is not None:
             turn.give_up()
             raise StepCommittedError(f"{attempt}: another attempt has just committed the step")
+        if not turn.is_mine():  # Some of these versions may be of what somebody else has written since.
+            raise turn.lost()
         return _Marked(files, turn, attempt, versions, lambda: self._tidy(attempt, turn))
 
     def _turn(self, attempt: Attempt) -> Turn:
@@ -111,9 +113,10 @@ class MarkedSteps:
         What the attempt itself writes is put on condition, over objects of the void step that have the names.
         """
         name, generation = self.directory(attempt), attempt.generation.number - 1
+        self._delete_records(generation, name)
         if not turn.is_mine():
             raise turn.lost()
-        self.hide(name, generation)
+        self._files.delete(f"{name}/{ORBAX_COMMIT_FILE}")
         if not self._clear(name, generation, lambda: not turn.is_mine(), paths):
             raise turn.lost()
 
