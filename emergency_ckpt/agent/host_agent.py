@@ -21,7 +21,7 @@ from emergency_ckpt.agent.options import AgentOptions
 from emergency_ckpt.agent.order_client import OrderClient
 from emergency_ckpt.agent.orders import Destination, Registration, Share
 from emergency_ckpt.agent.presence import Presence
-from emergency_ckpt.agent.record import AgentRecord, agent_directory, read_record
+from emergency_ckpt.agent.record import AgentRecord, agent_directory, agent_lives, read_record
 from emergency_ckpt.agent.starting import ensure_agent
 from emergency_ckpt.errors import (
     AgentStartError,
@@ -63,11 +63,15 @@ class HostAgent:
         with self._guard:
             return self._connected().endpoint
 
-    @property
-    def lost(self) -> bool:
-        """Whether the agent that was attached to is gone; False where none was."""
-        attachment = self._attachment
-        return attachment is not None and attachment.lost is not None
+    def hold_on(self, *, starts: bool) -> None:
+        """Attaches to the agent that runs, if that is not so already; `starts`: also where none runs yet.
+
+        Does nothing once this is closed.
+        """
+        with self._guard:
+            held = self._attachment is not None and self._attachment.lost is None
+            if not self._closed and not held and (starts or agent_lives(agent_directory(self._root))):
+                self._connected()
 
     def register(self, registration: Registration) -> None:
         """Tells the agent what this trainer works on from now on, and every later agent."""

@@ -43,7 +43,7 @@ class Notices:
             with contextlib.suppress(asyncio.QueueFull):  # One that reads nothing is cut anyway.
                 listener.put_nowait(notice)
                 told += 1
-        _log.warning("notice: %s; %d trainers are told", notice, told)
+        _log.warning("notice from %s; told to %d trainer(s)", notice, told)
         return told
 
     def tell_from_thread(self, notice: Notice) -> None:

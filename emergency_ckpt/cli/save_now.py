@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
                 f"no agent runs for {root}, so that nobody can be told there: is the job running?"
             )
         told += OrderClient.of_this_host(record, _ASK).request_save(args.detail)
-    print(f"{told} trainers were told to save" if told else "no trainer listens (enable_autocheckpoint=True?)")
+    print(f"trainers that are told: {told}" if told else "no trainer listens: is enable_autocheckpoint=True?")
     return 0 if told else 1
 
 

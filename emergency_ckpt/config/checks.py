@@ -200,8 +200,8 @@ def _inactive(config: Config) -> Iterator[str]:
         on = _said(config, "enable_autocheckpoint")
         if config.enable_checkpointing:
             yield (
-                f"{on} is active in part: the job saves at the step that Orbax's preemption sync point names "
-                "after a SIGTERM; other notices and deadlines are not watched yet."
+                f"{on} is active in part: the job saves at the step that JAX's preemption sync point names "
+                "after a SIGTERM or another notice; deadlines are not weighed yet."
             )
         else:
             yield f"{on} does nothing while {_said(config, 'enable_checkpointing')}."

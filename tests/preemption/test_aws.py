@@ -99,16 +99,20 @@ def test_whatever_the_service_answers_the_watch_goes_on_and_says_so_once(
 ) -> None:
     caplog.set_level(logging.INFO, "emergency_ckpt.preemption")
     source = spot(fake)
+    nothing = Answer(404)
     answers = [
         Answer(500),
         Answer(500),
         Answer(429),
+        nothing,
         Answer(200, b"<html>please log in</html>"),
         Answer(200, b"[" * 60_000),
+        nothing,
         Answer(200, b"x" * 70_000),
         Answer(200, b'{"action": "terminate"'),
+        nothing,
         Answer(0, silent=True),
-        Answer(404),
+        nothing,
     ]
     fake.misbehave = lambda method, path: answers.pop(0) if answers and path == imds.SPOT_ACTION else None
     fake.pages[imds.SPOT_ACTION] = ACTION

@@ -60,14 +60,15 @@ def test_whatever_the_server_answers_the_watch_goes_on(fake: FakeMetadata) -> No
         Answer(503, headers=dict(FLAVOR)),
         Answer(404, headers=dict(FLAVOR)),
         Answer(500),
+        None,
         Answer(200, b"TRUE"),  # Without the flavor it is somebody else.
         Answer(200, b"<html>", dict(FLAVOR)),
         Answer(200, b"\xff\xfe", dict(FLAVOR)),
+        None,
         Answer(200, b"T" * 70_000, dict(FLAVOR)),
     ]
     fake.misbehave = lambda method, path: answers.pop(0) if answers else None
-    source = gce.Preemption(environment(fake))
-    with watching(source) as heard:
+    with watching(gce.Preemption(environment(fake), wait_seconds=0)) as heard:
         fake.wait_for(lambda: not answers)
         fake.set(PREEMPTED, "TRUE")
         assert [notice.detail for notice in heard.wait()] == ["preempted"]
