@@ -20,6 +20,7 @@ FILE = "file"
 PERIOD_SECONDS = 0.5
 FRESH_SECONDS = 600.0
 """A file that lies there when the watch begins, and is older than this, was meant for somebody before."""
+_SETTLE_SECONDS = 0.2
 _MAX_BYTES = 64 * 1024
 _log = logging.getLogger("emergency_ckpt.preemption")
 
@@ -53,6 +54,8 @@ class NoticeFile:
             self._seen = seen
             _log.warning("%s is old and does not count; write it anew, or remove it", self._path)
             return None
+        if 0 <= now - found.st_mtime < _SETTLE_SECONDS:
+            return self._notice  # It may be being written.
         notice = parse_file(self._read(), found.st_mtime, now)
         self._seen, self._notice = seen, notice
         return notice

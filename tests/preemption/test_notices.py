@@ -60,12 +60,9 @@ def test_a_file_that_appears_is_told_once_until_it_is_written_anew(tmp_path: Pat
     source = NoticeFile(path)
     source.period_seconds = 0.01
     with watching(source) as heard:
-        (tmp_path / "new").write_text('{"seconds": 25}')
-        (tmp_path / "new").rename(path)
+        path.write_text('{"seconds": 25}')
         heard.wait()
-        path.unlink()
-        (tmp_path / "new").write_text('{"seconds": 50}')
-        (tmp_path / "new").rename(path)
+        path.write_text('{"seconds": 50}')
         heard.wait(2)
     assert len({notice.deadline for notice in heard.notices}) == 2
 
@@ -73,19 +70,25 @@ def test_a_file_that_appears_is_told_once_until_it_is_written_anew(tmp_path: Pat
 def test_a_file_of_a_time_before_counts_once_it_is_written_anew(tmp_path: Path) -> None:
     path = tmp_path / "notice"
     path.touch()
-    fresh = NoticeFile(path)
-    assert fresh.look() is not None
-    old = time.time() - FRESH_SECONDS - 10
-    os.utime(path, (old, old))
+    assert NoticeFile(path).look() is None, "it may be being written"
+
+    def write(age_seconds: float) -> None:
+        moment = time.time() - age_seconds
+        os.utime(path, (moment, moment))
+
+    write(1)
+    assert NoticeFile(path).look() is not None
+    write(FRESH_SECONDS + 10)
     stale = NoticeFile(path)
     assert stale.look() is None
     assert stale.look() is None
-    path.touch()
+    write(1)
     assert stale.look() is not None
 
 
 def test_a_thing_that_is_no_file_is_never_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
+    os.utime(tmp_path / "pipe", (time.time() - 1,) * 2)
     notice = NoticeFile(tmp_path / "pipe").look()
     assert notice is not None
     assert notice.detail == ""
