@@ -30,6 +30,7 @@ from emergency_ckpt.jaxio.preemption import PreemptionQuery
 from emergency_ckpt.jaxio.state import without_arrays
 from emergency_ckpt.persistent.files import ObjectFiles
 from emergency_ckpt.persistent.object_store.opening import check_location, open_files
+from emergency_ckpt.preemption.notice import Notice
 from emergency_ckpt.runtime.arguments import plain_metadata, step_number
 from emergency_ckpt.runtime.bucket_datasets import BucketDatasets
 from emergency_ckpt.runtime.datasets import DatasetDirectory
@@ -41,6 +42,7 @@ from emergency_ckpt.runtime.extras import WantedExtras, capture, fits
 from emergency_ckpt.runtime.failures import failures_of, raise_together
 from emergency_ckpt.runtime.items import DATASET, STATE, ItemHandlers, split_items
 from emergency_ckpt.runtime.loading import load_parameters, load_state
+from emergency_ckpt.runtime.notices import Notices
 from emergency_ckpt.runtime.policies import Ranking
 from emergency_ckpt.runtime.restored_state import RestoredState
 from emergency_ckpt.runtime.restoring import Restored, RestoreReport
@@ -167,8 +169,13 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         self._save_on_completion = True
         self._handlers = handlers or ItemHandlers()
         self._datasets: DatasetDirectory | BucketDatasets | None = None
-        self._engine = Engine(settings, mesh, abstract_state)
         self._preemption = PreemptionQuery()
+        self._notices = Notices(self._preemption.announce)
+        listens = settings.save_on_preemption
+        self._engine = Engine(settings, mesh, abstract_state, self._notices.hear if listens else None)
+        if listens:
+            self._notices.begin(self._engine.job.peers.host, settings.notice_sources, self._engine.job.log)
+        self._expect_steps_after(self.latest_step() if self._engine.base is not None else None)
         self._last_restore: RestoreReport | None = None
         self._went_on_from: int | None = None  # restored, and datasets of later steps may still be there
 
@@ -253,6 +260,18 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
     def reached_preemption(self, step: int) -> bool:
         """Whether all processes agreed to react to a preemption notice at `step`. Ask at every step."""
         return self._preemption.reached(step_number(step))
+
+    @property
+    def notices(self) -> tuple[Notice, ...]:
+        """The notices that this process heard of, oldest first, with their deadlines. Local.
+
+        Signals, which JAX sees, are not among them, nor is what other processes heard.
+        """
+        return self._notices.heard
+
+    def _expect_steps_after(self, step: int | None) -> None:
+        if step is not None:
+            self._preemption.begin_after(step)
 
     # Saving.
 
@@ -458,6 +477,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         restored = self._engine.restore(wanted, beside)
         self._last_restore = restored.report
         self._went_on_from = restored.report.step
+        self._expect_steps_after(restored.report.step)
         self._delete_void_datasets()
         return restored
 
@@ -553,7 +573,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
             if self._datasets is not None:
                 failures += failures_of(self._datasets.close)
         finally:  # Also when somebody interrupts the waiting.
-            failures += failures_of(self._engine.close, self._handlers.close)
+            failures += failures_of(self._notices.close, self._engine.close, self._handlers.close)
         raise_together([*failures, *self._engine.take_errors()])
 
     def __contextmanager__(self) -> Any:

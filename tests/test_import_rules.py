@@ -40,7 +40,7 @@ MAY_IMPORT = {
 }
 
 # Rooms whose modules must not bring jax (nor orbax, which brings jax) into the process.
-WITHOUT_JAX = {"errors", "core", "local", "persistent", "config", "telemetry", "agent"}
+WITHOUT_JAX = {"errors", "core", "local", "persistent", "config", "preemption", "telemetry", "agent"}
 
 # Orbax's policies, name formats and handlers are used here and nowhere else.
 ORBAX_ALLOWED = {"manager", "options", "runtime", "jaxio", "demo"}
@@ -123,7 +123,14 @@ def test_every_module_of_a_room_for_processes_without_jax_starts_without_it(room
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["launch", "--help"], ["agent", "--help"], ["run", "--help"], ["doctor", "--help"]],
+    [
+        ["--help"],
+        ["launch", "--help"],
+        ["agent", "--help"],
+        ["run", "--help"],
+        ["doctor", "--help"],
+        ["save-now", "--help"],
+    ],
     ids=" ".join,
 )
 def test_the_command_line_shows_its_help_without_jax(arguments: list[str]) -> None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from collections.abc import Callable
 from datetime import timedelta
 from types import TracebackType
 
 from emergency_ckpt.agent.connection import Answer, PeerConnection
 from emergency_ckpt.agent.endpoint import Endpoint
 from emergency_ckpt.errors import PeerUnavailableError
+from emergency_ckpt.preemption.notice import MAX_LINE_BYTES, Notice
 
 # The agent says something every two seconds.
 _SILENCE_LIMIT = timedelta(seconds=20)
@@ -33,8 +35,11 @@ class Attachment:
         timeout: timedelta = _SILENCE_LIMIT,
         dial: str | None = None,
         trainer: str | None = None,
+        on_notice: Callable[[Notice], None] | None = None,
     ) -> None:
-        self._page = "/v1/attach" if trainer is None else f"/v1/attach?trainer={trainer}"
+        self._on_notice = on_notice
+        asked = [f"trainer={trainer}"] * (trainer is not None) + ["notices=1"] * (on_notice is not None)
+        self._page = "/v1/attach" + "?" * bool(asked) + "&".join(asked)
         self._connection = PeerConnection(endpoint, timeout, dial)
         self._changed = threading.Condition()
         self._attached = False
@@ -93,14 +98,28 @@ class Attachment:
             self._changed.notify_all()
 
     def _listen(self, answer: Answer) -> None:
-        """Reads heartbeats until there are no more."""
-        while answer.read_byte():
+        """Reads heartbeats, and notices between them, until there are no more."""
+        line = bytearray()
+        while byte := answer.read_byte():
             self._connection.extend()
+            if byte != b"\n":
+                line += byte[: MAX_LINE_BYTES - len(line)]
+                continue
+            self._hear(bytes(line))
+            line.clear()
             with self._changed:
                 if self._closed:
                     return
                 self._attached = True
                 self._changed.notify_all()
+
+    def _hear(self, line: bytes) -> None:
+        if line != b"." and self._on_notice is not None and not self._closed:
+            try:
+                notice = Notice.from_line(line)
+            except ValueError:
+                return  # A later version of the agent says more.
+            self._on_notice(notice)
 
 
 def attach(
@@ -108,13 +127,14 @@ def attach(
     timeout: timedelta = _SILENCE_LIMIT,
     dial: str | None = None,
     trainer: str | None = None,
+    on_notice: Callable[[Notice], None] | None = None,
 ) -> Attachment:
     """Tells the agent that this process needs it, until the attachment is closed or this process ends.
 
     `timeout` is how long the agent may be silent, `trainer` the id under which this process registers what it
-    works on. Raises PeerUnavailableError.
+    works on; `on_notice` hears, in a thread of the attachment, of notices. Raises PeerUnavailableError.
     """
-    return Attachment(endpoint, timeout, dial, trainer)
+    return Attachment(endpoint, timeout, dial, trainer, on_notice)
 
 
 def _let_go_in_child() -> None:

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import secrets
 import threading
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from emergency_ckpt.agent.options import AgentOptions
 from emergency_ckpt.agent.order_client import OrderClient
 from emergency_ckpt.agent.orders import Destination, Registration, Share
 from emergency_ckpt.agent.presence import Presence
-from emergency_ckpt.agent.record import AgentRecord, agent_directory, read_record
+from emergency_ckpt.agent.record import AgentRecord, agent_directory, agent_lives, read_record
 from emergency_ckpt.agent.starting import ensure_agent
 from emergency_ckpt.errors import (
     AgentStartError,
@@ -30,6 +31,7 @@ from emergency_ckpt.errors import (
     PersistentStoreError,
     StaleGenerationError,
 )
+from emergency_ckpt.preemption.notice import Notice
 
 _LOOK = timedelta(seconds=2)
 
@@ -41,7 +43,11 @@ class HostAgent:
     does what is asked.
     """
 
-    def __init__(self, root: Path, options: AgentOptions) -> None:
+    def __init__(
+        self, root: Path, options: AgentOptions, on_notice: Callable[[Notice], None] | None = None
+    ) -> None:
+        """`on_notice`: hears, in a thread of the attachment, of the notices of the agent."""
+        self._on_notice = on_notice
         self._root = root
         self._options = options
         self._trainer = secrets.token_hex(16)
@@ -56,6 +62,16 @@ class HostAgent:
         """Attaches to the agent, if that is not so already; returns where others reach it."""
         with self._guard:
             return self._connected().endpoint
+
+    def hold_on(self, *, starts: bool) -> None:
+        """Attaches to the agent that runs, if that is not so already; `starts`: also where none runs yet.
+
+        Does nothing once this is closed.
+        """
+        with self._guard:
+            held = self._attachment is not None and self._attachment.lost is None
+            if not self._closed and not held and (starts or agent_lives(agent_directory(self._root))):
+                self._connected()
 
     def register(self, registration: Registration) -> None:
         """Tells the agent what this trainer works on from now on, and every later agent."""
@@ -133,11 +149,15 @@ class HostAgent:
                 self._presence.close()
             self._presence = Presence(agent_directory(self._root), self._trainer)
         try:
-            self._attachment = attach(endpoint, dial=record.dial, trainer=self._trainer)
+            self._attachment = attach(
+                endpoint, dial=record.dial, trainer=self._trainer, on_notice=self._on_notice
+            )
         except PeerUnavailableError:
             # In another network namespace it is reached as from other hosts.
             record = dataclasses.replace(record, dial=endpoint.host)
-            self._attachment = attach(endpoint, dial=record.dial, trainer=self._trainer)
+            self._attachment = attach(
+                endpoint, dial=record.dial, trainer=self._trainer, on_notice=self._on_notice
+            )
         self._record = record
         if self._registration is not None:
             OrderClient.of_this_host(record).register(self._trainer, self._registration)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 from emergency_ckpt.errors import ConfigError
+from emergency_ckpt.preemption.choosing import SourceOptions, names_of
 
 TOKEN_VARIABLE = "EMERGENCY_CKPT_AGENT_TOKEN"
 
@@ -28,6 +30,9 @@ class AgentOptions:
       connections: open at a time.
       stall_seconds: for which a client may read nothing before it is cut.
       finish_seconds: for drains that are running when a signal ends the agent.
+      preemption_sources: the sources of notices to watch, separated by commas (`preemption.choosing`).
+      preemption_file: a file whose appearance is a notice.
+      preemption_imds_v1: `allowed` where version 1 of Amazon's metadata service may be spoken, else `never`.
     """
 
     bind: str | None = None
@@ -42,6 +47,9 @@ class AgentOptions:
     connections: int = 512
     stall_seconds: float = 20.0
     finish_seconds: float = 25.0
+    preemption_sources: str = "auto"
+    preemption_file: Path | None = None
+    preemption_imds_v1: Literal["never", "allowed"] = "never"
 
     def __post_init__(self) -> None:
         """Raises ConfigError, which names the option."""
@@ -61,6 +69,13 @@ class AgentOptions:
             raise ConfigError(
                 f"--finish-seconds {self.finish_seconds} is no length of time; expected 0 or more"
             )
+
+        _ = self.sources
+
+    @property
+    def sources(self) -> SourceOptions:
+        """Raises ConfigError."""
+        return SourceOptions(names_of(self.preemption_sources), self.preemption_file, self.preemption_imds_v1)
 
     def words(self) -> list[str]:
         """The words of a command line that say the same; files by absolute path."""
@@ -133,6 +148,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=25.0,
         metavar="S",
         help="after SIGTERM, let drains that are running end for S seconds (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--preemption-sources",
+        default="auto",
+        metavar="NAMES",
+        help="watch these for notices that this host goes away, and tell its trainers: aws, gce, single ones "
+        "(aws-spot, aws-rebalance, gce-preempted, gce-maintenance), separated by commas, or off (default: what "
+        "seems to be there)",
+    )
+    parser.add_argument(
+        "--preemption-file", type=Path, metavar="F", help="a file whose appearance is such a notice"
+    )
+    parser.add_argument(
+        "--preemption-imds-v1",
+        choices=("never", "allowed"),
+        default="never",
+        help="speak version 1 of Amazon's metadata service where it gives no token (default: %(default)s)",
     )
 
 

@@ -79,6 +79,14 @@ class OrderClient:
         order = {"destination": destination_to_json(destination), "share": share_to_json(share)}
         return self._drain_id(self._ask("POST", "/v1/drains", order))
 
+    def request_save(self, detail: str) -> int:
+        """Asks the trainers of this host for a save; returns how many were told."""
+        said = self._ask("POST", "/v1/notices", {"kind": "save", "detail": detail})
+        told = said.get("told") if isinstance(said, dict) else None
+        if type(told) is not int:
+            raise self._nonsense("what is no number of trainers")
+        return told
+
     # With the token.
 
     def look(self, drain: str, wait: timedelta = timedelta(0)) -> DrainReport:

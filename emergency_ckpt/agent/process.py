@@ -36,6 +36,8 @@ from emergency_ckpt.agent.server import ServerLimits, ShardServer
 from emergency_ckpt.agent.trainers import Registered
 from emergency_ckpt.errors import AgentStartError, ConfigError, EmergencyCheckpointError
 from emergency_ckpt.local.claim import check_root
+from emergency_ckpt.preemption.choosing import choose_sources
+from emergency_ckpt.preemption.watch import Watch
 
 _TOKEN = re.compile(r"[0-9A-Za-z._~+/=-]{16,512}")
 _MAX_TOKEN_FILE = 4096
@@ -108,6 +110,7 @@ class _Life:
         endpoint = Endpoint(addresses.advertise, port, token, context is not None, ca_file)
         package = metadata.version("emergency_ckpt")
         record = AgentRecord(endpoint, addresses.dial, os.getpid(), package, owner)
+        watch: Watch | None = None
 
         def remember() -> None:
             if not self._lock.is_current():
@@ -135,6 +138,7 @@ class _Life:
                 addresses.why,
             )
             ready()
+            watch = Watch(choose_sources(options.sources), server.notices.tell_from_thread)
             why = await self._watch(server, record, flushes)
             _log.info("the agent leaves: %s", why)
             flushes.stop()
@@ -145,6 +149,8 @@ class _Life:
             flushes.stop()
             server.drains.close("the agent leaves")
             await server.stop()
+            if watch is not None:
+                await asyncio.to_thread(watch.close)
             flushes.join()
 
     async def _listen(

@@ -32,6 +32,7 @@ from emergency_ckpt.agent.drains import Drains
 from emergency_ckpt.agent.endpoint import FORMAT_VERSION
 from emergency_ckpt.agent.job_pages import JobPages
 from emergency_ckpt.agent.memory import Order
+from emergency_ckpt.agent.notices import Notices
 from emergency_ckpt.agent.orders import Registration
 from emergency_ckpt.agent.presence import Condition
 from emergency_ckpt.agent.sending import Body, Ending, Sender
@@ -88,6 +89,7 @@ class ShardServer:
         self.counters = Counters()
         self.trainers = Trainers(on_death, condition)
         self.left = asyncio.Event()
+        self.notices = Notices()
         self._root = root
         self._limits = limits
         self._slots = SlotsOnDisk(root)
@@ -117,6 +119,7 @@ class ShardServer:
                 web.get(f"{_SLOT}/manifest", self._manifest),
                 web.post(f"{_SLOT}/shards", self._shards),
                 *self._pages.routes(),
+                *self.notices.routes(),
             ]
         )
         log = logging.getLogger("emergency_ckpt.agent.http")
@@ -144,6 +147,7 @@ class ShardServer:
         self.counters.watch("trainers", "trainers that live", lambda: self.trainers.count)
         self.counters.watch("running_drains", "drains that have not ended", lambda: self.drains.running)
         self.counters.watch("running_flushes", "flushes that have not ended", lambda: self.flushes())
+        self.counters.watch("notices", "notices that were heard", lambda: self.notices.heard)
         self.counters.watch("connections", "open connections", lambda: self._connections.connections)
         self._door.refused = self.counters.refused_connections.inc
         for port in ports[:-1]:
@@ -170,6 +174,7 @@ class ShardServer:
         if self._door is not None:
             await self._door.close()
         self._stopping.set()
+        self.notices.end()
         cutting = asyncio.get_running_loop().call_later(self._limits.leave_seconds, self._sender.cut_all)
         await self._runner.cleanup()
         cutting.cancel()
@@ -212,19 +217,26 @@ class ShardServer:
         )
 
     async def _attach(self, request: web.Request) -> web.StreamResponse:
-        """Held open by a trainer as long as it lives; the heartbeat tells it that the agent lives, too."""
+        """Held open by a trainer as long as it lives; the heartbeat tells it that the agent lives, too.
+
+        One that listens is told of notices in between.
+        """
         trainer = request.query.get("trainer")
         if trainer is not None and not is_trainer_id(trainer):
             return refuse(400, "malformed", "this is not the id of a trainer")
         response = web.StreamResponse(headers={"Cache-Control": "no-store"})
         response.enable_chunked_encoding()
-        with self.trainers.attached(trainer):
+        listens = self.notices.listening() if "notices" in request.query else contextlib.nullcontext(None)
+        with self.trainers.attached(trainer), listens as notices:
             await response.prepare(request)
             while not self._stopping.is_set():
                 await response.write(HEARTBEAT)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(HEARTBEAT_SECONDS):
-                        await self._stopping.wait()
+                        if notices is None:
+                            await self._stopping.wait()
+                        elif (notice := await notices.get()) is not None:
+                            await response.write(notice.to_line())
         return response
 
     async def _leave(self, request: web.Request) -> web.Response:

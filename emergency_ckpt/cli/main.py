@@ -45,6 +45,10 @@ SUBCOMMANDS = {
         "run a command, and end only when the agents on this host have drained what it left",
         takes_command=True,
     ),
+    "save-now": Subcommand(
+        "emergency_ckpt.cli.save_now",
+        "ask the job on this host for a save at its next step",
+    ),
     "doctor": Subcommand(
         "emergency_ckpt.cli.doctor",
         "try out a persistent directory, in a bucket or on a file system, and say what to mend",

@@ -200,11 +200,18 @@ def _inactive(config: Config) -> Iterator[str]:
         on = _said(config, "enable_autocheckpoint")
         if config.enable_checkpointing:
             yield (
-                f"{on} is active in part: the job saves at the step that Orbax's preemption sync point names "
-                "after a SIGTERM; other notices and deadlines are not watched yet."
+                f"{on} is active in part: the job saves at the step that JAX's preemption sync point names "
+                "after a SIGTERM or another notice; deadlines are not weighed yet."
             )
         else:
             yield f"{on} does nothing while {_said(config, 'enable_checkpointing')}."
+    if not config.enable_autocheckpoint:
+        for flag in ("preemption_sources", "preemption_notice_file", "preemption_allow_imds_v1"):
+            if getattr(config, flag) != type(config).model_fields[flag].default:
+                yield (
+                    f"{_said(config, flag)} does nothing for the job while "
+                    f"{_said(config, 'enable_autocheckpoint')}: agents only log the notices."
+                )
     if not config.saves_locally:
         off = _said(config, "enable_emergency_checkpoint")
         fields = type(config).model_fields

@@ -240,6 +240,22 @@ class Config(BaseModel):
     enable_autocheckpoint: bool = Field(
         False, description="Save to the persistent tier when the job is told that it will be preempted."
     )
+    preemption_sources: str = Field(
+        "auto",
+        description="What the agent of each host watches for notices: aws and gce (the metadata services of "
+        "these clouds), single ones (aws-spot, aws-rebalance, gce-preempted, gce-maintenance), separated by "
+        "commas; auto: what seems to be there; off: nothing.",
+    )
+    preemption_notice_file: HostPath = Field(
+        "",
+        description="A file whose appearance on a host is a notice, written by a preStop hook of Kubernetes, "
+        "say. It may be empty, or have JSON with deadline or seconds.",
+    )
+    preemption_allow_imds_v1: bool = Field(
+        False,
+        description="Speak version 1 of Amazon's instance metadata service where it gives no token for "
+        "version 2.",
+    )
 
     # The format of the persistent tier.
     checkpoint_storage_target_data_file_size_bytes: Whole = Field(

@@ -27,6 +27,7 @@ from emergency_ckpt.errors import (
     StateMismatchError,
 )
 from emergency_ckpt.jaxio.binding import StateBinder
+from emergency_ckpt.preemption.notice import Notice
 from emergency_ckpt.runtime.agreement import agree, tell
 from emergency_ckpt.runtime.catalog import Catalog
 from emergency_ckpt.runtime.extras import WantedExtras
@@ -52,10 +53,16 @@ class Engine:
       job: what all parts share. catalog: the saved steps. survey: what was found restorable last.
     """
 
-    def __init__(self, settings: Settings, mesh: jax.sharding.Mesh, abstract_state: Any) -> None:
-        """Collective. Raises what `runtime.start.start_job` raises."""
+    def __init__(
+        self,
+        settings: Settings,
+        mesh: jax.sharding.Mesh,
+        abstract_state: Any,
+        on_notice: Callable[[Notice], None] | None = None,
+    ) -> None:
+        """Collective. Raises what `runtime.start.start_job` raises. `on_notice`: see `Peers`."""
         self._settings = settings
-        self.job, self._restorer, self.survey = start_job(settings, mesh, abstract_state)
+        self.job, self._restorer, self.survey = start_job(settings, mesh, abstract_state, on_notice)
         self.catalog = Catalog(self.job)
         self._binder = StateBinder(
             abstract_state, self.job.saved_layout, self.job.process, settings.host_platforms

@@ -7,7 +7,7 @@ serves nobody; its shards then travel over the device network, where the mesh al
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from emergency_ckpt.agent.orders import Destination, Registration
 from emergency_ckpt.agent.worker import Worker
 from emergency_ckpt.errors import CoordinationTimeoutError, EmergencyCheckpointError, PeerUnavailableError
 from emergency_ckpt.jaxio.coordination import Coordinator
+from emergency_ckpt.preemption.notice import Notice
 from emergency_ckpt.telemetry.log import CheckpointLogger
 
 _CLOSE = timedelta(seconds=60)
@@ -39,14 +40,18 @@ class Peers:
         timeout: timedelta,
         *,
         lazily: bool = False,
+        on_notice: Callable[[Notice], None] | None = None,
     ) -> None:
-        """`root`: the ramdisk directory; `options` None: no agent; `lazily`: it starts when it is needed."""
+        """`root`: the ramdisk directory; `options` None: no agent; `lazily`: it starts when it is needed.
+
+        `on_notice` hears of the notices of the agent, in any thread.
+        """
         self._coordinator = coordinator
         self._log = log
         self._timeout = timeout
         self._known: dict[int, Endpoint | None] = {}
         self._telling: Worker[tuple[Destination, bool]] | None = None
-        self.host = HostAgent(root, options) if root is not None and options is not None else None
+        self.host = HostAgent(root, options, on_notice) if root is not None and options is not None else None
         self._lazily = lazily
         self._told: Endpoint | None = None
         if not self.renew():

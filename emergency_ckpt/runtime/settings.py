@@ -23,6 +23,7 @@ from emergency_ckpt.jaxio.binding import HOST_PLATFORMS
 from emergency_ckpt.persistent.arrays import WriteOptions
 from emergency_ckpt.persistent.attempts import StepNames
 from emergency_ckpt.persistent.object_store.opening import check_location
+from emergency_ckpt.preemption.choosing import SourceOptions, names_of
 from emergency_ckpt.runtime.policies import (
     AskedPolicy,
     Preservation,
@@ -76,6 +77,8 @@ class Settings:
       on_replica_divergence: whether copies that differ are an error beside a line in the log.
       compare_device_copies: whether copies on several devices of one process are compared, too.
       flush_on_trainer_exit: whether agents drain the newest complete step when their trainers die.
+      notice_sources: what is watched for notices where there is no agent; and an agent is started for them
+        alone. None: neither.
     """
 
     persistent_directory: str
@@ -114,6 +117,7 @@ class Settings:
     flush_on_trainer_exit: bool = True
     compare_device_copies: bool = False
     backups: BackupRule | None = None
+    notice_sources: SourceOptions | None = None
     clock: Callable[[], float] = time.monotonic
 
     @property
@@ -172,6 +176,7 @@ def settings_from_config(config: Config) -> Settings:
         log_format=config.checkpoint_log_format,
         on_replica_divergence=config.on_replica_divergence,
         compare_device_copies=config.compare_device_copies,
+        notice_sources=_notice_sources(config) if config.enable_autocheckpoint else None,
     )
 
 
@@ -191,6 +196,15 @@ def _backups(config: Config) -> BackupRule | None:
     return BackupRule(config.multi_tier_checkpointing_backup_interval_steps, minutes * 60 if minutes else None)
 
 
+def _notice_sources(config: Config) -> SourceOptions:
+    file = config.preemption_notice_file
+    return SourceOptions(
+        names_of(config.preemption_sources),
+        Path(file) if file else None,
+        "allowed" if config.preemption_allow_imds_v1 else "never",
+    )
+
+
 def _agent_options(config: Config) -> AgentOptions | None:
     if config.checkpoint_agent == "off":
         return None
@@ -207,6 +221,9 @@ def _agent_options(config: Config) -> AgentOptions | None:
         tls_key=path(config.checkpoint_agent_tls_key),
         tls_ca=path(config.checkpoint_agent_tls_ca),
         idle_seconds=config.checkpoint_agent_idle_seconds,
+        preemption_sources=config.preemption_sources,
+        preemption_file=path(config.preemption_notice_file),
+        preemption_imds_v1="allowed" if config.preemption_allow_imds_v1 else "never",
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ from emergency_ckpt.jaxio.topology import Topology, axis_position
 from emergency_ckpt.local.slot_views import SealedSlot
 from emergency_ckpt.local.store import LocalStore, StoreOptions
 from emergency_ckpt.persistent.store import Generation, PersistentStore
+from emergency_ckpt.preemption.notice import Notice
 from emergency_ckpt.runtime.agreement import agree, tell
 from emergency_ckpt.runtime.board import CoordinatedBoard
 from emergency_ckpt.runtime.directories import choose_directory
@@ -44,8 +45,13 @@ from emergency_ckpt.telemetry.units import format_bytes
 _ITEM_OF_MANY, _ITEM_OF_ONE = "default", "state"
 
 
-def start_job(settings: Settings, mesh: jax.sharding.Mesh, abstract_state: Any) -> tuple[Job, Restorer, Survey]:
-    """Everything up to the first restore or save. Collective.
+def start_job(
+    settings: Settings,
+    mesh: jax.sharding.Mesh,
+    abstract_state: Any,
+    on_notice: Callable[[Notice], None] | None = None,
+) -> tuple[Job, Restorer, Survey]:
+    """Everything up to the first restore or save. Collective. `on_notice`: see `Peers`.
 
     Raises TopologyError, UnsupportedStateError, LocalDirectoryError, LocalCapacityError, ForeignRunError,
     PersistentStoreError; on the processes that are not at fault, PeerFailedError naming the one that is. On all
@@ -72,7 +78,7 @@ def start_job(settings: Settings, mesh: jax.sharding.Mesh, abstract_state: Any) 
     layout = _storage_layout(device_layout, settings)
     log = log.bind(run=run)
     local = _open_local(coordinator, settings, run, layout, topology, log)
-    peers = _meet_peers(coordinator, settings, topology, log)
+    peers = _meet_peers(coordinator, settings, topology, log, on_notice)
     generation = Generation(0, "")
     job = Job(
         settings,
@@ -306,7 +312,11 @@ def _tell_what_survives(job: Job) -> None:
 
 
 def _meet_peers(
-    coordinator: Coordinator, settings: Settings, topology: Topology, log: CheckpointLogger
+    coordinator: Coordinator,
+    settings: Settings,
+    topology: Topology,
+    log: CheckpointLogger,
+    on_notice: Callable[[Notice], None] | None,
 ) -> Peers:
     """The agents of the job; without other processes, and with nothing to drain, none is needed."""
     alone = topology.process_count == 1
@@ -316,7 +326,13 @@ def _meet_peers(
     elif options is not None and options.reach is None and (reach := service_address()):
         options = dataclasses.replace(options, reach=reach)
     return Peers(
-        coordinator, settings.local_directory, options, log, settings.coordination_timeout, lazily=alone
+        coordinator,
+        settings.local_directory,
+        options,
+        log,
+        settings.coordination_timeout,
+        lazily=alone,
+        on_notice=on_notice,
     )
 
 
