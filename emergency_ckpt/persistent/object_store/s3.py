@@ -269,7 +269,12 @@ class S3Store:
     ) -> _T:
         """The answer to `request`, sent until there is one; limits as in `repeated`."""
         where = f"{doing} {self.locate(key)} at {self.server}"
-        return repeated(where, request, self._limits, self._explain, seconds, nbytes)
+        try:
+            return repeated(where, request, self._limits, self._explain, seconds, nbytes)
+        except StoreCredentialsError:
+            # boto3 reads keys once. Who renews them puts them where they were: the next operation looks there.
+            self.__dict__.pop("settings", None)
+            raise
 
     def _explain(self, error: Exception, what: str) -> Failure | None:
         import botocore.exceptions as theirs

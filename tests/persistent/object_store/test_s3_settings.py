@@ -190,3 +190,18 @@ def test_a_bucket_in_another_region_of_aws_is_told_where_boto3_would_follow_it(
         vars(store)["settings"] = aws
         with pytest.raises(StoreRegionError, match="set to us-east-1, the bucket is in eu-west-1"):
             store.check()
+
+
+@pytest.mark.server
+def test_keys_that_are_renewed_in_a_profile_count_from_the_next_operation_on(
+    s3_with_bucket: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = f"[default]\nregion = {REGION}\nendpoint_url = {s3_with_bucket.endpoint}\n"
+    old = "aws_access_key_id = OLD\naws_secret_access_key = old\n"
+    write_settings(monkeypatch, tmp_path, config, f"[default]\n{old}")
+    store = S3Store(BUCKET, QUICK)
+    for _ in range(2):
+        with pytest.raises(StoreCredentialsError):
+            store.head("settings/tensor")
+    write_settings(monkeypatch, tmp_path, config, f"[default]\n{keys_of(s3_with_bucket)}")
+    assert_both_reach(store, s3_with_bucket)
