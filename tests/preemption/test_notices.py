@@ -88,7 +88,8 @@ def test_a_file_of_a_time_before_counts_once_it_is_written_anew(tmp_path: Path) 
 
 def test_a_thing_that_is_no_file_is_never_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    os.utime(tmp_path / "pipe", (time.time() - 1,) * 2)
+    before = time.time() - 1
+    os.utime(tmp_path / "pipe", (before, before))
     notice = NoticeFile(tmp_path / "pipe").look()
     assert notice is not None
     assert notice.detail == ""
