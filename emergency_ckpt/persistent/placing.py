@@ -189,7 +189,10 @@ class RenamedSteps:
     def sweep(self, directory: str, generation: int) -> list[str]:
         if not self._is_leftover(directory, generation):
             return []
-        self._files.delete_tree(directory)
+        # The committer of an attempt may wake up: it finds all of it, or nothing.
+        hidden = directory if "/" in directory else self.hide(directory, generation)
+        if hidden is not None:
+            self._files.delete_tree(hidden)
         return [directory]
 
     def _is_leftover(self, directory: str, generation: int) -> bool:

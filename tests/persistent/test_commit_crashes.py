@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -156,6 +158,48 @@ def test_attempts_at_the_same_step_that_race_leave_one_whole_step(tmp_path: Path
             store.remove_leftovers(store.mint_generation(0, None))
         assert assert_old_or_new(store)
         assert_tidy(tmp_path / str(number), store)
+
+
+class Slow:
+    """Deletes one file of a tree at first, the rest by `finish`; renames after `before`."""
+
+    def __init__(self, files: Any, before: Callable[[], object] = lambda: None):
+        self._files = files
+        self._before = before
+        self._left: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._files, name)
+
+    def rename(self, source: str, target: str) -> None:
+        self._before()
+        self._files.rename(source, target)
+
+    def delete_tree(self, path: str) -> None:
+        next(p for p in Path(self._files.locate(path)).rglob("*") if p.is_file()).unlink()
+        self._left.append(path)
+
+    def finish(self) -> None:
+        for path in self._left:
+            self._files.delete_tree(path)
+
+
+def test_what_is_swept_up_while_its_committer_wakes_up_is_no_step(tmp_path: Path) -> None:
+    store = open_store(tmp_path, "files")
+    attempt = Attempt(store.mint_generation(0, None), 20, "default")
+    layout = layout_of(small_state())
+    parts = write_parts(store, attempt, layout, small_state())
+    sweeping: Any = Slow(store.files)
+
+    def sweep() -> None:
+        PersistentStore(tmp_path, files=sweeping).remove_leftovers(store.mint_generation(1, None))
+
+    late: Any = Slow(store.files, sweep)
+    with pytest.raises(PersistentStoreError, match="has lost its directory"):
+        commit(PersistentStore(tmp_path, files=late), attempt, layout, parts)
+    assert store.steps() == []
+    sweeping.finish()
+    assert not list(tmp_path.glob("*.orbax-checkpoint-tmp*"))
 
 
 def race(call, count: int) -> list[object]:
