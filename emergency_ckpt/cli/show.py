@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """\
 Shows the committed steps of a run in a bucket or a directory, those of plain Orbax included, with the training
-state that was saved with them (metrics, custom metadata); of a ramdisk directory the sealed slots. With STEP: all
-that is known of that step. Only small files are read, nothing is written, and a job may be running."""
+state that was saved with them (metrics, custom metadata); of a ramdisk directory the sealed slots. With STEP:
+all that is known of that step. Only small files are read, nothing is written, and a job may be running."""
 _TOLD = 100
 
 

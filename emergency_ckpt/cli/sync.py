@@ -11,10 +11,10 @@ from emergency_ckpt.errors import ConfigError, EmergencyCheckpointError, NoResto
 
 _DESCRIPTION = """\
 Copies the committed steps of a run, and the records that say which of them count, from SOURCE to TARGET. Each
-is s3://bucket/prefix, gs://bucket/prefix or a directory: the one whose entries are the steps. At TARGET a step is
-seen only when all of it is there and has been read back: arrays against the checksums of the save, other files
-byte by byte. What is there already is not copied again, so that a copy that was cut short goes on when it is
-repeated. The newest step is copied first. A job may be writing at SOURCE; none may run at TARGET.
+is s3://bucket/prefix, gs://bucket/prefix or a directory: the one whose entries are the steps. At TARGET a step
+is seen only when all of it is there and has been read back: arrays against the checksums of the save, other
+files byte by byte. What is there already is not copied again, so that a copy that was cut short goes on when it
+is repeated. The newest step is copied first. A job may be writing at SOURCE; none may run at TARGET.
 
 The exit code is 0 when all steps are at TARGET, else 1."""
 _MOST_STREAMS = 256

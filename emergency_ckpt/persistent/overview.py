@@ -66,7 +66,7 @@ class RunView:
     """One persistent directory.
 
     Attributes:
-      known: the numbers of its committed steps, oldest first, without void ones; `steps`: those that were wanted.
+      known: the numbers of its committed steps, oldest first, without void ones; `steps`: those wanted.
       uncommitted: what is named like a step or an attempt, and is none.
     """
 
@@ -100,7 +100,7 @@ def view_run(location: str, seconds: float, step: int | Literal["latest"] | None
     newest = run.store.newest_generation()
     return RunView(
         run.location,
-        run.store.known_run_id(),
+        run.run_id(),
         newest.number if newest else 0,
         run.store.root_metadata() or {},
         known,

@@ -16,6 +16,7 @@ from emergency_ckpt.persistent.attempts import TEMPORARY, PersistentStep, StepNa
 from emergency_ckpt.persistent.files import LocalFiles, ObjectFiles
 from emergency_ckpt.persistent.object_store.opening import check_location, open_files
 from emergency_ckpt.persistent.object_store.operations import Limits
+from emergency_ckpt.persistent.records import RUN_ID_FILE
 from emergency_ckpt.persistent.step_files import CLAIM_FILE, PARTS_DIRECTORY
 from emergency_ckpt.persistent.store import PersistentStore
 
@@ -67,6 +68,13 @@ class RunDirectory:
         self.files.store.check(self.files.inside())
         activations: tuple[Activation, ...] = self.store.activations()
         return [FoundStep(each, is_void(each.step_id, activations)) for each in self.store.steps()]
+
+    def run_id(self) -> str:
+        """The id of the run, "" where no job has begun one. Unlike the store's own, it writes nothing."""
+        try:
+            return self.files.read(RUN_ID_FILE).decode(errors="replace").strip()
+        except FileNotFoundError:
+            return ""
 
     def uncommitted(self, steps: list[FoundStep]) -> list[str]:
         """Directories that are named like steps, or attempts at one, and are none."""

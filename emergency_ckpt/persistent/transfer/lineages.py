@@ -42,7 +42,7 @@ class Records:
 def compare_records(source: RunDirectory, target: RunDirectory) -> Records:
     """What the target lacks. Raises ForeignRunError unless it is empty or a copy of the same run."""
     found = Records({}, {})
-    mine, theirs = source.store.known_run_id(), target.store.known_run_id()
+    mine, theirs = source.run_id(), target.run_id()
     if mine and theirs and mine != theirs:
         raise ForeignRunError(
             f"{target.location} holds the run {theirs}, {source.location} the run {mine}: a job has begun there"
@@ -84,7 +84,7 @@ def _compare(source: Files, target: Files, path: str, found: Records, data: byte
             return
     raise ForeignRunError(
         f"{target.locate(path)} and {source.locate(path)} differ: a job has gone on at each of the two places,"
-        " with other steps under the same numbers. Copy into an empty directory, and choose the one to go on with."
+        " with other steps under the same numbers. Copy into an empty directory, and choose which goes on."
     )
 
 

@@ -1,4 +1,4 @@
-"""What says that a step is whole: not the same in a bucket and on a file system, and so made anew, never copied.
+"""What says that a step is whole: not the same in a bucket and on a file system, and so made anew.
 
 In a bucket the marker names the attempt and has the digests of its chief files; on a file system the name of
 the directory is what counts, and the marker is a line of text. Steps of other programs keep theirs.

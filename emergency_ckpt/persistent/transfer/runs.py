@@ -121,7 +121,7 @@ class _Run:
         try:
             self._bring_step(step, held)
         except (CorruptDataError, PersistentStoreError, FileNotFoundError) as error:
-            if not self._source.files.entries(step.name):
+            if step.name not in {each.name for each in self._source.steps()}:
                 self._tell(f"{step}: was deleted at the source meanwhile")
                 return
             self._outcome.failed[step.step] = str(error)

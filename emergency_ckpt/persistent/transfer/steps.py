@@ -1,7 +1,7 @@
 """One step from one place to another: its files, what they are checked against, and the moment it is seen.
 
 Nobody sees the step before all of it is there and has been read back: at the target it lies under a temporary
-name (file systems), or without its marker (buckets). What a copy that was cut short has left there is made use of.
+name (file systems), or without its marker (buckets). What a copy that was cut short has left is made use of.
 """
 
 from __future__ import annotations
@@ -195,7 +195,8 @@ class StepCopy:
         if attempts:
             raise PersistentStoreError(
                 f"{files.locate(_ATTEMPTS)} says that a job is, or was, writing {self._name}/ there"
-                f" ({attempts[0]}). End the job at the target; if none runs, delete that record, then copy again."
+                f" ({attempts[0]}). End the job at the target; if none runs, delete that record. Then copy"
+                " again."
             )
         kept = {*self._step.sizes, *self._step.markers}
         into = files.below(self._name)
