@@ -89,9 +89,12 @@ class Copier:
 
         in_order = sorted(sizes, key=lambda each: -each[1])
         with concurrent.futures.ThreadPoolExecutor(self._copying.streams, "emergency_ckpt copying") as pool:
-            running = [pool.submit(run, path, size) for path, size in in_order]
-        for each in running:
-            each.result()
+            try:
+                for each in [pool.submit(run, path, size) for path, size in in_order]:
+                    each.result()
+            except BaseException:  # Ctrl-C included: nothing more begins.
+                failed.set()
+                raise
 
     def _copy(self, path: str, size: int) -> str:
         if self._target.is_bucket:

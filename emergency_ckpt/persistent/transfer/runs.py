@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from emergency_ckpt.core.lineage import is_void
 from emergency_ckpt.errors import (
     CorruptDataError,
     NoRestorableStepError,
@@ -91,6 +92,10 @@ class _Run:
         if not self._wanted.dry_run:
             records.bring(self._target.files)
             bring_root_metadata(self._source.store, self._target.store)
+        left_behind = self._target.store.activations()
+        for step in [each for each in chosen if is_void(each.held.step_id, left_behind)]:
+            self._tell(f"{step}: a restore at the target left it behind")
+            chosen.remove(step)
         there = {step.name: step for step in self._target.steps()}
         self._check_room(chosen, there)
         for step in chosen:

@@ -33,7 +33,7 @@ from emergency_ckpt.persistent.transfer.marks import belongs, is_in_array_store,
 from emergency_ckpt.persistent.transfer.objects import Copier, Copying
 
 _ATTEMPTS = "emergency_ckpt/attempts"
-_VERIFIED_AT_ONCE = 256 * 1024**2
+_VERIFIED_AT_ONCE = 256 * 1024**2  # at most
 # Smaller files are compared byte by byte whatever else is known of them.
 _SMALL_BYTES = 1024**2
 
@@ -134,7 +134,7 @@ class StepCopy:
         """Reads what is at the target; raises CorruptDataError unless it is what was saved."""
         files = self._target.files.below(self._name)
         if self._step.side is not None:
-            verify_arrays(files, self._step.found.step)
+            self._verify_arrays(files)
         differing = self._copier(files).differing(self._to_compare(), self._target.sizes(self._name).get)
         if differing:
             raise CorruptDataError(
@@ -150,18 +150,21 @@ class StepCopy:
         if step.side is None:
             return
         try:
-            verify_arrays(into, step.found.step)
+            self._verify_arrays(into)
         except CorruptDataError:
             if not trusted:
                 self._blame_source()
                 raise
             # What an earlier copy has left there was not whole.
             copier.copy(trusted, lambda path, size: True)
-            verify_arrays(into, step.found.step)
+            self._verify_arrays(into)
 
     def _blame_source(self) -> None:
         """Raises CorruptDataError if what is copied is damaged where it comes from."""
-        verify_arrays(self._step.files, self._step.found.step)
+        self._verify_arrays(self._step.files)
+
+    def _verify_arrays(self, files: ObjectFiles) -> None:
+        verify_arrays(files, self._step.found.step, min(self._copying.memory_bytes, _VERIFIED_AT_ONCE))
 
     def _publish(self, into: ObjectFiles) -> None:
         markers = dict(self._step.markers)
@@ -215,19 +218,22 @@ class StepCopy:
         return Copier(self._step.files, into, self._copying, self._copied)
 
 
-def verify_arrays(files: ObjectFiles, step: int) -> None:
-    """Reads all shards of a step of ours, committed or not; raises CorruptDataError unless all are as saved."""
+def verify_arrays(files: ObjectFiles, step: int, at_once: int) -> None:
+    """Reads all shards of a step of ours, committed or not; raises CorruptDataError unless all are as saved.
+
+    `at_once`: bytes of shards in memory; of a larger one, all of it.
+    """
     reader = StepReader(files, directory_step=step)
     _ = reader.extras
-    for shards in _batches(reader):
+    for shards in _batches(reader, at_once):
         leaves = reader.leaves
         reader.read_boxes(
             [BoxRequest(s.leaf, s.box, np.empty(s.box.shape, dtype_of(leaves[s.leaf].dtype))) for s in shards],
-            _VERIFIED_AT_ONCE,
+            at_once,
         )
 
 
-def _batches(reader: StepReader) -> Iterator[list[Shard]]:
+def _batches(reader: StepReader, at_once: int) -> Iterator[list[Shard]]:
     """All shards, so many at a time that they fit into memory."""
     batch: list[Shard] = []
     nbytes = 0
@@ -235,7 +241,7 @@ def _batches(reader: StepReader) -> Iterator[list[Shard]]:
         size = (
             int(np.prod(shard.box.shape, dtype=np.int64)) * dtype_of(reader.leaves[shard.leaf].dtype).itemsize
         )
-        if batch and nbytes + size > _VERIFIED_AT_ONCE:
+        if batch and nbytes + size > at_once:
             yield batch
             batch, nbytes = [], 0
         batch.append(shard)

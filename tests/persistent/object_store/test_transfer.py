@@ -101,6 +101,7 @@ def test_a_run_goes_to_a_bucket_and_back_and_a_job_goes_on_at_either_place(
     store.record_activation(Activation(2, 10))
     save(store, Attempt(second, 20, "default"), small_state(21), CONTENT)
     save(store, Attempt(second, 30, "default"), small_state(30), CONTENT)
+    assert copied(first, bucket).there == [10], "its step 20 is of a life that was left behind"
     outcome = copied(bucket, back)
     assert (sorted(outcome.copied), outcome.there) == ([20, 30], [10])
     assert seeds(back) == {StepId(1, 10): 10, StepId(2, 20): 21, StepId(2, 30): 30}
