@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 import emergency_ckpt
+from emergency_ckpt.persistent.attempts import Attempt
+from emergency_ckpt.persistent.store import PersistentStore
+from tests.persistent.saving import save, small_state
 
 PACKAGE = Path(emergency_ckpt.__file__).parent
 
@@ -121,25 +124,38 @@ def test_every_module_of_a_room_for_processes_without_jax_starts_without_it(room
     assert run_python(f"import {', '.join(names)}; {REPORT_HEAVY}").strip() == ""
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--help"],
-        ["launch", "--help"],
-        ["agent", "--help"],
-        ["run", "--help"],
-        ["doctor", "--help"],
-        ["save-now", "--help"],
-    ],
-    ids=" ".join,
-)
-def test_the_command_line_shows_its_help_without_jax(arguments: list[str]) -> None:
-    code = (
+COMMANDS = ("launch", "agent", "run", "doctor", "save-now", "show", "sync")
+
+
+def run_command(*arguments: str) -> list[str]:
+    """The lines that the command prints, and after them which heavy packages it has loaded."""
+    return run_python(
         f"import atexit, sys; atexit.register(lambda: exec({REPORT_HEAVY!r}))\n"
         f"sys.argv = ['emergency-ckpt', *{arguments!r}]\n"
         "from emergency_ckpt.cli.main import main\n"
         "sys.exit(main())\n"
-    )
-    *shown, heavy = run_python(code).splitlines()
+    ).splitlines()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], *([name, "--help"] for name in COMMANDS)],
+    ids=" ".join,
+)
+def test_the_command_line_shows_its_help_without_jax(arguments: list[str]) -> None:
+    *shown, heavy = run_command(*arguments)
     assert shown[0].startswith("usage: emergency-ckpt")
     assert heavy == ""
+
+
+def test_steps_are_shown_and_copied_without_jax(tmp_path: Path) -> None:
+    first = str(tmp_path / "first")
+    store = PersistentStore(first)
+    save(store, Attempt(store.mint_generation(0, None), 10, "default"), small_state())
+    for arguments in (
+        ["show", first, "10"],
+        ["sync", first, str(tmp_path / "second"), "--json"],
+    ):
+        *shown, heavy = run_command(*arguments)
+        assert "10" in "".join(shown)
+        assert heavy == ""

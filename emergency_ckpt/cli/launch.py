@@ -12,7 +12,7 @@ from pathlib import Path
 from emergency_ckpt.cli.launcher import events
 from emergency_ckpt.cli.launcher.events import JobResult
 from emergency_ckpt.cli.launcher.job import StopRequest, describe_exit, list_processes, run_job
-from emergency_ckpt.cli.launcher.spec import JobSpec, KillSpec
+from emergency_ckpt.cli.launcher.spec import JobSpec, KillSpec, parse_exit_codes
 from emergency_ckpt.jaxio.launch import VARIABLES
 
 __all__ = ["JobResult", "JobSpec", "KillSpec", "StopRequest", "add_arguments", "run", "run_job"]
@@ -21,7 +21,8 @@ _DESCRIPTION = """\
 Starts slices x processes-per-slice processes of COMMAND on this machine as one JAX job on CPU devices, each
 with a ramdisk directory of its own. When a process fails, all others are ended (SIGTERM, then SIGKILL) and all
 are started again, as JobSet does. The exit code is 0 when every process ended with 0; else that of the process
-that failed first, 124 after the time limit, 128 + n when signal n stopped the launcher.
+that failed first, 124 after the time limit, 128 + n when signal n stopped the launcher. A signal to end the
+launcher goes to the processes, and nothing is restarted after it; SIGUSR1 and SIGUSR2 are passed on to them.
 
 In COMMAND, {ramdisk}, {process}, {slice} and {attempt} are replaced for each process."""
 
@@ -34,9 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"  {name}\n      {meaning}" for name, meaning in VARIABLES.items()
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--slices", type=int, required=True, metavar="S", help="number of slices (replicas)")
     parser.add_argument(
-        "--processes-per-slice", type=int, required=True, metavar="P", help="processes of each slice"
+        "--slices", type=int, default=1, metavar="S", help="number of slices (replicas; default: 1)"
+    )
+    parser.add_argument(
+        "--processes-per-slice", type=int, default=1, metavar="P", help="processes of each slice (default: 1)"
     )
     parser.add_argument(
         "--devices-per-process", type=int, default=1, metavar="D", help="CPU devices (default: 1)"
@@ -45,7 +48,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--restarts", type=int, default=0, metavar="N", help="restarts after a failure (default: 0)"
     )
     parser.add_argument(
-        "--restart-delay", type=float, default=0, metavar="SECONDS", help="pause before a restart"
+        "--restart-on",
+        metavar="CODES",
+        help="restart only after these exit codes of the process that failed first, as in 42,143,SIGKILL "
+        "(default: after all but 0)",
+    )
+    parser.add_argument(
+        "--restart-delay",
+        type=float,
+        default=0,
+        metavar="SECONDS",
+        help="pause before the first restart (default: 0)",
+    )
+    parser.add_argument(
+        "--backoff",
+        type=float,
+        default=1,
+        metavar="FACTOR",
+        help="each further pause is this many times as long; it begins anew after an attempt that lived longer "
+        "than the longest pause (default: 1)",
+    )
+    parser.add_argument(
+        "--max-restart-delay",
+        type=float,
+        default=300,
+        metavar="SECONDS",
+        help="longest pause (default: 300)",
+    )
+    parser.add_argument(
+        "--machine-devices",
+        action="store_true",
+        help="let jax find the devices of this machine, in place of CPU devices",
     )
     parser.add_argument(
         "--kill",
@@ -90,7 +123,11 @@ def run(args: argparse.Namespace) -> int:
         wipe_ramdisk=args.wipe_ramdisk,
         ramdisk_root=args.ramdisk_root,
         log_dir=args.log_dir,
+        restart_on=None if args.restart_on is None else parse_exit_codes(args.restart_on),
         restart_delay_seconds=args.restart_delay,
+        backoff=args.backoff,
+        max_restart_delay_seconds=args.max_restart_delay,
+        machine_devices=args.machine_devices,
         grace_seconds=args.grace,
         time_limit_seconds=args.time_limit,
     )
@@ -131,7 +168,10 @@ def _describe(event: events.JobEvent) -> str:
         case events.Restarting():
             delay = f" after {event.delay_seconds:g} s" if event.delay_seconds else ""
             left = f"attempt {event.attempt}, {event.restarts_left} restarts left"
-            return f"restarting all processes{delay} ({left})"
+            return f"restarting all processes{delay}, because {event.reason} ({left})"
+        case events.NotRestarting():
+            how = describe_exit(event.exit_code)
+            return f"not restarting: {how} is not among those of --restart-on"
         case _:
             return ""
 

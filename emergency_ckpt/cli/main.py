@@ -53,6 +53,18 @@ SUBCOMMANDS = {
         "emergency_ckpt.cli.doctor",
         "try out a persistent directory, in a bucket or on a file system, and say what to mend",
     ),
+    "show": Subcommand(
+        "emergency_ckpt.cli.show",
+        "show the checkpoints in a directory or bucket, or on a ramdisk, with their training state",
+    ),
+    "sync": Subcommand(
+        "emergency_ckpt.cli.sync",
+        "copy the persistent checkpoints of a run to another place, resumable and verified",
+    ),
+    "restore-local": Subcommand(
+        "emergency_ckpt.cli.restore_local",
+        "copy the persistent checkpoints of a run from a bucket into a directory of this machine",
+    ),
     "demo": Subcommand(
         "emergency_ckpt.cli.demo",
         "train a small model, lose a slice, restore, and compare with an undisturbed run",

@@ -164,6 +164,11 @@ class StepReader:
             for name in names
         }
 
+    @property
+    def saved_arrays(self) -> tuple[str, ...]:
+        """The names of the array leaves; opens none of them."""
+        return tuple(self.layout.leaf) if self.layout is not None else self._tree.arrays
+
     @functools.cached_property
     def extras(self) -> Mapping[str, bytes]:
         """Small per-process state that was saved with the step, by owner key."""

@@ -14,6 +14,11 @@ from emergency_ckpt.persistent.fields import parsed, step_id, typed, whole_numbe
 from emergency_ckpt.persistent.files import Files
 from emergency_ckpt.persistent.step_files import unseal
 
+# Where they lie in the root.
+RUN_ID_FILE = "emergency_ckpt/run_id"
+GENERATIONS = "emergency_ckpt/generations"
+ACTIVATIONS = "emergency_ckpt/activations"
+
 _GENERATION_ADVICE = "It is the record of one life of the run. Restore it from a backup, or delete it."
 _ACTIVATION_ADVICE = (
     "It is the record of a restore: it says which step a life of the run began from, and so which later steps"

@@ -26,6 +26,9 @@ from emergency_ckpt.persistent.origins import Origins
 from emergency_ckpt.persistent.placing import Placement, Placing, RenamedSteps, StepCommittedError
 from emergency_ckpt.persistent.reader import StepReader
 from emergency_ckpt.persistent.records import (
+    ACTIVATIONS,
+    GENERATIONS,
+    RUN_ID_FILE,
     Generation,
     read_activation,
     read_deletion,
@@ -43,9 +46,7 @@ from emergency_ckpt.persistent.step_files import (
 )
 
 _RECORDS = "emergency_ckpt"
-_RUN_ID = f"{_RECORDS}/run_id"
-_GENERATIONS = f"{_RECORDS}/generations"
-_ACTIVATIONS = f"{_RECORDS}/activations"
+_RUN_ID, _GENERATIONS, _ACTIVATIONS = RUN_ID_FILE, GENERATIONS, ACTIVATIONS
 _DELETION = f"{_RECORDS}/deletion.json"
 _RECORD = re.compile(r"(\d{8,})\.json")
 _ATTEMPTS = f"{_RECORDS}/attempts"

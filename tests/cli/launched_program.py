@@ -3,6 +3,7 @@
     report=N            reports step N
     wait                waits for a signal, for ever
     exit=N              ends with exit code N
+    usr1=N              ends with exit code N on SIGUSR1, from here on
     ignore-term         ignores SIGTERM from here on
     touch=NAME          makes a file in its ramdisk directory
     list=DIR            writes the names in its ramdisk directory to DIR/<process>.<attempt>
@@ -26,7 +27,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 from emergency_ckpt.agent.options import AgentOptions
 from emergency_ckpt.agent.record import agent_directory, read_record
@@ -55,6 +58,8 @@ def main() -> None:
                     signal.pause()
             case "exit":
                 sys.exit(int(value))
+            case "usr1":
+                signal.signal(signal.SIGUSR1, leave_with(int(value)))
             case "ignore-term":
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
             case "touch":
@@ -88,6 +93,10 @@ def main() -> None:
                     pipe.write(value + "\n")
             case _:
                 sys.exit(f"unknown action {argument!r}")
+
+
+def leave_with(code: int) -> Callable[[int, FrameType | None], None]:
+    return lambda number, frame: os._exit(code)
 
 
 def meet(directory: Path, launched: launch.LaunchedProcess) -> None:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import pytest
 from emergency_ckpt.agent.starting import LAUNCH_MARKS
 from emergency_ckpt.cli.launch import JobResult, JobSpec, KillSpec, StopRequest, run_job
 from emergency_ckpt.cli.launcher import events
+from emergency_ckpt.cli.launcher.spec import parse_exit_codes
 from emergency_ckpt.jaxio import launch
 
 PROGRAM = str(Path(__file__).with_name("launched_program.py"))
@@ -48,13 +49,26 @@ def is_alive(process: psutil.Process) -> bool:
 class Job:
     """A job of the test program, run to its end, with everything that was said about it."""
 
-    def __init__(self, tmp_path: Path, *actions: str, stop: StopRequest | None = None, **changes: Any) -> None:
+    def __init__(
+        self,
+        tmp_path: Path,
+        *actions: str,
+        stop: StopRequest | None = None,
+        before: Callable[[events.JobEvent], None] | None = None,
+        **changes: Any,
+    ) -> None:
         options = {"slices": 2, "processes_per_slice": 2, "log_dir": tmp_path / "logs"} | changes
         self.spec = JobSpec(command=(sys.executable, PROGRAM, *actions), **options)
         self.events: list[events.JobEvent] = []
         self.output: list[tuple[int, str]] = []
+
+        def note(event: events.JobEvent) -> None:
+            self.events.append(event)
+            if before is not None:
+                before(event)
+
         self.result: JobResult = run_job(
-            self.spec, self.events.append, lambda process, line: self.output.append((process, line)), stop
+            self.spec, note, lambda process, line: self.output.append((process, line)), stop
         )
 
     def of(self, kind: type[Any]) -> list[Any]:
@@ -418,6 +432,38 @@ def test_processes_die_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
     assert alive == []
 
 
+def test_only_after_the_exit_codes_that_are_named_the_job_is_restarted_and_it_is_said_why(
+    tmp_path: Path,
+) -> None:
+    """As on a spot instance: it leaves with 42 or by a signal and is restarted; a mistake in it ends it."""
+    job = Job(
+        tmp_path,
+        "@0:exit=42",
+        "@1:usr1=143",
+        "@1:report=1",
+        "@1:wait",
+        "exit=1",
+        slices=1,
+        processes_per_slice=1,
+        restarts=9,
+        restart_on=parse_exit_codes("42,SIGTERM"),
+        restart_delay_seconds=0.01,
+        backoff=2,
+        before=lambda event: (
+            os.kill(os.getpid(), signal.SIGUSR1) if isinstance(event, events.StepReported) else None
+        ),
+    )
+    assert [attempt.exit_code for attempt in job.result.attempts] == [42, 143, 1]
+    restarts = job.of(events.Restarting)
+    assert [event.delay_seconds for event in restarts] == [0.01, 0.02]
+    assert [event.reason for event in restarts] == [
+        "process 0 (slice 0) ended with exit code 42 before its first step",
+        "process 0 (slice 0) ended with SIGTERM after step 1",
+    ]
+    assert [event.exit_code for event in job.of(events.NotRestarting)] == [1]
+    assert job.result.exit_code == 1
+
+
 def test_the_command_shows_what_failed_and_returns_the_exit_code(tmp_path: Path) -> None:
     command = [
         *(
@@ -430,7 +476,17 @@ def test_the_command_shows_what_failed_and_returns_the_exit_code(tmp_path: Path)
             "--processes-per-slice",
             "1",
         ),
-        *("--restarts", "1", "--kill", "slice=0@step=5", "--log-dir", str(tmp_path), "--quiet"),
+        *(
+            "--restarts",
+            "5",
+            "--restart-on",
+            "3",
+            "--kill",
+            "slice=0@step=5",
+            "--log-dir",
+            str(tmp_path),
+            "--quiet",
+        ),
         *("--", sys.executable, PROGRAM, "report=4", "print=shown", "@0:exit=3", "@1:exit=4"),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -439,6 +495,8 @@ def test_the_command_shows_what_failed_and_returns_the_exit_code(tmp_path: Path)
     assert "attempt 0 after" in done.stderr
     assert "process 0 (slice 0) ended with exit code 3 after step 4" in done.stderr
     assert "process 0 (slice 0) ended with exit code 4 after step 4" in done.stderr
+    assert "restarting all processes, because process 0 (slice 0) ended with exit code 3" in done.stderr
+    assert "not restarting: exit code 4 is not among those of --restart-on" in done.stderr
     assert "--kill slice=0@step=5 never came to pass" in done.stderr
 
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emergency_ckpt.cli.launch import JobSpec, KillSpec
+from emergency_ckpt.cli.launcher.spec import parse_exit_codes
 from emergency_ckpt.errors import ConfigError
 
 
@@ -36,6 +37,16 @@ def test_a_kill_that_is_not_understood_is_refused_with_an_example(text: str) -> 
         KillSpec.parse(text)
 
 
+def test_exit_codes_are_numbers_and_signals_and_pauses_grow_up_to_the_longest() -> None:
+    assert parse_exit_codes("42, 143,SIGKILL") == {42, 143, 137}
+    for text in ("", "0", "256", "SIGNOTHING", "-1", "42;43"):
+        with pytest.raises(ConfigError, match="as in 42,143,SIGKILL"):
+            parse_exit_codes(text)
+    grown = spec(restarts=9, restart_delay_seconds=2, backoff=3, max_restart_delay_seconds=60)
+    assert [grown.restart_delay(lives) for lives in (1, 2, 3, 4, 5, 10**6)] == [2, 6, 18, 54, 60, 60]
+    assert spec(restart_delay_seconds=3600).restart_delay(1) == 3600
+
+
 def test_a_slice_is_killed_with_all_its_processes() -> None:
     assert KillSpec.parse("slice=0,2@step=5").processes(processes_per_slice=2) == (0, 1, 4, 5)
     assert KillSpec.parse("process=3,1@step=5").processes(processes_per_slice=2) == (1, 3)
@@ -54,6 +65,9 @@ def test_a_slice_is_killed_with_all_its_processes() -> None:
         ({"kills": (KillSpec("slice", (2,), 1),)}, "names slice 2, but the job has 2, numbered from 0"),
         ({"kills": (KillSpec("process", (4,), 1),)}, "names process 4, but the job has 4"),
         ({"wipe_ramdisk": True}, "--wipe-ramdisk wipes the directories of killed processes"),
+        ({"backoff": 0.5}, "--backoff is 0.5"),
+        ({"max_restart_delay_seconds": 0}, "--max-restart-delay is 0"),
+        ({"restart_on": frozenset({42})}, "add --restarts N"),
         ({"command": ()}, "give it after --"),
         ({"command": ("no-such-program",)}, "'no-such-program' is not an executable"),
     ],

@@ -74,10 +74,18 @@ class RamdiskWiped(JobEvent):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Restarting(JobEvent):
-    """All processes are started again; `attempt` is the new attempt."""
+    """All processes are started again, for this reason; `attempt` is the new attempt."""
 
+    reason: str
     delay_seconds: float
     restarts_left: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NotRestarting(JobEvent):
+    """Restarts are left, and this exit code is not among those after which the job is started again."""
+
+    exit_code: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

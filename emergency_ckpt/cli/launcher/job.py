@@ -6,6 +6,7 @@ when the launcher itself is killed, the kernel kills them (Linux).
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import select
 import shutil
@@ -35,14 +36,19 @@ OnOutput = Callable[[int, str], None]
 _TICK_SECONDS = 0.05
 _KILL_LIMIT_SECONDS = 10
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_PASSED_ON = (signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopRequest:
-    """Ends a job from outside: from another thread or a signal handler. A second request ends it at once."""
+    """Ends a job from outside: from another thread or a signal handler. A second request ends it at once.
+
+    `to_pass_on`: signals that the processes are to get; what comes between two attempts goes to the next.
+    """
 
     def __init__(self) -> None:
         self.exit_code: int | None = None
         self.hurry = False
+        self.to_pass_on: collections.deque[int] = collections.deque()
 
     def request(self, exit_code: int = 128 + signal.SIGTERM) -> None:
         """Asks for the end; `exit_code` becomes the job's. Takes no lock, so it is safe in a signal handler."""
@@ -105,12 +111,22 @@ class _Job:
 
     def run(self) -> events.JobResult:
         attempts = [self._run_attempt()]
+        short_lives = 0
         while attempts[-1].exit_code != 0 and self._attempt < self._spec.restarts and self._over() is None:
+            last = attempts[-1]
+            if not self._spec.restarts_after(last.exit_code):
+                self._emit(events.NotRestarting(exit_code=last.exit_code, **self._when()))
+                break
+            lived = last.ended_seconds - last.began_seconds
+            short_lives = 1 if lived > self._spec.max_restart_delay_seconds else short_lives + 1
             self._attempt += 1
-            delay = self._spec.restart_delay_seconds
+            delay = self._spec.restart_delay(short_lives)
             self._emit(
                 events.Restarting(
-                    delay_seconds=delay, restarts_left=self._spec.restarts - self._attempt, **self._when()
+                    reason=last.failure,
+                    delay_seconds=delay,
+                    restarts_left=self._spec.restarts - self._attempt,
+                    **self._when(),
                 )
             )
             if not self._pause(delay):
@@ -199,6 +215,8 @@ class _Job:
         while len(self._ended) < len(self._running):
             self._wait()
             self._look()
+            while self._stop.to_pass_on:
+                self._pass_on(self._stop.to_pass_on.popleft())
             failed = next((ended for ended in self._ended if ended.exit_code != 0), None)
             if failed is not None:
                 return failed.exit_code, self._describe_failure(failed)
@@ -232,6 +250,11 @@ class _Job:
     def _send_to_all(self, number: signal.Signals) -> None:
         for process in self._running:
             process.send(number)
+
+    def _pass_on(self, number: int) -> None:
+        """To the processes themselves: what they have started does not know of it."""
+        for process in self._running:
+            process.tell(number)
 
     def _wait(self) -> None:
         """Sleeps until a process ends, or reports a step that a kill may wait for, or for one tick."""
@@ -361,11 +384,14 @@ def _stopped_by_signals(stop: StopRequest) -> Iterator[None]:
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
-        stop.request(128 + number)
+        if number in _PASSED_ON:
+            stop.to_pass_on.append(number)
+        else:
+            stop.request(128 + number)
 
     previous = {}
     try:
-        for number in _STOP_SIGNALS:
+        for number in (*_STOP_SIGNALS, *_PASSED_ON):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 previous[number] = signal.signal(number, handle)
         yield

@@ -102,6 +102,11 @@ class RunningProcess:
         if not self.poll():
             self._signal_group(number)
 
+    def tell(self, number: int) -> None:
+        """Sends a signal to the process and not to what it has started, unless it has ended."""
+        if not self.poll():
+            self._popen.send_signal(number)
+
     def _signal_group(self, number: signal.Signals) -> None:
         # PermissionError is how macOS says that only zombies are left in the group.
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -153,10 +158,12 @@ def variables_for(
     variables = {**os.environ, **spec.environment}
     other_flags = _DEVICE_COUNT.sub("", variables.get("XLA_FLAGS", "")).split()
     device_count = f"--xla_force_host_platform_device_count={spec.devices_per_process}"
-    return variables | {
+    on_cpu = {
         "JAX_PLATFORMS": "cpu",
         "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
         "XLA_FLAGS": " ".join([*other_flags, device_count]),
+    }
+    return (variables if spec.machine_devices else variables | on_cpu) | {
         # Lines of Python programs reach the log when they are printed, not when a buffer is full.
         "PYTHONUNBUFFERED": "1",
         launch.JOB: job,

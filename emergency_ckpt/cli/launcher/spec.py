@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 import shutil
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -12,6 +14,8 @@ from typing import Literal
 from emergency_ckpt.errors import ConfigError
 
 PLACEHOLDERS = ("ramdisk", "process", "slice", "attempt")
+_EXIT_CODES = 256
+_MOST_BACKOFF = 100
 _KILL_FORM = re.compile(r"(slice|process)=(\d+(?:,\d+)*)@step=(\d+)")
 
 
@@ -53,6 +57,22 @@ class KillSpec:
         )
 
 
+def parse_exit_codes(text: str) -> frozenset[int]:
+    """Reads `42,143,SIGTERM`, a signal being 128 + its number; raises ConfigError for anything else."""
+    found: set[int] = set()
+    for word in text.replace(" ", "").split(","):
+        if word.isascii() and word.isdigit() and 0 < int(word) < _EXIT_CODES:
+            found.add(int(word))
+        elif word in signal.Signals.__members__:
+            found.add(128 + signal.Signals[word])
+        else:
+            raise ConfigError(
+                f"--restart-on {text!r} is not understood at {word!r}; give exit codes from 1 to 255 and names"
+                " of signals, as in 42,143,SIGKILL"
+            )
+    return frozenset(found)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JobSpec:
     """One job.
@@ -68,7 +88,11 @@ class JobSpec:
       ramdisk_root: holds `process_<k>/` of each process, and is kept afterwards. None: a fresh directory in
         memory, removed afterwards.
       log_dir: holds `process_<k>.attempt_<n>.log`. None: a fresh temporary directory. Kept in both cases.
-      restart_delay_seconds: pause before each restart.
+      restart_on: the exit codes after which the job is started again; None: all but 0.
+      restart_delay_seconds: pause before the first restart.
+      backoff: each further pause is this many times as long, up to `max_restart_delay_seconds`. After an
+        attempt that lived longer than the longest pause it begins anew.
+      machine_devices: leave the devices that jax finds on this machine as they are, in place of CPU devices.
       grace_seconds: how long processes have between SIGTERM and SIGKILL when the job ends them.
       time_limit_seconds: for the whole job; None: no limit.
       environment: variables for every process, on top of the launcher's own environment.
@@ -83,7 +107,11 @@ class JobSpec:
     wipe_ramdisk: bool = False
     ramdisk_root: Path | None = None
     log_dir: Path | None = None
+    restart_on: frozenset[int] | None = None
     restart_delay_seconds: float = 0
+    backoff: float = 1
+    max_restart_delay_seconds: float = 300
+    machine_devices: bool = False
     grace_seconds: float = 5
     time_limit_seconds: float | None = None
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -95,6 +123,12 @@ class JobSpec:
         for flag in ("restarts", "restart_delay_seconds", "grace_seconds"):
             if getattr(self, flag) < 0:
                 raise ConfigError(f"{_option(flag)} is {getattr(self, flag)}; it cannot be negative")
+        if not 1 <= self.backoff <= _MOST_BACKOFF:
+            raise ConfigError(f"--backoff is {self.backoff:g}; expected a factor from 1 to {_MOST_BACKOFF}")
+        if self.max_restart_delay_seconds <= 0:
+            raise ConfigError(f"--max-restart-delay is {self.max_restart_delay_seconds:g}; expected seconds")
+        if self.restart_on is not None and not self.restarts:
+            raise ConfigError("--restart-on says after which exit codes to restart; add --restarts N")
         if self.time_limit_seconds is not None and self.time_limit_seconds <= 0:
             raise ConfigError(f"--time-limit is {self.time_limit_seconds}; it must be more than 0 seconds")
         for kill in self.kills:
@@ -117,6 +151,17 @@ class JobSpec:
     @property
     def process_count(self) -> int:
         return self.slices * self.processes_per_slice
+
+    def restarts_after(self, exit_code: int) -> bool:
+        """Whether the job is started again when its first failure was this one."""
+        return self.restart_on is None or exit_code in self.restart_on
+
+    def restart_delay(self, short_lives: int) -> float:
+        """The pause before a restart after so many attempts in a row that did not live long."""
+        with contextlib.suppress(OverflowError):
+            delay = self.restart_delay_seconds * self.backoff ** max(short_lives - 1, 0)
+            return min(delay, max(self.max_restart_delay_seconds, self.restart_delay_seconds))
+        return self.max_restart_delay_seconds
 
     def slice_of(self, process: int) -> int:
         return process // self.processes_per_slice
