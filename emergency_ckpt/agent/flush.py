@@ -98,6 +98,7 @@ class FlushSession:
         self._lost: dict[Endpoint, str] = {}  # agents that cannot be reached
         self._store_error = ""
         self._earlier: dict[int, Life | None] = {}  # lives of the run by generation, as the store knows them
+        self._next_ordinal = _FIRST_ORDINAL + _ORDINALS_PER_PROCESS * registration.process
         self._pool = concurrent.futures.ThreadPoolExecutor(_ASKED_AT_ONCE, "emergency_ckpt flush")
 
     def run(self) -> FlushResult:
@@ -218,15 +219,14 @@ class FlushSession:
     ) -> FlushResult:
         struck: set[tuple[int, StepId]] = set()
         layouts: dict[str, Layout] = {}
-        for attempt in range(_TRIES):
+        for _ in range(_TRIES):
             copies, layouts = self._gather(layouts, store)
             usable = [copy for copy in copies if (copy.process, copy.step) not in struck]
             flush, reason = choose_flush(usable, layouts, committed, activations)
             if flush is None:
                 return FlushResult("nothing_left", f"nothing is left to be drained: {reason}")
             _log.info("flushing %s", reason)
-            ordinal = _FIRST_ORDINAL + _ORDINALS_PER_PROCESS * self._registration.process + attempt
-            ended = self._carry_out(flush, ordinal)
+            ended = self._carry_out(flush, self._fresh_ordinal(store, flush.step))
             report = ended[flush.committer]
             if report.ending == "done":
                 return FlushResult("committed", f"{flush.step} was committed: {reason}")
@@ -239,6 +239,20 @@ class FlushSession:
             _log.warning("%s is tried again without processes %s", flush.step, sorted(p for p, _ in bad))
             struck |= bad
         raise PersistentStoreError(f"{_TRIES} tries came to nothing")
+
+    def _fresh_ordinal(self, store: PersistentStore, step: StepId) -> int:
+        """Of an attempt that no flush has begun: one whose agents died may have left its claim or parts."""
+        from emergency_ckpt.persistent.attempts import Attempt
+        from emergency_ckpt.persistent.records import Generation
+
+        life = self._saved_by(step, store) or self._life
+        while True:
+            ordinal = self._next_ordinal
+            self._next_ordinal += 1
+            own = Generation(life.generation, life.nonce)
+            attempt = Attempt(own, step.step, self._registration.destination.item, ordinal)
+            if not store.attempt_records(attempt).entries():
+                return ordinal
 
     def _tidy(self, store: PersistentStore) -> tuple[StepId, ...]:
         """Retention, which no trainer is left to do. Steps that stay do no harm: a failure is logged."""

@@ -99,6 +99,21 @@ def test_an_agent_whose_store_is_away_waits_for_it(disk: Ramdisk, bucket: Path) 
     assert job.log.count("waits for the persistent tier") == 1
 
 
+def test_what_a_flush_left_whose_agents_died_in_its_middle_is_not_in_the_way_of_the_next(
+    disk: Ramdisk, bucket: Path
+) -> None:
+    """A claim, and of another try the part of a process that is to write something else now."""
+    job = make_job(disk, bucket)
+    job.save(7)
+    for number, left in enumerate(["emergency_ckpt.committer", "emergency_ckpt.parts/0.failed"]):
+        path = bucket / f"7.orbax-checkpoint-tmp-g1-{job.nonce}-{1_000_000_000 + number}" / left
+        path.parent.mkdir(parents=True)
+        path.touch()
+    die(job)
+    job.wait_for(lambda: job.committed == [StepId(1, 7)] or "could not be drained" in job.log)
+    assert job.committed == [StepId(1, 7)], job.log
+
+
 def _commit(job: Job, step: int) -> PersistentStep:
     """Commits a step by a drain, as a trainer that lives asks for it."""
     job.save(step)
