@@ -102,8 +102,7 @@ class Filling:
             if not self._repairs():
                 takes.append(self._own_take(slot, missing))
         elif isinstance(self._room, Repair):
-            self.close()  # Its own slot is no source any more.
-            self.forget()
+            self.give_back()  # Its own slot is no source any more.
         self._kept = None
         streams_whole = self._part.is_whole and self._job.stores_all
         if self._room is None and self._stream is None and streams is not None and streams_whole:
@@ -237,6 +236,11 @@ class Filling:
             room.end()
         elif room is not None:
             room.discard()
+
+    def give_back(self) -> None:
+        """Gives the memory back in between: what was gathered is gathered anew, should it be wanted again."""
+        self.close()
+        self.forget()
 
     def abandon(self) -> None:
         """Like `close`, where a thread that does not end may still write: a free slot gets other memory.

@@ -168,11 +168,12 @@ class Attempt:
             # fails for good, the restore fails and nothing becomes void.
             job.log.error("restore", step.step, str(error))
             return Setbacks.of(step, None, str(error))
+        self._await_begun()
         if own.sender is not None:
+            self._filling.give_back()  # What came in an earlier round takes no slot, and no memory, any more.
             # Made before anybody enters the broadcast, so that an error here is agreed on first.
             self._receiving = Hydration.begin(job, step, self._wanted.part)
             return NONE
-        self._await_begun()
         sends = self._plan.common.sends_broadcast(job.process)
         # Who sends needs the bytes, and so does a slot with copies, whose sources may be gone later.
         keeps_copies = job.layout.process_shards[job.process] != job.device_layout.process_shards[job.process]

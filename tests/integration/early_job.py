@@ -46,7 +46,7 @@ def live_early(root: str, names: list[str]) -> dict[str, dict[str, Any]]:
     for name in names:
         place = Path(root) / name
         mine = f"ramdisk_{jax.process_index()}"
-        keeps = [] if name == "all lost" else range(SLICES) if name == "nothing lost" else range(LOST)
+        keeps = range(_KEPT.get(name, LOST))
         if jax.process_index() in keeps:
             shutil.copytree(trained / mine, place / mine, ignore=shutil.ignore_patterns("agent.*"))
         if jax.process_index() == 0:
@@ -170,7 +170,10 @@ _STORIES = {
     "never restores": _never_restores,
     "closes": _closes,
     "a source lost": _loses_source,
+    "the only source lost": _loses_source,
 }
+# How many processes keep their ramdisks, where it is not all but the last one.
+_KEPT = {"all lost": 0, "nothing lost": SLICES, "the only source lost": 1}
 
 
 class _Source(CuttingProxy):

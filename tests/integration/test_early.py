@@ -30,6 +30,7 @@ def told() -> Iterator[Told]:
         "never restores",
         "closes",
         "a source lost",
+        "the only source lost",
     ]
     with fresh_ramdisk() as root:
         answers = run_job(
@@ -99,3 +100,9 @@ def test_the_restore_takes_from_elsewhere_what_a_source_that_died_early_did_not_
     said = told["a source lost"][LOST]
     assert 0 < said["ready"] < said["restored_bytes"]
     assert said["fetched_bytes"] == said["restored_bytes"], "what had come is not fetched again"
+
+
+def test_a_broadcast_in_place_of_the_only_source_is_in_a_slot_before_the_first_step(told: Told) -> None:
+    for said in told["the only source lost"]:
+        assert "step 14 (generation 1)" in said["slots"]
+        assert not said["unsettled"]
