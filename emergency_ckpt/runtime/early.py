@@ -95,6 +95,8 @@ class EarlyHydration:
         self._thread.join(limit.total_seconds())
         if self._thread.is_alive():
             self._filling.abandon()
+        if self.ended.is_set():  # Otherwise the thread does so in the end.
+            self._filling.leave()
 
     # In the thread.
 
@@ -111,6 +113,7 @@ class EarlyHydration:
                 is_given_up = self._is_given_up
             if is_given_up:
                 self._filling.close()
+            self._filling.leave()
 
     def _fetch(self) -> None:
         own = self._own_plan()

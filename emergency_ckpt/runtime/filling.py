@@ -64,6 +64,7 @@ class Filling:
         self._read: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
         self.from_persistent = False  # whether the persistent tier was read
         self._is_abandoned = False
+        self._left: Repair | None = None  # the own slot, where a thread may still write after `abandon`
 
     @property
     def saved_by(self) -> Manifest | None:
@@ -245,13 +246,20 @@ class Filling:
     def abandon(self) -> None:
         """Like `close`, where a thread that does not end may still write: a free slot gets other memory.
 
-        The own slot, of which missing shards are written, stays as it is until that thread calls `close`.
+        The own slot, of which missing shards are written, stays as it is until that thread calls `leave`.
         """
         self._is_abandoned = True
-        room = self._room
-        if isinstance(room, Hydration):
-            self._room = None
+        room, self._room = self._room, None
+        if isinstance(room, Repair):
+            self._left = room
+        elif room is not None:
             room.discard(still_written=True)
+
+    def leave(self) -> None:
+        """Nobody writes any more what was abandoned. Repeating it is fine."""
+        left, self._left = self._left, None
+        if left is not None:
+            left.end()
 
     # The parts.
 
