@@ -177,7 +177,7 @@ def test_nobody_is_asked_about_what_digests_tell_to_be_equal(job: Job) -> None:
     for each in job.planner.differing_replicas(1):
         told = [job.slots[slot.process] for slot in each.asked]
         if each.is_certain:
-            assert len({(*kept.contents.values(), kept.value) for kept in told}) > 1
+            assert len({(*kept.contents.items(), kept.value) for kept in told}) > 1
         else:
             assert len({kept.layout.hash for kept in told}) > 1, "slots of one layout tell all by digests"
 

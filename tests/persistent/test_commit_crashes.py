@@ -66,7 +66,7 @@ def test_a_process_that_dies_before_any_operation_leaves_the_old_step_or_the_new
     died = [n for n, code in results.items() if code == 9]
     assert died == list(range(1, len(died) + 1)), done.stderr
     assert 15 < len(died) < most - 1
-    assert {code for n, code in results.items() if n > len(died)} == {0}
+    assert {code for n, code in results.items() if n > len(died)} == {0}, done.stderr
     committed = []
     for number in range(1, len(died) + 2):
         store = open_store(tmp_path / str(number), kind)

@@ -179,7 +179,7 @@ def test_gcs_names_the_right_that_is_missing(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_store_that_does_not_answer_is_waited_for_and_then_nothing_is_lost(
     s3_with_bucket: S3Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="absl")
     proxy = Proxy(s3_with_bucket.endpoint)
     use_s3(monkeypatch, proxy.endpoint, s3_with_bucket.users["owner"])
     url = f"s3://{BUCKET}/{uuid.uuid4().hex}"
@@ -195,7 +195,7 @@ def test_a_store_that_does_not_answer_is_waited_for_and_then_nothing_is_lost(
 def test_conditional_puts_are_tried_by_the_first_start_and_recorded_for_the_next(
     s3_with_bucket: S3Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="absl")
     proxy = Proxy(s3_with_bucket.endpoint)
     use_s3(monkeypatch, proxy.endpoint, s3_with_bucket.users["owner"])
     url = f"s3://{BUCKET}/{uuid.uuid4().hex}"
@@ -224,7 +224,7 @@ def test_a_record_of_conditional_puts_does_not_outlive_what_it_says(
     policies: Policies, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Ceph ignores conditions in buckets with versions, which may be switched on at any time."""
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="absl")
     policies.act_as("owner")
     url = f"s3://{policies.bucket}/runs"
     attempt(url)
