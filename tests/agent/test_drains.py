@@ -218,11 +218,10 @@ def test_a_trainer_has_its_agent_drain_and_hears_what_came_of_it(job: Job) -> No
     agent = HostAgent(job.disk.root, LOCAL)
     try:
         assert agent.drain(job.destination, job.share(), lambda: None) == sum(job.disk.layout.shard_nbytes)
-        first = agent.connect()
-        os.kill(pid_of(job.disk.root), signal.SIGKILL)
+        os.kill(first := pid_of(job.disk.root), signal.SIGKILL)
         job.store.mint_generation(1, None)
-        while agent.connect() == first:
-            pass  # It is not noticed yet that the agent is gone.
+        while agent.connect() and pid_of(job.disk.root) == first:
+            pass  # It is not noticed yet that the agent is gone; the next one has its port and token.
         with pytest.raises(StaleGenerationError):
             agent.drain(job.destination, job.share(), lambda: None)
     finally:

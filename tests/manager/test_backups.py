@@ -81,7 +81,7 @@ def test_by_minutes_the_first_step_after_each_interval_is_backed_up_and_time_goe
 ) -> None:
     flags = {MINUTES: 30, "checkpoint_period": 0}
     assert job.start(**flags) == 0
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="absl"):
         job.save(1, now=0)  # There is none yet.
     assert "every 30 minutes, and there is no backup yet" in caplog.text
     job.save(2, now=29)
