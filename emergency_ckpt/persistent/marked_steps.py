@@ -32,7 +32,7 @@ from emergency_ckpt.persistent.step_files import (
     Mark,
     parse_side_file_name,
 )
-from emergency_ckpt.persistent.turns import Turn
+from emergency_ckpt.persistent.turns import Turn, interfered, put_over
 
 _DELETED_AT_A_TIME = 4000  # objects: four requests at the same time
 # The records of an attempt, and without an ordinal whose turn it is at a step.
@@ -81,8 +81,7 @@ class MarkedSteps:
         if files.version(ORBAX_COMMIT_FILE) is not None:
             turn.give_up()
             raise StepCommittedError(f"{attempt}: another attempt has just committed the step")
-        if not turn.is_mine():  # Some of these versions may be of what somebody else has written since.
-            raise turn.lost()
+        turn.check()  # Or some of these versions may be of what somebody else has written since.
         return _Marked(files, turn, attempt, versions, lambda: self._tidy(attempt, turn))
 
     def _turn(self, attempt: Attempt) -> Turn:
@@ -114,10 +113,9 @@ class MarkedSteps:
         """
         name, generation = self.directory(attempt), attempt.generation.number - 1
         self._delete_records(generation, name)
-        if not turn.is_mine():
-            raise turn.lost()
+        turn.check()
         self._files.delete(f"{name}/{ORBAX_COMMIT_FILE}")
-        if not self._clear(name, generation, lambda: not turn.is_mine(), paths):
+        if not self.clear(name, generation, lambda: not turn.is_mine(), paths):
             raise turn.lost()
 
     def hide(self, name: str, generation: int) -> str | None:
@@ -126,10 +124,7 @@ class MarkedSteps:
         self._files.delete(f"{name}/{ORBAX_COMMIT_FILE}")
         return name
 
-    def clear(self, directory: str, generation: int, stopped: Callable[[], bool]) -> bool:
-        return self._clear(directory, generation, stopped)
-
-    def _clear(
+    def clear(
         self,
         directory: str,
         generation: int,
@@ -201,7 +196,7 @@ class MarkedSteps:
             owner.generation >= generation for owner in self._owners(name, entries)
         ):
             return []  # Another program's, or being written; what is old in it goes with the commit.
-        self._clear(name, generation - 1)
+        self.clear(name, generation - 1)
         return [name]
 
     def _sweep_others(self, name: str, item: str, committed: StoreOwner, below: int | None = None) -> list[str]:
@@ -275,7 +270,7 @@ class _Marked:
         except PersistentStoreError:
             # Somebody who had the turn before: looked at first, so that nothing of a later one is replaced.
             version = self._files.version(path)
-            self._check_turn()
+            self._turn.check()
             self._put(path, data, version)
         if not self._is_alone and not self._is_still_alone():
             raise self._withdrawn(path)
@@ -288,30 +283,14 @@ class _Marked:
         if not self._files.create(ORBAX_COMMIT_FILE, mark.to_bytes()) and Mark.read(self._files) != mark:
             if not self._is_alone:
                 raise self._withdrawn(ORBAX_COMMIT_FILE)
-            raise self._interfered(ORBAX_COMMIT_FILE)
+            raise interfered(self._files, ORBAX_COMMIT_FILE, attempt)
         if not self._is_alone:
             self._check_unmixed()
         self._tidy()
         return True
 
-    def _put(self, path: str, data: bytes, version: str | None) -> str:
-        put = self._files.replace(path, data, version)
-        if put is None and self._same(path, data):
-            put = self._files.version(path)  # A request that had to be repeated, or equal bytes of another one.
-        if put is None:
-            raise self._interfered(path)
-        self._written[path] = put
-        return put
-
-    def _same(self, path: str, data: bytes) -> bool:
-        try:
-            return self._files.read(path) == data
-        except FileNotFoundError:
-            return False
-
-    def _check_turn(self) -> None:
-        if not self._turn.is_mine():
-            raise self._turn.lost()
+    def _put(self, path: str, data: bytes, version: str | None) -> None:
+        self._written[path] = put_over(self._files, path, data, version, self._attempt)
 
     @property
     def _is_alone(self) -> bool:
@@ -329,13 +308,7 @@ class _Marked:
     def _withdrawn(self, path: str) -> PersistentStoreError:
         """Makes no step of what two committers have put over each other."""
         self._files.delete(ORBAX_COMMIT_FILE)
-        return self._interfered(path)
-
-    def _interfered(self, path: str) -> PersistentStoreError:
-        return PersistentStoreError(
-            f"{self._files.locate(path)} was written by somebody else meanwhile: another committer is at work "
-            f"on the step of {self._attempt}. If it is not alive, write the step again with another attempt."
-        )
+        return interfered(self._files, path, self._attempt)
 
 
 def _rank(path: str, generation: int) -> int | None:

@@ -62,15 +62,17 @@ class Turn:
         """Whether nobody has taken it since."""
         return self._version is not None and self._files.version(_FILE) == self._version
 
+    def check(self) -> None:
+        """Raises PersistentStoreError where somebody has taken it."""
+        if not self.is_mine():
+            raise self.lost()
+
     def publish(self, mark: Mark) -> None:
         """From here on nobody else may take it."""
-        data = _Record(self._attempt.ordinal, mark).to_bytes()
-        version = self._files.replace(_FILE, data, self._version) if self._version is not None else None
-        if version is None and self._is(data):
-            version = self._files.version(_FILE)  # A request that had to be repeated.
-        if version is None:
+        if self._version is None:
             raise self.lost()
-        self._version = version
+        data = _Record(self._attempt.ordinal, mark).to_bytes()
+        self._version = put_over(self._files, _FILE, data, self._version, self._attempt)
 
     def is_publishing(self) -> bool:
         """Whether this attempt's marker may be there, or may yet arrive."""
@@ -87,16 +89,7 @@ class Turn:
         self._files.delete_tree("")
 
     def lost(self) -> PersistentStoreError:
-        return PersistentStoreError(
-            f"{self._files.locate(_FILE)} was written by somebody else meanwhile: another committer is at work "
-            f"on the step of {self._attempt}. If it is not alive, write the step again with another attempt."
-        )
-
-    def _is(self, data: bytes) -> bool:
-        try:
-            return self._files.read(_FILE) == data
-        except FileNotFoundError:
-            return False
+        return interfered(self._files, _FILE, self._attempt)
 
     def _read(self) -> _Record | None:
         """None where there is none, or one that is damaged and may be replaced."""
@@ -105,6 +98,34 @@ class Turn:
             return parsed(unseal(self._files.read(_FILE), where, _ADVICE), _parse, where, _ADVICE)
         except (FileNotFoundError, CorruptDataError):
             return None
+
+
+def put_over(files: VersionedFiles, path: str, data: bytes, version: str | None, attempt: Attempt) -> str:
+    """Puts a file over this version, or where there is none; returns the version that it has then.
+
+    Raises PersistentStoreError where somebody else has put another content there.
+    """
+    put = files.replace(path, data, version)
+    if put is None and _holds(files, path, data):
+        put = files.version(path)  # A request that had to be repeated, or equal bytes of another one.
+    if put is None:
+        raise interfered(files, path, attempt)
+    return put
+
+
+def interfered(files: VersionedFiles, path: str, attempt: Attempt) -> PersistentStoreError:
+    """What a committer says that finds another one at work."""
+    return PersistentStoreError(
+        f"{files.locate(path)} was written by somebody else meanwhile: another committer is at work "
+        f"on the step of {attempt}. If it is not alive, write the step again with another attempt."
+    )
+
+
+def _holds(files: VersionedFiles, path: str, data: bytes) -> bool:
+    try:
+        return files.read(path) == data
+    except FileNotFoundError:
+        return False
 
 
 def _parse(raw: Any) -> _Record:
