@@ -14,7 +14,7 @@ from typing import Protocol
 from emergency_ckpt.errors import PersistentStoreError
 from emergency_ckpt.persistent.attempts import TEMPORARY, Attempt, StepNames
 from emergency_ckpt.persistent.files import Entry, RenamingFiles
-from emergency_ckpt.persistent.step_files import ORBAX_COMMIT_FILE
+from emergency_ckpt.persistent.step_files import ORBAX_COMMIT_FILE, commit_text
 
 _ATTEMPT = re.compile(r".+\.orbax-checkpoint-tmp-(?:g(\d+)-[0-9a-f]+-\d+|removed-[0-9a-f]+)")
 # What was in the way of an attempt, and the generation of that.
@@ -222,7 +222,7 @@ class _Renamed:
     def publish(self, digests: Mapping[str, str]) -> bool:
         if not self._files.entries(self._source):
             raise FileNotFoundError(self._source)
-        marker = f"{self._attempt.step_id} was committed.\n".encode()
+        marker = commit_text(self._attempt.step_id)
         for path in f"{self._attempt.item}/{ORBAX_COMMIT_FILE}", ORBAX_COMMIT_FILE:
             self.write(path, marker)
         try:

@@ -202,6 +202,11 @@ def _check_marked(files: Files, mark: Mark, side_name: str, side: bytes) -> None
             )
 
 
+def commit_text(step: StepId) -> bytes:
+    """The commit marker of a step on a file system, where the name of the directory is what counts."""
+    return f"{step} was committed.\n".encode()
+
+
 def side_file_name(generation: int, nonce: str) -> str:
     return f"emergency_ckpt.{generation}.{nonce}.json"
 

@@ -16,6 +16,7 @@ from emergency_ckpt.persistent.step_files import (
     ORBAX_COMMIT_FILE,
     Mark,
     SideInfo,
+    commit_text,
     digest,
     parse_side_file_name,
     side_file_name,
@@ -33,7 +34,7 @@ def markers_for(
     """
     if side is None:
         return _markers_of_others(files, paths, into_bucket)
-    data = _mark(files, side, paths).to_bytes() if into_bucket else f"{side.step_id} was committed.\n".encode()
+    data = _mark(files, side, paths).to_bytes() if into_bucket else commit_text(side.step_id)
     return {f"{side.item}/{ORBAX_COMMIT_FILE}".lstrip("/"): data, ORBAX_COMMIT_FILE: data}
 
 
