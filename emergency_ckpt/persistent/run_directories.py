@@ -70,7 +70,7 @@ class RunDirectory:
         return [FoundStep(each, is_void(each.step_id, activations)) for each in self.store.steps()]
 
     def run_id(self) -> str:
-        """The id of the run, "" where no job has begun one. Unlike the store's own, it writes nothing."""
+        """The id of the run, "" where no job has begun one; whatever it looks like."""
         try:
             return self.files.read(RUN_ID_FILE).decode(errors="replace").strip()
         except FileNotFoundError:

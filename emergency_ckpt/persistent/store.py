@@ -89,7 +89,18 @@ class PersistentStore:
         if not self.files.create(_RUN_ID, fresh) and not self.files.read(_RUN_ID).strip():
             logging.warning("%s is empty and is written again.", self.files.locate(_RUN_ID))
             self.files.write(_RUN_ID, fresh)
-        text = self.files.read(_RUN_ID).decode(errors="replace").strip()
+        return self._run_id_in(self.files.read(_RUN_ID))
+
+    def known_run_id(self) -> str:
+        """The id of the run where a job has begun one in this root; empty where none has. Writes nothing."""
+        try:
+            data = self.files.read(_RUN_ID)
+        except FileNotFoundError:
+            return ""
+        return self._run_id_in(data) if data.strip() else ""
+
+    def _run_id_in(self, data: bytes) -> str:
+        text = data.decode(errors="replace").strip()
         try:
             return str(uuid.UUID(text))
         except ValueError as error:
@@ -97,13 +108,6 @@ class PersistentStore:
                 f"{self.files.locate(_RUN_ID)} should hold a UUID but holds {text[:50]!r}."
                 " If no job uses this directory, delete that file."
             ) from error
-
-    def known_run_id(self) -> str:
-        """The id of the run where a job has begun one in this root; empty where none has."""
-        try:
-            return self.run_id() if self.files.read(_RUN_ID).strip() else ""
-        except FileNotFoundError:
-            return ""
 
     def mint_generation(self, highest_seen: int, parent: StepId | None) -> Generation:
         """A new generation, higher than `highest_seen` and every other. One process of a job calls this."""
