@@ -7,6 +7,7 @@ rebalance recommendations" and "Use the Instance Metadata Service" in Amazon's u
 
 from __future__ import annotations
 
+import abc
 import os
 import re
 import time
@@ -14,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+from emergency_ckpt.preemption.machine import DMI, firmware_says
 from emergency_ckpt.preemption.metadata_server import MetadataServer, NoAnswerError, NobodyError, Reply
 from emergency_ckpt.preemption.notice import Notice, parse_json, parse_time, plain
 from emergency_ckpt.preemption.source import NotHereError, SourceError
@@ -26,24 +28,15 @@ _TOKEN_SECONDS = 21600
 _TOKEN = re.compile(r"[!-~]{1,1024}")
 _WORD = re.compile(r"[a-z][a-z-]{0,39}")
 _ENDPOINTS = {"ipv4": "http://169.254.169.254", "ipv6": "http://[fd00:ec2::254]"}
-_DMI = Path("/sys/class/dmi/id")
 
 Version1 = Literal["never", "allowed"]
 
 
-def is_aws(environment: Mapping[str, str] = os.environ, dmi: Path = _DMI) -> bool:
+def is_aws(environment: Mapping[str, str] = os.environ, dmi: Path = DMI) -> bool:
     """Whether this seems to be an instance of EC2: a few small files and variables are looked at."""
     if environment.get("AWS_EC2_METADATA_SERVICE_ENDPOINT"):
         return True
-    return any(says(dmi / name, "amazon") for name in ("sys_vendor", "board_vendor", "bios_vendor"))
-
-
-def says(path: Path, word: str) -> bool:
-    """Whether a small file of the system has a word."""
-    try:
-        return word in path.read_text(errors="replace").lower()
-    except OSError:
-        return False
+    return firmware_says("amazon", ("sys_vendor", "board_vendor", "bios_vendor"), dmi)
 
 
 def endpoint(environment: Mapping[str, str] = os.environ) -> str:
@@ -125,7 +118,7 @@ class Imds:
         return reply.text, min(int(said), _TOKEN_SECONDS) if re.fullmatch(r"\d{1,9}", said) else _TOKEN_SECONDS
 
 
-class _Page:
+class _Page(abc.ABC):
     """A page of the service that says something when there is a notice. See `Source`."""
 
     name = ""
@@ -162,8 +155,9 @@ class _Page:
     def close(self) -> None:
         self._imds.close()
 
+    @abc.abstractmethod
     def parse(self, body: bytes, now: float) -> Notice:
-        raise NotImplementedError
+        """The notice that the page is. Raises ValueError for what is none."""
 
     def _look_at_life_cycle(self) -> bool:
         """Raises NotHereError for an instance that is known to be none of spot."""

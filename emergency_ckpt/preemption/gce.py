@@ -7,6 +7,7 @@ documentation of Compute Engine.
 
 from __future__ import annotations
 
+import abc
 import os
 import re
 import time
@@ -14,7 +15,7 @@ import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
 
-from emergency_ckpt.preemption.aws import says
+from emergency_ckpt.preemption.machine import DMI, firmware_says
 from emergency_ckpt.preemption.metadata_server import MetadataServer, NobodyError, Reply
 from emergency_ckpt.preemption.notice import Notice
 from emergency_ckpt.preemption.source import NotHereError, SourceError
@@ -26,14 +27,13 @@ WAIT_SECONDS = 60
 PREEMPTION_SECONDS = 30.0
 MAINTENANCE_SECONDS = 60.0
 _ETAG = re.compile(r"[!-~]{1,200}")
-_DMI = Path("/sys/class/dmi/id")
 
 
-def is_gce(environment: Mapping[str, str] = os.environ, dmi: Path = _DMI) -> bool:
+def is_gce(environment: Mapping[str, str] = os.environ, dmi: Path = DMI) -> bool:
     """Whether this seems to be a machine of Compute Engine: two small files and a variable are looked at."""
     if environment.get("GCE_METADATA_HOST"):
         return True
-    return any(says(dmi / name, "google") for name in ("product_name", "bios_vendor"))
+    return firmware_says("google", ("product_name", "bios_vendor"), dmi)
 
 
 def endpoint(environment: Mapping[str, str] = os.environ) -> str:
@@ -41,7 +41,7 @@ def endpoint(environment: Mapping[str, str] = os.environ) -> str:
     return f"http://{environment.get('GCE_METADATA_HOST') or '169.254.169.254'}"
 
 
-class _Value:
+class _Value(abc.ABC):
     """A value of the metadata server that changes when there is a notice. See `Source`."""
 
     name = ""
@@ -76,8 +76,9 @@ class _Value:
     def close(self) -> None:
         self._server.close()
 
+    @abc.abstractmethod
     def parse(self, value: str, now: float) -> Notice | None:
-        raise NotImplementedError
+        """The notice that a value is, if any. Raises ValueError for what is no value."""
 
     def _ask(self) -> Reply:
         page, seconds = self.page, REQUEST_SECONDS
