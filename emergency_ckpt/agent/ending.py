@@ -17,7 +17,7 @@ from pathlib import Path
 from emergency_ckpt.agent.client import PeerClient
 from emergency_ckpt.agent.memory import MEMORY
 from emergency_ckpt.agent.options import AgentOptions
-from emergency_ckpt.agent.record import AgentRecord, agent_directory, agent_lives, read_record
+from emergency_ckpt.agent.record import AgentRecord, agent_directory, agent_lives, living_record
 from emergency_ckpt.agent.starting import IDLE_SECONDS, ensure_agent
 from emergency_ckpt.errors import AgentStartError, CorruptDataError, LocalDirectoryError, PeerUnavailableError
 
@@ -99,8 +99,7 @@ def end_agent(root: Path, grace_seconds: float) -> None:
 
 
 def _living(root: Path) -> AgentRecord | None:
-    directory = agent_directory(root)
     try:
-        return read_record(directory) if agent_lives(directory) else None
+        return living_record(agent_directory(root))
     except (CorruptDataError, LocalDirectoryError):
         return None

@@ -157,6 +157,11 @@ class AgentLock:
         return False
 
 
+def living_record(directory: Path) -> AgentRecord | None:
+    """The record of the agent that serves a directory; None where none does. Raises as `read_record` does."""
+    return read_record(directory) if agent_lives(directory) else None
+
+
 def agent_lives(directory: Path) -> bool:
     """Whether an agent holds the lock, which is taken for a moment to find out. Raises LocalDirectoryError."""
     path = directory / LOCK

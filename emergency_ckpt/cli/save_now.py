@@ -44,12 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Tells the trainers; 1 where none listens. Raises ConfigError, AgentStartError, PeerUnavailableError."""
     from emergency_ckpt.agent.order_client import OrderClient
-    from emergency_ckpt.agent.record import agent_directory, agent_lives, read_record
+    from emergency_ckpt.agent.record import agent_directory, living_record
 
     told = 0
     for root in _roots(args.which, args.local_directory):
-        directory = agent_directory(root)
-        record = read_record(directory) if agent_lives(directory) else None
+        record = living_record(agent_directory(root))
         if record is None:
             raise AgentStartError(
                 f"no agent runs for {root}, so that nobody can be told there: is the job running?"
@@ -80,10 +79,9 @@ def _candidates(given: Sequence[Path] | None) -> Iterator[Path]:
 def _runs(root: Path) -> list[str]:
     """The runs that the agent of a directory has slots of; none where there is no agent."""
     from emergency_ckpt.agent.client import PeerClient
-    from emergency_ckpt.agent.record import agent_directory, agent_lives, read_record
+    from emergency_ckpt.agent.record import agent_directory, living_record
 
-    directory = agent_directory(root)
-    record = read_record(directory) if agent_lives(directory) else None
+    record = living_record(agent_directory(root))
     if record is None:
         return []
     try:
