@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from benchmarks.plan import MIB
 from emergency_ckpt.core.checksums import checksum_blocks, shard_seed
 from emergency_ckpt.core.layout import Layout, LeafSpec
 from emergency_ckpt.core.shards import Box, Shard
@@ -31,7 +32,6 @@ from emergency_ckpt.persistent.records import Generation
 from emergency_ckpt.persistent.store import PersistentStore
 from emergency_ckpt.persistent.writer import PartReport, write_part
 
-MIB = 1024 * 1024
 MULTIPART_BYTES, MULTIPART_THREADS = 8 * MIB, 10
 """boto3's own defaults: parts of 8 MiB, ten at a time."""
 

@@ -18,8 +18,10 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.bucket_contenders import MIB, Bucket, Ours, make_state
+from benchmarks.bucket_contenders import Bucket, Ours, make_state
 from benchmarks.own_server import own_server
+from benchmarks.plan import MIB
+from emergency_ckpt.persistent.arrays import OBJECT_BYTES, WriteOptions
 from emergency_ckpt.persistent.writer import PartReport
 from tests.servers.fake_gcs import running
 from tests.servers.proxy import Proxy, Request
@@ -34,8 +36,6 @@ DOLLARS_PER_WRITE, DOLLARS_PER_READ = 0.005 / 1000, 0.0004 / 1000
 _WRITERS = (1, 2, 4, 8, 16)
 _HOSTS = (8, 64, 512, 4096)
 _STATES_GB = (20, 840)
-_OBJECT_BYTES = 32 * MIB
-_CHUNK_BYTES = 16 * MIB
 _SHARDS_PER_WRITER = 4
 _SHARD_BYTES = MIB
 
@@ -126,10 +126,10 @@ def estimate(small: Step, large: Step, gigabytes: int, hosts: int) -> Estimate:
         return one + each * (hosts - small.writers)
 
     per_host = gigabytes * 1e9 / hosts
-    objects = math.ceil(per_host / _OBJECT_BYTES)
+    objects = math.ceil(per_host / OBJECT_BYTES)
     part_writes = large.part["PUT"] - 1 + objects  # Each writer's data here is one object.
     part_reads = sum(large.part[kind] for kind in READS)
-    restore = large.read["GET"] / large.writers + per_host / _CHUNK_BYTES
+    restore = large.read["GET"] / large.writers + per_host / WriteOptions().max_chunk_bytes
     return Estimate(
         gigabytes,
         hosts,

@@ -27,8 +27,9 @@ from urllib.parse import urlsplit
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.bucket_contenders import MIB, Boto3, Bucket, Contender, Crt, Ours, make_state
+from benchmarks.bucket_contenders import Boto3, Bucket, Contender, Crt, Ours, make_state
 from benchmarks.own_server import own_server
+from benchmarks.plan import MIB
 from benchmarks.samples import Samples, Spread
 from emergency_ckpt.persistent.attempts import Attempt
 from emergency_ckpt.persistent.object_store.operations import Limits

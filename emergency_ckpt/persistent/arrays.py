@@ -27,8 +27,9 @@ from emergency_ckpt.persistent.object_store.failures import tensorstore_failure
 
 COMPRESSIONS = ("none", "zstd")
 _INLINE_BYTES = 1024
-# A request puts an object, and a request is one stream: TensorStore has up to 32 of them on their way.
-_OBJECT_BYTES = 32 * 1024**2
+OBJECT_BYTES = 32 * 1024**2
+"""Objects of array data in buckets: one request puts one, and TensorStore has up to 32 of them on their way."""
+
 # Chunks that follow each other come by one request: a thousand small leaves by some dozen.
 _JOINED_READS = {
     "experimental_read_coalescing_threshold_bytes": 4096,
@@ -92,7 +93,7 @@ def ocdbt(
         "config": {"max_inline_value_bytes": _INLINE_BYTES},
     }
     if in_bucket:
-        target_data_file_bytes = min(target_data_file_bytes or _OBJECT_BYTES, _OBJECT_BYTES)
+        target_data_file_bytes = min(target_data_file_bytes or OBJECT_BYTES, OBJECT_BYTES)
         spec |= _JOINED_READS
     if target_data_file_bytes is not None:
         spec["target_data_file_size"] = target_data_file_bytes
