@@ -1,0 +1,193 @@
+"""Machine types with accelerators: how much memory a host has, and how many hosts a TPU slice has.
+
+Every figure is from the vendor's documentation, named beside it. Google gives memory in GB and Amazon in GiB;
+GB are taken as 10^9 bytes, the smaller reading.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+
+from emergency_ckpt.errors import ConfigError
+
+GB = 10**9
+GIB = 2**30
+MIB = 2**20
+
+_TPU_MACHINES = "docs.cloud.google.com/compute/docs/tpus/tpu-machines"
+_TPU_V4 = "docs.cloud.google.com/tpu/docs/v4"
+_TPU_V5E = "docs.cloud.google.com/tpu/docs/v5e"
+_TPU_V5P = "docs.cloud.google.com/tpu/docs/v5p"
+_TPU_V6E = "docs.cloud.google.com/tpu/docs/v6e"
+_TPU_7X = "docs.cloud.google.com/tpu/docs/tpu7x"
+_GPU_MACHINES = "docs.cloud.google.com/compute/docs/accelerator-optimized-machines"
+_AWS_P4 = "aws.amazon.com/ec2/instance-types/p4"
+_AWS_P5 = "aws.amazon.com/ec2/instance-types/p5"
+_AWS_P6 = "aws.amazon.com/ec2/instance-types/p6"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Machine:
+    """One machine type.
+
+    Attributes:
+      accelerator: what its chips are called. chips: how many of them a host has.
+      memory_bytes: of the host. chip_memory_bytes: of one chip.
+      source: where both figures are from.
+    """
+
+    name: str
+    accelerator: str
+    chips: int
+    memory_bytes: int
+    chip_memory_bytes: int
+    source: str
+
+    @property
+    def is_on_gke(self) -> bool:
+        """Whether GKE's own reservation comes off its memory."""
+        return "cloud.google.com" in self.source
+
+
+_ALL = (
+    Machine("ct4p-hightpu-4t", "TPU v4", 4, 407 * GB, 32 * GB, _TPU_V4),
+    Machine("ct5lp-hightpu-1t", "TPU v5e", 1, 48 * GB, 16 * GB, _TPU_V5E),
+    Machine("ct5lp-hightpu-4t", "TPU v5e", 4, 192 * GB, 16 * GB, _TPU_V5E),
+    Machine("ct5lp-hightpu-8t", "TPU v5e", 8, 384 * GB, 16 * GB, _TPU_V5E),
+    Machine("ct5p-hightpu-4t", "TPU v5p", 4, 448 * GB, 95 * GB, _TPU_V5P),
+    Machine("ct6e-standard-1t", "TPU v6e", 1, 176 * GB, 32 * GB, _TPU_V6E),
+    Machine("ct6e-standard-4t", "TPU v6e", 4, 720 * GB, 32 * GB, _TPU_V6E),
+    Machine("ct6e-standard-8t", "TPU v6e", 8, 1440 * GB, 32 * GB, _TPU_V6E),
+    Machine("tpu7x-standard-4t", "TPU7x", 4, 960 * GB, 192 * GB, _TPU_7X),
+    Machine("a2-highgpu-8g", "A100 40GB", 8, 680 * GB, 40 * GB, _GPU_MACHINES),
+    Machine("a2-megagpu-16g", "A100 40GB", 16, 1360 * GB, 40 * GB, _GPU_MACHINES),
+    Machine("a2-ultragpu-8g", "A100 80GB", 8, 1360 * GB, 80 * GB, _GPU_MACHINES),
+    Machine("a3-highgpu-8g", "H100", 8, 1872 * GB, 80 * GB, _GPU_MACHINES),
+    Machine("a3-megagpu-8g", "H100", 8, 1872 * GB, 80 * GB, _GPU_MACHINES),
+    Machine("a3-ultragpu-8g", "H200", 8, 2952 * GB, 141 * GB, _GPU_MACHINES),
+    Machine("a4-highgpu-8g", "B200", 8, 3968 * GB, 180 * GB, _GPU_MACHINES),
+    Machine("p4d.24xlarge", "A100 40GB", 8, 1152 * GIB, 40 * GB, _AWS_P4),
+    Machine("p4de.24xlarge", "A100 80GB", 8, 1152 * GIB, 80 * GB, _AWS_P4),
+    Machine("p5.48xlarge", "H100", 8, 2048 * GIB, 80 * GB, _AWS_P5),
+    Machine("p5e.48xlarge", "H200", 8, 2048 * GIB, 141 * GB, _AWS_P5),
+    Machine("p5en.48xlarge", "H200", 8, 2048 * GIB, 141 * GB, _AWS_P5),
+    Machine("p6-b200.48xlarge", "B200", 8, 2048 * GIB, 179 * GB, _AWS_P6),
+)
+
+MACHINES: Mapping[str, Machine] = {machine.name: machine for machine in _ALL}
+"""By the name of the machine type in Google Cloud or EC2 (SageMaker's names have `ml.` before it)."""
+
+
+def find_machine(name: str) -> Machine:
+    """The machine type of this name. Raises ConfigError for one that the table does not have."""
+    found = MACHINES.get(name.removeprefix("ml."))
+    if found is None:
+        raise ConfigError(
+            f"machine type {name!r} is not in the table, which has {', '.join(MACHINES)}."
+            f"{_nearest(name, MACHINES)} For others give the memory of a host by hand (--machine-memory 448GB)."
+        )
+    return found
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TpuSlice:
+    """What one slice of a TPU type is made of."""
+
+    machine: Machine
+    hosts: int
+
+    @property
+    def chips(self) -> int:
+        return self.hosts * self.machine.chips
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Generation:
+    """How the types of one generation count: in cores or in chips, and which numbers there are."""
+
+    machine: str
+    cores_per_chip: int
+    most: int
+    small: Mapping[int, str]
+    multiple: int
+    source: str
+
+    def rule(self, name: str) -> str:
+        unit = "chips" if self.cores_per_chip == 1 else "cores, two of each chip"
+        larger = (
+            f"multiples of {self.multiple} up to {self.most}"
+            if self.multiple
+            else "no other; the number is a power of two"
+        )
+        small = ", ".join(map(str, self.small))
+        return f"{name}-N counts {unit}: N is one of {small}, or {larger} ({self.source})"
+
+    def slice_of(self, number: int) -> TpuSlice | None:
+        if number in self.small:
+            machine = MACHINES[self.small[number]]
+        elif self.multiple and 0 < number <= self.most and number % self.multiple == 0:
+            machine = MACHINES[self.machine]
+        else:
+            return None
+        return TpuSlice(machine, max(1, number // self.cores_per_chip // machine.chips))
+
+
+def _three_dimensional(machine: str, most: int, source: str) -> _Generation:
+    # Two cores per chip, four chips per host; from a cube of 4x4x4 chips on, whole cubes.
+    return _Generation(machine, 2, most, dict.fromkeys((8, 16, 32, 64), machine), 128, source)
+
+
+def _two_dimensional(prefix: str, source: str) -> _Generation:
+    several = dict.fromkeys((16, 32, 64, 128, 256), f"{prefix}-4t")
+    return _Generation(
+        f"{prefix}-4t", 1, 256, {1: f"{prefix}-1t", 4: f"{prefix}-4t", 8: f"{prefix}-8t"} | several, 0, source
+    )
+
+
+_GENERATIONS = {
+    "v4": _three_dimensional("ct4p-hightpu-4t", 8192, _TPU_V4),
+    "v5litepod": _two_dimensional("ct5lp-hightpu", _TPU_V5E),
+    "v5p": _three_dimensional("ct5p-hightpu-4t", 12288, _TPU_V5P),
+    "v6e": _two_dimensional("ct6e-standard", _TPU_V6E),
+    "tpu7x": _three_dimensional("tpu7x-standard-4t", 18432, _TPU_MACHINES),
+}
+_TPU_TYPE = re.compile(r"([a-z0-9]+)-([0-9]{1,6})", re.ASCII)
+
+
+def tpu_slice(tpu_type: str) -> TpuSlice:
+    """What `v5p-128`, `v6e-256` and the like stand for, as `gcloud` and XPK take them (`--tpu-type`).
+
+    Raises ConfigError, with the rule, for a type that there is not.
+    """
+    name = tpu_type.partition("-")[0]
+    match, generation = _TPU_TYPE.fullmatch(tpu_type), _GENERATIONS.get(name)
+    if generation is None:
+        raise ConfigError(
+            f"TPU type {tpu_type!r} is unknown. A type is a generation and a number: "
+            f"{', '.join(f'{each}-N' for each in _GENERATIONS)}.{_nearest(name, _GENERATIONS)}"
+        )
+    found = generation.slice_of(int(match[2])) if match else None
+    if found is None:
+        raise ConfigError(f"TPU type {tpu_type!r} does not exist: {generation.rule(name)}.")
+    return found
+
+
+def gke_reserved_bytes(memory_bytes: int) -> int:
+    """What GKE keeps of a node's memory for itself, and may evict pods below.
+
+    A quarter of the first 4 GiB, 20 % of the next 4, 10 % of the next 8, 6 % of the next 112, 2 % of the
+    rest, and 100 MiB (cloud.google.com/kubernetes-engine/docs/concepts/plan-node-sizes).
+    """
+    reserved, left = 0.0, float(memory_bytes)
+    for gib, share in ((4, 0.25), (4, 0.2), (8, 0.1), (112, 0.06)):
+        part = min(left, gib * GIB)
+        reserved, left = reserved + share * part, left - part
+    return int(reserved + 0.02 * left) + 100 * MIB
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f" Did you mean {close[0]}?" if close else ""
