@@ -124,7 +124,7 @@ def test_every_module_of_a_room_for_processes_without_jax_starts_without_it(room
     assert run_python(f"import {', '.join(names)}; {REPORT_HEAVY}").strip() == ""
 
 
-COMMANDS = ("launch", "agent", "run", "doctor", "save-now", "show", "sync")
+COMMANDS = ("plan", "launch", "agent", "run", "doctor", "save-now", "show", "sync")
 
 
 def run_command(*arguments: str) -> list[str]:

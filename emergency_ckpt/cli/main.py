@@ -31,6 +31,10 @@ SUBCOMMANDS = {
         "emergency_ckpt.cli.flags",
         "show the configuration that a file and overrides give, and where it came from",
     ),
+    "plan": Subcommand(
+        "emergency_ckpt.cli.plan",
+        "say how large ramdisks have to be, how often to save and what to expect, and simulate failures",
+    ),
     "launch": Subcommand(
         "emergency_ckpt.cli.launch",
         "start the processes of a JAX job on this machine, restart them when one dies, inject failures",

@@ -81,7 +81,9 @@ def with_copies(layout: Layout, copies: int) -> Layout:
             f"local_checkpoint_copies={copies} needs {copies} failure domains and this job has {count} {what}; "
             f"set it to {count} at most"
         )
-    members = [[p for p, domain in enumerate(domains) if domain == d] for d in range(count)]
+    members: list[list[int]] = [[] for _ in range(count)]
+    for p, domain in enumerate(domains):
+        members[domain].append(p)
     rank = {p: at for among in members for at, p in enumerate(among)}
     groups = _groups(count, copies)
     # What the same processes hold goes the same way.

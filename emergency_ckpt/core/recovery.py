@@ -58,10 +58,11 @@ class PlannedRecovery:
         """What the planner chooses.
 
         Args:
-          lost: the hosts whose ramdisks are empty. local: the step on the others; None: they have none either.
+          lost: the hosts whose ramdisks are empty, each once.
+          local: the step on the others; None: they have none either.
           persistent: the newest committed step, older than `local` or the same (0: the state at the start).
         """
-        if local is None or local < persistent:
+        if local is None or local < persistent or len(lost) == len(self._group_of):
             return Restored(persistent, Source.PERSISTENT)
         by_group: dict[int, list[int]] = collections.defaultdict(list)
         for host in lost:

@@ -44,7 +44,8 @@ class Costs:
     Attributes:
       local_blocked: how long a local save stops the training: the copy off the devices.
       local_lag: from then on until the step is complete on all hosts.
-      persistent_blocked: how long a persistent save stops it, beside the local one.
+      persistent_blocked: how much a persistent save delays it beside the local one, by its drain.
+      snapshot: how long all of a host's state takes off the devices: what every save of the others costs.
       persistent_lag: from then on until it is committed: seal and drain.
       one_slice_lag: the same where the hosts of one slice write everything, as Orbax's managers do.
       restart: from a failure until the program is about to restore: noticing, scheduling, compiling.
@@ -56,6 +57,7 @@ class Costs:
     local_blocked: float
     local_lag: float
     persistent_blocked: float
+    snapshot: float
     persistent_lag: float
     one_slice_lag: float
     restart: float
@@ -83,6 +85,9 @@ class Costs:
 LEAST_BLOCKED = 0.01
 """A save that blocks for no time at all would be made at every step: the floor of what is assumed."""
 
+DRAIN_SLOWS = 0.01
+"""Share of its time by which a drain is assumed to slow the training: it takes memory bandwidth and network."""
+
 _AGREEMENT = 0.1
 """Until all processes know that a step is complete (0.08 s measured with two)."""
 
@@ -94,11 +99,13 @@ def assumed_costs(state: StateSize, shape: JobShape, rates: Rates) -> Costs:
     copied = max(0, state.slot_bytes - state.host_bytes)
     own = state.slot_bytes / rates.seal + snapshot / rates.device
     sealed = state.slot_bytes / rates.seal + copied / rates.network + _AGREEMENT
+    drained = _store_seconds(state.total_bytes, shape.hosts, rates)
     return Costs(
         local_blocked=blocked,
         local_lag=sealed,
-        persistent_blocked=blocked,
-        persistent_lag=sealed + _store_seconds(state.total_bytes, shape.hosts, rates),
+        persistent_blocked=LEAST_BLOCKED + DRAIN_SLOWS * drained,
+        snapshot=max(state.host_bytes / rates.device, LEAST_BLOCKED),
+        persistent_lag=sealed + drained,
         one_slice_lag=sealed + _store_seconds(state.total_bytes, shape.hosts_per_slice, rates),
         restart=300.0,
         repair_host=300.0,

@@ -23,7 +23,8 @@ class Policy(Protocol):
       name: for people.
       saves_locally: whether there is a local tier.
       hydrates: whether a restore leaves the restored step on every ramdisk, before training goes on.
-      drains_from_all: whether all hosts write a persistent step, or those of one slice.
+      drains_from_all: whether all hosts write a persistent step, from the snapshot of the local one; otherwise
+        those of one slice do, from a snapshot of its own.
     """
 
     @property
@@ -74,8 +75,10 @@ class OrbaxEmergency:
         return self.shape.slices > 1 and self.shape.replicated
 
     def restore(self, lost: Collection[int], local: int | None, persistent: int) -> Restored:
+        if not self.saves_locally or local is None or local < persistent:
+            return Restored(persistent, Source.PERSISTENT)
         hit = {host // self.shape.hosts_per_slice for host in lost} - {0}
-        if not self.saves_locally or local is None or local < persistent or len(hit) >= self.shape.slices - 1:
+        if len(hit) >= self.shape.slices - 1:
             return Restored(persistent, Source.PERSISTENT)
         return Restored(local, Source.PEERS)
 
@@ -92,6 +95,18 @@ class ThisPackage:
 
     def restore(self, lost: Collection[int], local: int | None, persistent: int) -> Restored:
         return self.recovery.restore(lost, local, persistent)
+
+
+def local_cost(policy: Policy, costs: Costs) -> float:
+    """How long a local save stops the training."""
+    if not policy.saves_locally:
+        return 0.0
+    return costs.local_blocked if policy.drains_from_all else costs.snapshot
+
+
+def persistent_cost(policy: Policy, costs: Costs) -> float:
+    """How long a persistent save stops it, beside a local one that may be due."""
+    return costs.persistent_blocked + (0.0 if policy.drains_from_all else costs.snapshot)
 
 
 def persistent_lag(policy: Policy, costs: Costs) -> float:
@@ -125,8 +140,8 @@ def two_tiers(policy: Policy, model: FailureModel, shape: JobShape, costs: Costs
     return TwoTiers(
         model.mean_seconds(shape),
         q,
-        costs.local_blocked if policy.saves_locally else 0.0,
-        costs.persistent_blocked,
+        local_cost(policy, costs),
+        persistent_cost(policy, costs),
         costs.local_lag,
         persistent_lag(policy, costs),
         model.share(shape, hit_seconds) / (1 - q) if q < 1 else 0.0,

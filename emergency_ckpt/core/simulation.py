@@ -15,7 +15,13 @@ from emergency_ckpt.core.failures import Failure, FailureModel, failure_trace, h
 from emergency_ckpt.core.job_shape import JobShape
 from emergency_ckpt.core.recovery import Source
 from emergency_ckpt.core.save_costs import Costs
-from emergency_ckpt.core.simulated_policies import Policy, persistent_lag, restore_seconds
+from emergency_ckpt.core.simulated_policies import (
+    Policy,
+    local_cost,
+    persistent_cost,
+    persistent_lag,
+    restore_seconds,
+)
 
 _MOST_POINTS = 400
 
@@ -99,7 +105,7 @@ def simulate(
 
     Failures that come while the job is down take their ramdisks too and begin the restart anew.
     """
-    pace = _Pace(step_seconds, periods, costs.local_blocked if periods.local else 0.0, costs.persistent_blocked)
+    pace = _Pace(step_seconds, periods, local_cost(policy, costs), persistent_cost(policy, costs))
     job = _Job(policy, shape, costs, pace)
     for failure in trace:
         if failure.seconds >= horizon:
@@ -133,7 +139,8 @@ class _Job:
             self._train(failure.seconds)
         else:
             self._down -= self._up_at - failure.seconds
-        self._lost.update(hosts_lost(failure, self._shape))
+        if self._policy.saves_locally:
+            self._lost.update(hosts_lost(failure, self._shape))
         found = self._policy.restore(self._lost, self._local, self._persistent)
         # Saves of steps that are lost are lost time, not saving.
         self._saving -= self._pace.saving(found.step, self._step)
