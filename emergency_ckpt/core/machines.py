@@ -117,13 +117,9 @@ class _Generation:
 
     def rule(self, name: str) -> str:
         unit = "chips" if self.cores_per_chip == 1 else "cores, two of each chip"
-        larger = (
-            f"multiples of {self.multiple} up to {self.most}"
-            if self.multiple
-            else "no other; the number is a power of two"
-        )
+        larger = f", or a multiple of {self.multiple} up to {self.most}" if self.multiple else ""
         small = ", ".join(map(str, self.small))
-        return f"{name}-N counts {unit}: N is one of {small}, or {larger} ({self.source})"
+        return f"{name}-N counts {unit}: N is one of {small}{larger} ({self.source})"
 
     def slice_of(self, number: int) -> TpuSlice | None:
         if number in self.small:

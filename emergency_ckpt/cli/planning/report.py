@@ -191,12 +191,8 @@ def _summary(plan: JobPlan, asked: Asked) -> Iterator[tuple[str, str]]:
     )
     if of.memory is not None:
         memory = of.memory
-        yield (
-            "fits",
-            (
-                f"yes: {quantity(memory.for_ramdisk // MIB)} of {quantity(memory.memory_bytes // MIB)} are free for it"
-            ),
-        )
+        free, all_of_it = quantity(memory.for_ramdisk // MIB), quantity(memory.memory_bytes // MIB)
+        yield "fits", f"yes: {free} of {all_of_it} are free for it"
     yield "on the ramdisks a step", plan.recovery.survivable.describe()
     yield (
         "a failure every",
