@@ -58,7 +58,8 @@ _ALL = (
     Machine("ct5lp-hightpu-4t", "TPU v5e", 4, 192 * GB, 16 * GB, _TPU_V5E),
     Machine("ct5lp-hightpu-8t", "TPU v5e", 8, 384 * GB, 16 * GB, _TPU_V5E),
     Machine("ct5p-hightpu-4t", "TPU v5p", 4, 448 * GB, 95 * GB, _TPU_V5P),
-    Machine("ct6e-standard-1t", "TPU v6e", 1, 176 * GB, 32 * GB, _TPU_V6E),
+    # Tables in circulation say 48 and 176: the smaller one refuses too much rather than too little.
+    Machine("ct6e-standard-1t", "TPU v6e", 1, 48 * GB, 32 * GB, _TPU_V6E),
     Machine("ct6e-standard-4t", "TPU v6e", 4, 720 * GB, 32 * GB, _TPU_V6E),
     Machine("ct6e-standard-8t", "TPU v6e", 8, 1440 * GB, 32 * GB, _TPU_V6E),
     Machine("tpu7x-standard-4t", "TPU7x", 4, 960 * GB, 192 * GB, _TPU_7X),
