@@ -11,7 +11,7 @@ committer that finds that it came over another one's objects takes the marker aw
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from absl import logging
 
@@ -71,6 +71,7 @@ class MarkedSteps:
         if (mark := turn.take(lambda mark: mark.speaks_of(files))) is not None:
             # Its committer is dead, or about to put it itself.
             files.create(ORBAX_COMMIT_FILE, mark.to_bytes())
+        self._end_attempts(attempt.generation.number - 1, self.directory(attempt))
         item_marker = f"{attempt.item}/{ORBAX_COMMIT_FILE}"
         if files.version(ORBAX_COMMIT_FILE) is not None:
             try:
@@ -139,7 +140,6 @@ class MarkedSteps:
         What the attempt itself writes is put on condition, over objects of the void step that have the names.
         """
         name, generation = self.directory(attempt), attempt.generation.number - 1
-        self._delete_records(generation, name)
         turn.check()
         self._files.delete(f"{name}/{ORBAX_COMMIT_FILE}")
         if not self.clear(name, generation, lambda: not turn.is_mine(), paths):
@@ -186,28 +186,49 @@ class MarkedSteps:
 
     def sweep(self, directory: str, generation: int) -> list[str]:
         if directory == self._records:
-            return self._end_attempts(generation - 1)
+            return self._sweep_records(generation - 1)
         return self._sweep_step(directory, generation)
 
-    def _end_attempts(self, generation: int, step: str | None = None) -> list[str]:
-        """Deletes the records of attempts of generations up to this one, at one step or at all.
+    def _end_attempts(self, generation: int, step: str) -> None:
+        """Sees to it that no attempt of generations up to this one at a step is committed from now on.
 
-        None of them is committed after this: what was past the point of no return is committed before, and who
-        takes the turn later has lost its claim.
+        What is past the point of no return is committed here. Only for who sweeps this step, or has his turn.
+        """
+        files = self._files.below(step)
+        for record, _, mark in self._ended(generation, step):
+            if mark is not None:
+                files.create(ORBAX_COMMIT_FILE, mark.to_bytes())
+            self._files.delete_tree(record)
+
+    def _sweep_records(self, generation: int) -> list[str]:
+        """Of attempts of generations up to this one; what is about to be committed is for whoever ends it."""
+        removed: list[str] = []
+        for record, step, mark in self._ended(generation):
+            if mark is None or self._files.version(f"{step}/{ORBAX_COMMIT_FILE}") is not None:
+                self._files.delete_tree(record)
+                removed.append(record)
+        return removed
+
+    def _ended(self, generation: int, step: str | None = None) -> Iterator[tuple[str, str, Mark | None]]:
+        """Records of attempts that cannot be committed any more, their step, the marker that may yet arrive.
+
+        Claims are deleted first: who takes the turn after this finds that he has none.
         """
         found = self._records_of(generation, step)
-        for record in [record for record in found if record[4] is not None]:
-            self._files.delete_tree(f"{self._records}/{record[0]}")
-        for record in [record for record in found if record[4] is None]:
-            if (number := self._names.step(record[1])) is not None:
-                # In the name of an attempt that nobody makes: only its own words tell it from others.
-                attempt = Attempt(Generation(int(record[2]), record[3]), number, "")
-                files = self._files.below(record[1])
-                mark = self._turn(attempt).take(lambda mark, files=files: mark.speaks_of(files))
-                if mark is not None:
-                    files.create(ORBAX_COMMIT_FILE, mark.to_bytes())
-            self._files.delete_tree(f"{self._records}/{record[0]}")
-        return [f"{self._records}/{record[0]}" for record in found]
+        for record in found:
+            if record[4] is not None:
+                yield f"{self._records}/{record[0]}", record[1], None
+        for record in found:
+            if record[4] is None:
+                number = self._names.step(record[1])
+                mark = None if number is None else self._taken(record, number)
+                yield f"{self._records}/{record[0]}", record[1], mark
+
+    def _taken(self, record: re.Match[str], step: int) -> Mark | None:
+        # In the name of an attempt that nobody makes: a turn is told from others by its holder.
+        turn = self._turn(Attempt(Generation(int(record[2]), record[3]), step, ""))
+        files = self._files.below(record[1])
+        return turn.take(lambda mark: mark.speaks_of(files))
 
     def _delete_records(self, generation: int, step: str) -> None:
         """Those of attempts of generations up to this one at a step that is there, and goes."""
