@@ -19,6 +19,7 @@ from emergency_ckpt.local.slot_views import SealedSlot
 from emergency_ckpt.persistent.arrays import WriteOptions
 from emergency_ckpt.persistent.attempts import Attempt, StepNames
 from emergency_ckpt.persistent.committer import StepContent, commit
+from emergency_ckpt.persistent.ownership import Ownership
 from emergency_ckpt.persistent.records import Generation
 from emergency_ckpt.persistent.store import PersistentStore
 from emergency_ckpt.persistent.writer import PartReport, read_part, report_failure, wait_for_parts, write_part
@@ -99,6 +100,9 @@ def carry_out(
 ) -> int:
     """Writes a part from `slot`, which is pinned, and commits where that is asked for; returns its bytes.
 
+    An attempt that fails is abandoned by whoever it belongs to: where an order was given twice because its
+    answer was lost, two carry out the same share, and what one of them runs into ends only its own.
+
     `waiting` is told when a wait for others begins, and when they are all there. `resumed`: somebody who is
     dead may have written the part already. `resumable`: whether somebody goes on after a failure, so that
     nothing is taken back.
@@ -107,30 +111,39 @@ def carry_out(
     hear of a failure through the store, as far as that still takes anything.
     """
     attempt = _attempt(destination, share)
+    ownership: Ownership | None = None
+    report: PartReport | None = None
     try:
         store.check_generation(attempt)
         if store.committed(attempt):
             return 0  # By an agent that died before it could say so, or by one that took over.
+        if share.commits:
+            ownership = Ownership(store, attempt)
         report = _written(store, share, attempt) if resumed else None
         if report is None and resumed and not share.commits and store.is_claimed(attempt):
             return 0  # All parts were there when the commit began.
         if report is None:
             report = _write(store, destination, share, attempt, slot)
-        if share.commits:
+        if ownership is not None:
             timeout = destination.timeout_seconds
             waiting(True)
-            parts = wait_for_parts(store, attempt, share.holders, timeout, stop=stop)
+            parts = wait_for_parts(store, attempt, share.holders, timeout, stop=stop, own=share.position)
             waiting(False)
-            commit(store, attempt, slot.layout, parts, _content(slot), _options(destination))
+            commit(store, attempt, slot.layout, parts, _content(slot), _options(destination), ownership.claim)
         return report.nbytes
     except EmergencyCheckpointError as error:
+        with contextlib.suppress(PersistentStoreError, OSError):
+            if report is not None and store.committed(attempt):
+                return report.nbytes  # By the other one.
         # What was written so far is invisible and of no use; where even this fails, the next life of the run
         # removes it.
         with contextlib.suppress(PersistentStoreError, OSError):
             if resumable():
                 pass
             elif share.commits:
-                store.abandon(attempt)
+                # Whoever was at work before this one, and is known to be dead, has left it to this one.
+                if resumed or (ownership is not None and ownership.is_mine()):
+                    store.abandon(attempt)
             else:
                 report_failure(store, attempt, share.position, str(error))
         raise

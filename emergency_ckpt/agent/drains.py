@@ -41,7 +41,8 @@ Ending = Literal["done", "superseded", "corrupt", "failed"]
 class DrainState:
     """How far a drain is: `ending` None while it runs, `reason` why it did not end well.
 
-    `waiting`: its part is written, and those of others are not.
+    `waiting`: its part is written, and those of others are not. `asked`: what was asked for; `order`: the same,
+    as long as a trainer's order has not ended.
     """
 
     id: str
@@ -51,6 +52,7 @@ class DrainState:
     ending: Ending | None = None
     nbytes: int = 0
     reason: str = ""
+    asked: Order | None = None
     order: Order | None = None
     give_up: str | None = None
     begun: float = dataclasses.field(default_factory=time.monotonic)
@@ -134,6 +136,8 @@ class Drains:
     def begin(self, destination: Destination, share: Share, *, ordered: bool = False) -> str:
         """Pins the slot and begins; returns the id of the drain. `ordered`: by a trainer of this host.
 
+        Asked for again, since the answer was lost, it is the same drain.
+
         Raises SlotNotHereError, TooManyDrainsError, CorruptDataError for a layout that is missing or damaged,
         LocalDirectoryError for files that cannot be read.
         """
@@ -145,6 +149,8 @@ class Drains:
         step = StepId((share.of or life).generation, share.step)
         wanted = SlotId(life.run, step, share.layout, share.position)
         with self._changed:
+            if (begun := self._begun(order)) is not None:
+                return begun
             running = sum(state.ending is None for state in self._states.values())
             if self._closed is not None or running >= MOST_AT_A_TIME:
                 raise TooManyDrainsError(self._closed or f"{running} drains are running here")
@@ -153,7 +159,7 @@ class Drains:
         try:
             layout = self._layout(share.layout)
             state = DrainState(secrets.token_hex(16), f"{step} of run {life.run}, part {share.position}", life)
-            state.order = order if ordered or resumed else None
+            state.asked, state.order = order, order if ordered or resumed else None
             if resumed and share.holders == (share.position,):
                 # Nobody else knows of the attempt: a new one is not in the way of what is left of it.
                 share = dataclasses.replace(share, ordinal=_FIRST_NEW_ORDINAL + secrets.randbelow(2**32))
@@ -165,6 +171,9 @@ class Drains:
                 daemon=True,
             )
             with self._changed:
+                if (begun := self._begun(order)) is not None:  # By who asked again in the meantime.
+                    pin.close()
+                    return begun
                 self._states[state.id] = state
                 for old in [s.id for s in self._states.values() if s.ending is not None][:-_KEPT]:
                     del self._states[old]
@@ -175,6 +184,13 @@ class Drains:
             pin.close()
             raise
         return state.id
+
+    def _begun(self, order: Order) -> str | None:
+        """The drain that was asked for before, unless it has failed."""
+        for state in self._states.values():
+            if state.asked == order and state.ending in (None, "done"):
+                return state.id
+        return None
 
     def look(self, drain: str, wait_seconds: float = 0.0) -> DrainState | None:
         """How far a drain is, waiting for its end for a while; None for one that is not known."""

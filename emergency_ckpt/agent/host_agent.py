@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import secrets
 import threading
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 from emergency_ckpt.agent.attachment import Attachment, attach
 from emergency_ckpt.agent.draining import Stop
@@ -34,6 +36,9 @@ from emergency_ckpt.errors import (
 from emergency_ckpt.preemption.notice import Notice
 
 _LOOK = timedelta(seconds=2)
+_TRIES = 3
+_NO_ANSWER = ("unreachable", "timeout")
+_T = TypeVar("_T")
 
 
 class HostAgent:
@@ -83,14 +88,14 @@ class HostAgent:
     def drain(self, destination: Destination, share: Share, stop: Stop) -> int:
         """Has the agent carry out a share; returns the bytes of the part. `stop` is asked again and again.
 
+        An answer that got lost is asked for again: the agent knows the order, and is at work on it.
+
         Raises what `draining.carry_out` raises.
         """
-        with self._guard:
-            client = OrderClient.of_this_host(self._connected())
-        drain = client.begin(destination, share)
+        client, drain = _answered(lambda: self._begin(destination, share))
         told = False
         while True:
-            report = client.look(drain, _LOOK)
+            report = _answered(lambda: client.look(drain, _LOOK))
             if report.ending == "done":
                 return report.nbytes
             if report.ending == "superseded":
@@ -100,8 +105,13 @@ class HostAgent:
             if report.ending is not None:
                 raise PersistentStoreError(report.reason)
             if not told and (reason := stop()) is not None:
-                client.give_up(drain, reason)
+                _answered(functools.partial(client.give_up, drain, reason))
                 told = True
+
+    def _begin(self, destination: Destination, share: Share) -> tuple[OrderClient, str]:
+        with self._guard:
+            client = OrderClient.of_this_host(self._connected())
+        return client, client.begin(destination, share)
 
     def close(self) -> None:
         """Says goodbye and lets go. The agent stays as long as somebody needs it. Repeating it is fine."""
@@ -162,3 +172,14 @@ class HostAgent:
         if self._registration is not None:
             OrderClient.of_this_host(record).register(self._trainer, self._registration)
         return record
+
+
+def _answered(ask: Callable[[], _T]) -> _T:
+    """What an agent says, asked again where nothing tells whether it has heard."""
+    for _ in range(_TRIES - 1):
+        try:
+            return ask()
+        except PeerUnavailableError as error:
+            if error.code not in _NO_ANSWER:
+                raise
+    return ask()

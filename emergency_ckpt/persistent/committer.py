@@ -80,8 +80,11 @@ def commit(
     parts: Sequence[PartReport],
     content: StepContent | None = None,
     options: WriteOptions | None = None,
+    claim: bytes | None = None,
 ) -> PersistentStep:
     """Makes a step of the parts. One process calls this, once per attempt.
+
+    `claim`: bytes by which the caller knows his claim from any other's.
 
     Raises PersistentStoreError when the parts are not every shard exactly once or another committer is at work
     on the attempt, StaleGenerationError when a newer generation exists. After any error write the step again
@@ -90,7 +93,7 @@ def commit(
     if held := store.committed(attempt):
         store.abandon(attempt)
         return held
-    stages = commit_stages(store, attempt, layout, parts, content, options)
+    stages = commit_stages(store, attempt, layout, parts, content, options, claim)
     while True:
         try:
             next(stages)
@@ -112,6 +115,7 @@ def commit_stages(
     parts: Sequence[PartReport],
     content: StepContent | None = None,
     options: WriteOptions | None = None,
+    claim: bytes | None = None,
 ) -> Generator[str, None, PersistentStep]:
     """What `commit` does; yields the name of each stage when it is done."""
     content = content or StepContent()
@@ -122,7 +126,7 @@ def commit_stages(
     _check_parts(attempt, layout, parts)
     _check_values(attempt, layout, content)
     # Bytes of its own: where conditions do not count, two claims are told apart by them.
-    if not records.create(CLAIM_FILE, uuid.uuid4().hex.encode()):
+    if not records.create(CLAIM_FILE, claim or uuid.uuid4().hex.encode()):
         raise PersistentStoreError(
             f"{attempt}: another committer is, or was, at work in {files.locate()}."
             " If it is not alive, write the step again with another attempt."

@@ -356,8 +356,7 @@ class PersistentStore:
                 if placement.publish(digests):
                     return self._committed(attempt)
             except FileNotFoundError as error:
-                held = self._step_in(name, attempt.step)
-                if held and self._is_of(held, attempt):
+                if held := self.committed(attempt):
                     return held
                 raise PersistentStoreError(
                     f"{attempt} has lost its directory {self.files.locate(self._placing.directory(attempt))}:"
