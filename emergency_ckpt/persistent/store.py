@@ -22,6 +22,7 @@ from emergency_ckpt.persistent.files import Entry, Files, RenamingFiles, Version
 from emergency_ckpt.persistent.latest import read_latest, write_latest
 from emergency_ckpt.persistent.marked_steps import MarkedSteps
 from emergency_ckpt.persistent.object_store.opening import open_files
+from emergency_ckpt.persistent.object_store.operations import Limits
 from emergency_ckpt.persistent.origins import Origins
 from emergency_ckpt.persistent.placing import Placement, Placing, RenamedSteps, StepCommittedError
 from emergency_ckpt.persistent.reader import StepReader
@@ -67,10 +68,14 @@ class PersistentStore:
     """
 
     def __init__(
-        self, root: str | os.PathLike[str], names: StepNames | None = None, files: Files | None = None
+        self,
+        root: str | os.PathLike[str],
+        names: StepNames | None = None,
+        files: Files | None = None,
+        limits: Limits | None = None,
     ):
         self.names = names or StepNames()
-        self.files: Files = with_recorded_conditions(files or open_files(root))
+        self.files: Files = with_recorded_conditions(files or open_files(root, limits))
         self._placing: Placing = (
             RenamedSteps(self.files, self.names, _REMOVED)
             if isinstance(self.files, RenamingFiles)

@@ -1,11 +1,13 @@
-"""Where the processes of a job tell each other how a drain ended, over the coordination service."""
+"""Where the processes of a job tell each other of drains, over the coordination service."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from datetime import timedelta
 
 from emergency_ckpt.agent.drain import Verdict
+from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.jaxio.coordination import Coordinator
 from emergency_ckpt.persistent.attempts import Attempt
 
@@ -17,13 +19,22 @@ class CoordinatedBoard:
         self._coordinator = coordinator
         self._announced: list[Attempt] = []
 
+    def call(self, generation: int, ordinal: int, step: StepId) -> None:
+        self._coordinator.put_once(
+            f"drain/{generation}/call/{ordinal}", json.dumps([step.generation, step.step]).encode()
+        )
+
+    def await_call(self, generation: int, ordinal: int, timeout: timedelta) -> StepId:
+        return StepId(*json.loads(self._coordinator.get(f"drain/{generation}/call/{ordinal}", timeout)))
+
     def announce(self, attempt: Attempt, verdict: Verdict) -> Verdict:
-        said = json.dumps([verdict.result, verdict.reason]).encode()
+        said = json.dumps(dataclasses.astuple(verdict)).encode()
         stands = self._parse(self._coordinator.put_once(self._key(attempt), said))
         if verdict.result == "committed":
             # A commit has the parts of all processes, and each had read the verdict before its part.
             for older in self._announced:
                 self._coordinator.delete(self._key(older))
+                self._coordinator.delete(f"drain/{older.step_id.generation}/call/{older.ordinal}")
             self._announced = []
         self._announced.append(attempt)
         return stands
@@ -39,5 +50,4 @@ class CoordinatedBoard:
         return f"drain/{attempt.step_id.generation}/{attempt.step}/{attempt.ordinal}"
 
     def _parse(self, data: bytes) -> Verdict:
-        result, reason = json.loads(data)
-        return Verdict(result, reason)
+        return Verdict(*json.loads(data))

