@@ -30,7 +30,7 @@ from emergency_ckpt.telemetry.log import CheckpointLogger
 class Verdict:
     """How a drain ended, as said by one process and believed by all.
 
-    `cause`: why the store failed, if so. `repeats`: whether it is tried again.
+    `cause`: why the store failed, if so. `repeats`: whether it, or a newer step in its place, is tried again.
     """
 
     result: DrainResult
@@ -51,6 +51,14 @@ class VerdictBoard(Protocol):
 
     def await_call(self, generation: int, ordinal: int, timeout: timedelta) -> StepId:
         """Which step that is; raises CoordinationTimeoutError where the committer has not said so."""
+        ...
+
+    def urge(self, generation: int, ordinal: int) -> None:
+        """Asks the committer not to pause before the attempt with this number: somebody waits for it."""
+        ...
+
+    def is_urged(self, generation: int, ordinal: int) -> bool:
+        """Whether somebody did."""
         ...
 
     def announce(self, attempt: Attempt, verdict: Verdict) -> Verdict:

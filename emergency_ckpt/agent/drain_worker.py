@@ -2,7 +2,7 @@
 
 Steps are drained in their order; once the store fails, only the newest that is due waits, and what it overtakes
 is given up. The committer says which step each attempt is for, and every process takes part, so that all count
-attempts alike. A step that waits while another one is drained leaves its slot to a save that finds none.
+attempts alike. A step that waits leaves its slot to a save that finds none.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import dataclasses
 import random
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
 from datetime import timedelta
 
 from emergency_ckpt.agent.drain import DrainJob, Verdict
+from emergency_ckpt.agent.drain_queue import DrainQueue, Waiting
 from emergency_ckpt.agent.orders import Share
 from emergency_ckpt.core.lineage import StepId
-from emergency_ckpt.core.retrying import StoreReason, store_error, store_reason
+from emergency_ckpt.core.retrying import StoreReason, is_final, store_error, store_reason
 from emergency_ckpt.errors import (
     CoordinationTimeoutError,
     CorruptDataError,
     EmergencyCheckpointError,
-    LocalDirectoryError,
     PersistentStoreError,
     StaleGenerationError,
 )
@@ -31,17 +31,25 @@ from emergency_ckpt.persistent.attempts import Attempt
 from emergency_ckpt.telemetry.events import DrainEvent, DrainResult
 
 _MARGIN = timedelta(seconds=30)
+_LOOK_SECONDS = 0.5
 _MOST_LEFT = 64
 _OVER = StepId(0, 0)
 _JITTER = random.Random()
 
 
 @dataclasses.dataclass(eq=False)
-class _Waiting:
-    """A step and the slot that is pinned for it; None where it has none."""
+class _Waiter:
+    """Somebody who waits until what there is to drain has had a try.
 
-    step: StepId
-    slot: int | None
+    `before`: the attempts that had ended; `newest`: the newest step then. `holds`: none begins afterwards.
+    `urged`: the attempt that the committer was last asked for. `over`: whether that try has been.
+    """
+
+    before: int
+    newest: StepId | None
+    holds: bool = False
+    urged: int = -1
+    over: bool = False
 
 
 class DrainWorker:
@@ -50,20 +58,20 @@ class DrainWorker:
     def __init__(self, job: DrainJob) -> None:
         self._job = job
         self._changed = threading.Condition()
-        self._waiting: list[_Waiting] = []  # ascending
+        self._queue = DrainQueue(job.local, job.log)
         self._running: StepId | None = None
         self._ended = 0  # attempts
         self._last_step: StepId | None = None
         self._failures = 0  # in a row
+        self._last_failure: Verdict | None = None
         self._not_before = 0.0
-        self._last_reason: StoreReason = "other"
-        self._waiters = 0
-        self._told: tuple[StepId, str] | None = None
+        self._waiters: list[_Waiter] = []
+        self._told: tuple[StepId, StoreReason] | None = None
         self._early: set[StepId] = set()  # that were called for before this process was told of them
         self._left: list[Attempt] = []  # that failed, and may have left something
         self._newest_committed: StepId | None = None
         self._errors: list[EmergencyCheckpointError] = []
-        self._closed = False
+        self._closed = ""  # why no attempt begins any more
         self._thread = threading.Thread(target=self._run, name="emergency_ckpt drain", daemon=True)
         self._thread.start()
 
@@ -77,18 +85,29 @@ class DrainWorker:
     @property
     def busy(self) -> bool:
         """Whether a step is being drained, or waits for that, or for its next try."""
-        return bool(self._waiting) or self._running is not None
+        return bool(self._queue) or self._running is not None
 
     @property
     def retries(self) -> bool:
         """Whether a step waits for its next try, after one that failed."""
         with self._changed:
-            return bool(self._waiting) and self._running is None and self._failures > 0
+            return bool(self._queue) and self._running is None and self._failures > 0
 
     @property
-    def last_reason(self) -> StoreReason:
-        """Why the last attempt failed; "other" where it did not."""
-        return self._last_reason
+    def last_failure(self) -> Verdict | None:
+        """How the last attempt failed; None where it did not."""
+        return self._last_failure
+
+    def describe(self) -> str:
+        """What there is to drain, and what became of it so far, in words."""
+        with self._changed:
+            step, failure = self._running or self._queue.oldest, self._last_failure
+            if step is None:
+                return "nothing is left to drain"
+            does = "is being drained" if self._running else "waits for its next try" if failure else "waits"
+            if failure is None or not self._failures:
+                return f"{step} {does}"
+            return f"{step} {does}, after {self._failures} that failed, the last one by {failure.reason}"
 
     def drain(self, step: StepId, slot: int | None) -> None:
         """Drains the sealed `step` from `slot`, which the caller has pinned; the worker unpins it.
@@ -98,30 +117,34 @@ class DrainWorker:
         """
         with self._changed:
             if self._closed:
-                self._unpin(slot)
-                raise EmergencyCheckpointError(f"the drain worker has ended and takes no {step}")
-            if step in self._early or step in (self._running, *(w.step for w in self._waiting)):
-                self._unpin(slot)  # It is on its way, or this process learns late that it is complete.
+                self._queue.unpin(slot)
+                raise EmergencyCheckpointError(f"{step} is not drained: {self._closed}")
+            if step in self._early or step == self._running or step in self._queue:
+                self._queue.unpin(slot)  # It is on its way, or this process learns late that it is complete.
                 self._early.discard(step)
                 self._not_before = 0.0
             else:
-                self._waiting.append(_Waiting(step, slot))
+                self._queue.add(step, slot)
                 if self._failures:
-                    self._keep_newest(f"{step} goes in its place")
+                    self._queue.keep_newest(f"{step} goes in its place")
             self._changed.notify_all()
 
     def make_room(self) -> bool:
-        """A save finds no slot: steps that wait behind another one leave theirs; says whether there were any.
+        """A save finds no slot: steps that wait leave theirs; says whether there were any.
 
         The newest of them stays where it is as long as no newer step is complete.
         """
         with self._changed:
-            if self._running is None or self._job.keeps_waiting or not self._waiting:
+            if self._job.keeps_waiting or not self._queue:
                 return False
-            self._keep_newest("its slot is needed for a save")
-            left = self._waiting[0].slot is not None
-            self._let_go(self._waiting[0])
-            return left
+            self._queue.keep_newest("its slot is needed for a save")
+            return self._queue.let_go_oldest()
+
+    def give_up(self, reason: str, step: int | None = None) -> None:
+        """What waits, or one step of it, is not drained any more. What is being drained is not cut."""
+        with self._changed:
+            self._queue.give_up(reason, lambda waiting: step in (None, waiting.step))
+            self._changed.notify_all()
 
     def take_errors(self) -> list[EmergencyCheckpointError]:
         """Errors since the last call, oldest first."""
@@ -134,55 +157,89 @@ class DrainWorker:
 
         False when the time limit came first. A step whose try failed is tried again later all the same.
         """
-        with self._changed:
-            return self._wait(timeout)
+        with self._waiting() as waiter:
+            return self._await(waiter, timeout)
 
-    def wait_and_end(self, timeout: timedelta) -> int | None:
-        """As `wait`, in the committer; what is left to drain then is given up. Returns how many attempts there
-        were, None when the time limit came first."""
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[_Waiter]:
         with self._changed:
-            if not self._wait(timeout):
-                return None
-            self._give_up(self._waiting, "its drain failed, and others wait")
-            return self._ended
+            waiter = _Waiter(self._ended, self._queue.newest or self._running)
+            self._waiters.append(waiter)
+            self._changed.notify_all()
+        try:
+            yield waiter
+        finally:
+            with self._changed:
+                self._waiters.remove(waiter)
+
+    def _await(self, waiter: _Waiter, timeout: timedelta) -> bool:
+        deadline = time.monotonic() + timeout.total_seconds()
+        while True:
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self._is_over_for(waiter) or self._may_urge(waiter),
+                    max(deadline - time.monotonic(), 0.0),
+                )
+                if self._is_over_for(waiter) or not self._may_urge(waiter):
+                    return self._is_over_for(waiter)
+                waiter.urged = self._ended
+            with contextlib.suppress(EmergencyCheckpointError):  # Then it comes in its time.
+                self._job.board.urge(self._job.generation.number, waiter.urged)
+
+    def _is_over_for(self, waiter: _Waiter) -> bool:
+        """Whether what it waits for has had its try; with the lock."""
+        last, newest = self._last_step, waiter.newest
+        tried = self._ended > waiter.before and last is not None and newest is not None and last >= newest
+        waiter.over = waiter.over or tried or not self.busy
+        return waiter.over
+
+    def _may_urge(self, waiter: _Waiter) -> bool:
+        """Whether the committer may be pausing, and does not know that somebody waits here."""
+        return not self._commits and self._running is None and waiter.urged != self._ended
+
+    def hold(self, timeout: timedelta) -> int | None:
+        """As `wait`, in the committer; no attempt begins afterwards, until `release`.
+
+        Returns how many attempts there were, None when the time limit came first.
+        """
+        with self._changed:
+            waiter = _Waiter(self._ended, self._queue.newest or self._running, holds=True)
+            self._waiters.append(waiter)
+            self._changed.notify_all()
+            if self._changed.wait_for(lambda: self._is_over_for(waiter), timeout.total_seconds()):
+                return self._ended
+            self._waiters.remove(waiter)
+            return None
+
+    def release(self) -> None:
+        """Attempts begin again."""
+        with self._changed:
+            self._waiters = [waiter for waiter in self._waiters if not waiter.holds]
+            self._changed.notify_all()
 
     def wait_for(self, attempts: int, timeout: timedelta) -> bool:
-        """The other processes' part of `wait_and_end`: waits until so many attempts have ended."""
+        """The other processes' part of `hold`: waits until so many attempts have ended."""
         with self._changed:
-            done = self._changed.wait_for(lambda: self._ended >= attempts, timeout.total_seconds())
-            if done:
-                self._give_up(self._waiting, "its drain failed, and others wait")
-            return done
+            return self._changed.wait_for(lambda: self._ended >= attempts, timeout.total_seconds())
 
-    def _wait(self, timeout: timedelta) -> bool:
-        before = self._ended
-        newest = self._waiting[-1].step if self._waiting else self._running
-
-        def tried() -> bool:
-            last = self._last_step
-            return self._ended > before and last is not None and newest is not None and last >= newest
-
-        self._waiters += 1
-        self._changed.notify_all()
-        try:
-            return self._changed.wait_for(lambda: not self.busy or tried(), timeout.total_seconds())
-        finally:
-            self._waiters -= 1
-
-    def close(self, timeout: timedelta) -> bool:
-        """Ends the thread, as soon as no drain is running; False when the time limit came first."""
-        done = self.wait(timeout) if timeout else not self.busy
+    def close(self) -> None:
+        """Ends the thread, as soon as no drain is running; what waits is given up. Idempotent."""
         with self._changed:
             if self._closed:
-                return done
-            self._closed = True
-            self._give_up(self._waiting, "the manager ends")
-            self._changed.notify_all()
+                return
+            # The thread of another process than the committer's listens until that one closes.
+            ends_soon = self._running is None and (self._commits or not self._queue)
+            self._stop("the manager ends")
         if self._commits:  # Others may wait for the next attempt.
             with contextlib.suppress(EmergencyCheckpointError):
                 self._job.board.call(self._job.generation.number, self._ended, _OVER)
-        self._thread.join(5.0 if done else 0.0)
-        return done
+        self._thread.join(5.0 if ends_soon else 0.0)
+
+    def _stop(self, reason: str) -> None:
+        """No attempt begins any more, and nobody waits for one; with the lock."""
+        self._closed = reason
+        self._queue.give_up(reason)
+        self._changed.notify_all()
 
     # In its thread.
 
@@ -191,7 +248,8 @@ class DrainWorker:
         return self._job.process == self._job.committer
 
     def _run(self) -> None:
-        while (attempt := self._next()) is not None:
+        choose = self._choose if self._commits else self._listen
+        while (attempt := choose()) is not None:
             try:
                 self._do(attempt)
             except Exception as error:  # Nothing must end the thread: others wait for this process.
@@ -201,82 +259,76 @@ class DrainWorker:
                     self._errors.append(told)
                     self._end(attempt, Verdict("failed", str(told)))
 
-    def _next(self) -> _Waiting | None:
-        """What the next attempt is for, which counts as running from now on; None when this was closed."""
+    def _choose(self) -> Waiting | None:
+        """In the committer: what the next attempt is for, which counts as running; None when closed."""
         while True:
             with self._changed:
-                while not self._closed and (pause := self._pause()) > 0:
-                    self._changed.wait(min(pause, threading.TIMEOUT_MAX))
                 if self._closed:
                     return None
-                if self._commits:
-                    chosen = self._waiting.pop(0)
-                    self._running = chosen.step
-                    chosen = self._chosen(chosen)
+                pause, ordinal = self._pause(), self._ended
+                if pause <= 0:
+                    chosen = self._queue.take()
                     self._running = chosen.step
                     return chosen
+                if pause == float("inf"):
+                    self._changed.wait()
+                    continue
+                self._changed.wait(min(pause, _LOOK_SECONDS))
+            with contextlib.suppress(EmergencyCheckpointError):
+                if self._job.board.is_urged(self._job.generation.number, ordinal):
+                    with self._changed:
+                        self._not_before = 0.0
+
+    def _pause(self) -> float:
+        """How long no attempt begins, in seconds; 0 where one may. With the lock."""
+        over = [self._is_over_for(waiter) for waiter in self._waiters]
+        held = any(is_over and waiter.holds for is_over, waiter in zip(over, self._waiters, strict=True))
+        if not self._queue or held:
+            return float("inf")
+        return max(self._not_before - time.monotonic(), 0.0) if all(over) else 0.0
+
+    def _listen(self) -> Waiting | None:
+        """In the others: what the committer says that the next attempt is for; None when either is closed."""
+        board, generation = self._job.board, self._job.generation.number
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: bool(self._closed or self._queue))
+                if self._closed:
+                    return None
+                ordinal = self._ended
             try:
-                called = self._job.board.await_call(
-                    self._job.generation.number, self._ended, self._call_timeout
-                )
+                called = board.await_call(generation, ordinal, self._call_timeout)
             except CoordinationTimeoutError:
                 continue  # The store may fail for long.
             except EmergencyCheckpointError as error:
                 with self._changed:
                     self._errors.append(error)
-                    self._give_up(self._waiting, "the other processes cannot be reached")
+                    self._queue.give_up("the other processes cannot be reached")
+                    self._changed.notify_all()
                 continue
             with self._changed:
-                if self._closed or called == _OVER:
+                if called == _OVER and not self._closed:
+                    self._stop("process 0 ends its drains")
+                if self._closed:
                     return None
                 self._running = called
-                self._give_up([w for w in self._waiting if w.step < called], f"{called} goes in its place")
-                if self._waiting and self._waiting[0].step == called:
-                    return self._waiting.pop(0)
-                self._early.add(called)
-                return _Waiting(called, None)
+                waiting = self._queue.take_step(called)
+                if waiting is None:
+                    self._early.add(called)
+                return waiting or Waiting(called, None)
 
     @property
     def _call_timeout(self) -> timedelta:
         return self._job.timeout + timedelta(seconds=1.5 * self._job.pauses.longest) + _MARGIN
 
-    def _pause(self) -> float:
-        """How long no attempt begins; 0 where one may."""
-        if not self._waiting:
-            return float("inf")
-        if not self._commits or self._waiters:
-            return 0.0
-        return max(self._not_before - time.monotonic(), 0.0)
-
-    def _chosen(self, chosen: _Waiting) -> _Waiting:
-        """The step that waited longest, or a newer one where its slot was needed meanwhile."""
-        if chosen.slot is not None or (slot := self._pinned(chosen.step)) is not None:
-            return chosen if chosen.slot is not None else _Waiting(chosen.step, slot)
-        for newer in reversed(self._job.local.complete_steps()):
-            if newer > chosen.step and (slot := self._pinned(newer)) is not None:
-                waited = [w for w in self._waiting if w.step < newer]
-                self._give_up([chosen, *waited], f"its slot was needed, {newer} goes in its place")
-                if self._waiting and self._waiting[0].step == newer:
-                    self._let_go(self._waiting.pop(0))
-                return _Waiting(newer, slot)
-        return chosen
-
-    def _pinned(self, step: StepId) -> int | None:
-        try:
-            slot = self._job.local.pin(step)
-        except LocalDirectoryError as error:
-            self._job.log.error("drain", step.step, str(error))
-            return None
-        return slot.index if slot else None
-
-    def _do(self, chosen: _Waiting) -> None:
+    def _do(self, chosen: Waiting) -> None:
         job, started, step = self._job, time.monotonic(), chosen.step
         attempt = Attempt(job.generation, step.step, job.item, self._ended)
         if self._commits:
             with contextlib.suppress(EmergencyCheckpointError):  # Then no part comes, and the attempt fails.
                 job.board.call(job.generation.number, self._ended, step)
         if chosen.slot is None:
-            chosen = _Waiting(step, self._pinned(step))
+            chosen = Waiting(step, self._queue.pin(step))
         try:
             verdict, nbytes = self._drain(attempt, chosen.slot)
         except EmergencyCheckpointError as error:
@@ -302,27 +354,30 @@ class DrainWorker:
         with self._changed:
             self._end(chosen, verdict)
 
-    def _end(self, chosen: _Waiting, verdict: Verdict) -> None:
-        """An attempt ended; called with the lock."""
+    def _end(self, chosen: Waiting, verdict: Verdict) -> None:
+        """An attempt ended; with the lock."""
         step = self._last_step = chosen.step
         self._running = None
         self._ended += 1
-        self._last_reason = verdict.cause
         self._early = {early for early in self._early if early >= step}
-        if verdict.result == "failed" and verdict.repeats:
-            self._failures += 1
+        if verdict.result == "failed" and verdict.repeats and not self._closed:
+            self._failures, self._last_failure = self._failures + 1, verdict
             pause = self._job.pauses.before(self._failures, verdict.cause, _JITTER.random())
             self._not_before = time.monotonic() + pause
-            self._waiting.insert(0, chosen)
-            self._keep_newest("a newer step goes in its place")
+            self._queue.add(step, chosen.slot)
+            self._queue.keep_newest("a newer step goes in its place")
             if self._job.lets_go:
-                self._let_go(self._waiting[0])
-            if self._commits and not self._waiters:
-                self._job.log.info("drain", self._waiting[0].step.step, f"the next try is in {pause:.0f} s")
+                self._queue.let_go_oldest()
+            if self._commits and self._pause() > 0:
+                waits = self._queue.newest or step
+                self._job.log.info("drain", waits.step, f"the next try is in {pause:.0f} s")
         else:
             self._failures, self._not_before = 0, 0.0
-            self._let_go(chosen)
-            self._waiting = [w for w in self._waiting if w.step > step or self._let_go(w)]
+            self._last_failure = verdict if verdict.result == "failed" else None
+            self._queue.unpin(chosen.slot)
+            self._queue.forget_until(step)
+            if self._commits and verdict.result == "superseded" and verdict.repeats and not self._closed:
+                self._queue.replace(step)
         self._changed.notify_all()
 
     def _drain(self, attempt: Attempt, index: int | None) -> tuple[Verdict, int]:
@@ -330,6 +385,9 @@ class DrainWorker:
         if (stands := job.board.peek(attempt)) is not None:
             return stands, 0  # This process comes late.
         if index is None:
+            if any(complete > step for complete in job.local.complete_steps()):
+                why = f"process {job.process}: its slot was needed, a newer step goes in its place"
+                return job.board.announce(attempt, Verdict("superseded", why, repeats=job.repeats)), 0
             raise CorruptDataError(f"{step} is not on this ramdisk any more")
         slot = job.local.sealed(step)
         if slot is None or slot.index != index:
@@ -365,8 +423,7 @@ class DrainWorker:
     def _failed(self, attempt: Attempt, error: EmergencyCheckpointError) -> Verdict:
         """Tells the others, so that nobody waits, and keeps the error for `check_for_errors`."""
         result: DrainResult = "superseded" if isinstance(error, StaleGenerationError) else "failed"
-        # What is damaged or lost here stays so; what is wrong with the store may pass.
-        repeats = result == "failed" and not isinstance(error, CorruptDataError) and self._job.repeats
+        repeats = self._job.repeats and not is_final(error)
         said = Verdict(result, f"process {self._job.process}: {error}", store_reason(error), repeats)
         try:
             # Where nobody answered in time, somebody may be at work still.
@@ -382,14 +439,15 @@ class DrainWorker:
     # What is told.
 
     def _note(self, step: StepId, verdict: Verdict, error: EmergencyCheckpointError) -> None:
-        """An error is told once for each step and cause, and again to whoever waits for the drain."""
+        """An error is told once for each step and cause, and again to whoever waits in order to hear of it."""
         again = " It is tried again, or a newer step in its place." if verdict.repeats else ""
         told = store_error(
             verdict.cause, f"{step} did not reach the persistent tier: {_sentence(error)}{again}"
         )
         told.__cause__ = error
         with self._changed:
-            if self._waiters or self._told != (step, verdict.cause):
+            asked = any(not waiter.holds for waiter in self._waiters)
+            if asked or self._told != (step, verdict.cause):
                 self._errors.append(told)
             self._told = (step, verdict.cause)
 
@@ -423,30 +481,6 @@ class DrainWorker:
         self._job.log.error(operation, step.step, str(told))
         with self._changed:
             self._errors.append(told)
-
-    # What waits. Called with the lock.
-
-    def _keep_newest(self, reason: str) -> None:
-        self._give_up(self._waiting[:-1], reason)
-
-    def _give_up(self, waiting: Iterable[_Waiting], reason: str) -> None:
-        """These steps are not drained."""
-        given_up = list(waiting)
-        self._waiting = [w for w in self._waiting if w not in given_up]
-        for each in given_up:
-            self._let_go(each)
-            said = f"{each.step} is given up: {reason}"
-            self._job.log.emit(
-                DrainEvent(step=each.step.step, bytes=0, seconds=0.0, result="superseded", reason=said)
-            )
-
-    def _let_go(self, waiting: _Waiting) -> None:
-        slot, waiting.slot = waiting.slot, None
-        self._unpin(slot)
-
-    def _unpin(self, slot: int | None) -> None:
-        if slot is not None:
-            self._job.local.unpin(slot)
 
 
 def _sentence(error: Exception) -> str:

@@ -1,7 +1,10 @@
-"""When what failed at the persistent store is tried again: pauses that double, each drawn at random.
+"""What became of a store that failed: whether what failed is tried again, and after which pause.
 
-What will not go away by itself (rights, credentials, a bucket that is not there, a store that is full) is tried
-slowly from the beginning, but never given up: credentials are renewed, and quotas raised, while a job trains.
+Two questions, answered here and nowhere else. *Is it final?* What is damaged, taken or not to be had stays so
+however often it is asked for (`_FINAL`); everything else may pass, and is tried again while somebody trains.
+*How soon?* Pauses double, each drawn at random. What will not go away by itself (rights, credentials, a bucket
+that is not there, a store that is full) begins slowly, and is never given up: credentials are renewed, rights
+granted and quotas raised while a job trains.
 """
 
 from __future__ import annotations
@@ -10,16 +13,33 @@ import dataclasses
 from typing import Literal, get_args
 
 from emergency_ckpt.errors import (
+    ConfigError,
+    CorruptDataError,
+    EmergencyCheckpointError,
     PersistentStoreError,
+    StaleGenerationError,
+    StepOccupiedError,
     StoreBucketMissingError,
     StoreCredentialsError,
     StoreFullError,
     StorePermissionError,
     StoreThrottledError,
     StoreUnreachableError,
+    StoreUnsupportedError,
+    UnsupportedStateError,
 )
 
-StoreReason = Literal["throttled", "unreachable", "permission", "credentials", "missing", "full", "other"]
+StoreReason = Literal[
+    "throttled",
+    "unreachable",
+    "permission",
+    "credentials",
+    "missing",
+    "full",
+    "occupied",
+    "unsupported",
+    "other",
+]
 _KINDS: dict[StoreReason, type[PersistentStoreError]] = {
     "throttled": StoreThrottledError,
     "unreachable": StoreUnreachableError,
@@ -27,8 +47,29 @@ _KINDS: dict[StoreReason, type[PersistentStoreError]] = {
     "credentials": StoreCredentialsError,
     "missing": StoreBucketMissingError,
     "full": StoreFullError,
+    "occupied": StepOccupiedError,
+    "unsupported": StoreUnsupportedError,
 }
 _LASTING = ("permission", "credentials", "missing", "full")
+_FINAL: tuple[type[EmergencyCheckpointError], ...] = (
+    # A later life of the run has taken over, and never gives it back.
+    StaleGenerationError,
+    # A slot that is lost, overwritten or damaged gives the same bytes each time, or none; so do parts that
+    # contradict each other. The next step has slots of its own.
+    CorruptDataError,
+    # The number belongs to a step that no restore made void: only a person may delete that.
+    StepOccupiedError,
+    # The server lacks an operation, or the format a kind of leaf: neither learns it while this process lives.
+    StoreUnsupportedError,
+    UnsupportedStateError,
+    # Settings and environment are those with which the process began.
+    ConfigError,
+)
+
+
+def is_final(error: BaseException) -> bool:
+    """Whether trying again cannot mend it. What is not known to be final may pass."""
+    return isinstance(error, _FINAL)
 
 
 def store_reason(error: BaseException) -> StoreReason:
@@ -36,7 +77,7 @@ def store_reason(error: BaseException) -> StoreReason:
     for reason, kind in _KINDS.items():
         if isinstance(error, kind):
             return reason
-    return "other"
+    return "unsupported" if isinstance(error, UnsupportedStateError | ConfigError) else "other"
 
 
 def store_error(reason: StoreReason, text: str) -> PersistentStoreError:

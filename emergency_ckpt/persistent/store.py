@@ -15,7 +15,12 @@ from typing import Any, cast
 from absl import logging
 
 from emergency_ckpt.core.lineage import Activation, Deletion, StepId, is_void
-from emergency_ckpt.errors import CorruptDataError, PersistentStoreError, StaleGenerationError
+from emergency_ckpt.errors import (
+    CorruptDataError,
+    PersistentStoreError,
+    StaleGenerationError,
+    StepOccupiedError,
+)
 from emergency_ckpt.persistent.attempts import Attempt, HiddenStep, PersistentStep, StepNames
 from emergency_ckpt.persistent.conditions import with_recorded_conditions
 from emergency_ckpt.persistent.files import Entry, Files, RenamingFiles, VersionedFiles
@@ -329,8 +334,8 @@ class PersistentStore:
         """Makes a written attempt a step. One process calls this, after everything is in place.
 
         A void step in the way is replaced. If the same attempt's step is there already, nothing happens.
-        Raises StaleGenerationError when a newer generation exists, PersistentStoreError when a step that is
-        not void is in the way.
+        Raises StaleGenerationError when a newer generation exists, StepOccupiedError when a step that is not
+        void is in the way.
         """
         self.check_generation(attempt)
         aside: list[HiddenStep] = []
@@ -404,7 +409,7 @@ class PersistentStore:
 
     def _check_is_void(self, held: PersistentStep | None, attempt: Attempt) -> None:
         if held and not is_void(held.step_id, self.activations()):
-            raise PersistentStoreError(
+            raise StepOccupiedError(
                 f"{held.location} holds {held.step_id}, which no restore made void, so"
                 f" {attempt} cannot take its place. Delete that step, or save under another number."
             )

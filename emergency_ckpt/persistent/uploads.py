@@ -48,8 +48,8 @@ def settle_upload(
     deadline = time.monotonic() + options.timeout_seconds
     first = arrived = _arrived_bytes()
     moved = time.monotonic()
-    while not all(future.done() for future in waited_for):
-        next(_wait_for(future) for future in waited_for if not future.done())
+    while (first_open := next((future for future in waited_for if not future.done()), None)) is not None:
+        _wait_for(first_open)
         now, found = time.monotonic(), _arrived_bytes()
         if found != arrived:
             arrived, moved = found, now
