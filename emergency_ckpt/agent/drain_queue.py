@@ -18,10 +18,14 @@ from emergency_ckpt.telemetry.log import CheckpointLogger
 
 @dataclasses.dataclass(eq=False)
 class Waiting:
-    """A step and the slot that is pinned for it; None where it has none."""
+    """A step and the slot that is pinned for it; None where it has none.
+
+    `overtaken`: some process has no slot of it any more, and a newer step to drain instead.
+    """
 
     step: StepId
     slot: int | None
+    overtaken: bool = False
 
 
 class DrainQueue:
@@ -46,14 +50,21 @@ class DrainQueue:
     def newest(self) -> StepId | None:
         return self._waiting[-1].step if self._waiting else None
 
-    def add(self, step: StepId, slot: int | None) -> None:
-        """Puts a step in its place; `slot` is pinned."""
-        self._waiting = sorted([*self._waiting, Waiting(step, slot)], key=lambda waiting: waiting.step)
+    @property
+    def has_something(self) -> bool:
+        """Whether there is more to take than a step that was overtaken by one which is not known here yet."""
+        if not self._waiting or not self._waiting[0].overtaken:
+            return bool(self._waiting)
+        return any(newer > self._waiting[0].step for newer in self._local.complete_steps())
+
+    def add(self, waiting: Waiting) -> None:
+        """Puts a step in its place; its slot is pinned."""
+        self._waiting = sorted([*self._waiting, waiting], key=lambda each: each.step)
 
     def take(self) -> Waiting:
         """The step that waited longest, or a newer one where its slot was needed meanwhile."""
         oldest = self._waiting.pop(0)
-        if oldest.slot is None:
+        if oldest.slot is None and not oldest.overtaken:
             oldest.slot = self.pin(oldest.step)
         return oldest if oldest.slot is not None else self._newer(oldest) or oldest
 
@@ -71,12 +82,6 @@ class DrainQueue:
         """This one, if it waits; older ones make way."""
         self._give_up([w for w in self._waiting if w.step < step], f"{step} goes in its place")
         return self._waiting.pop(0) if self.oldest == step else None
-
-    def replace(self, step: StepId) -> None:
-        """Where `step` could not be had everywhere: the newest complete step waits in its place."""
-        newest = max(self._local.complete_steps(), default=None)
-        if not self._waiting and newest is not None and newest > step:
-            self.add(newest, self.pin(newest))
 
     def keep_newest(self, reason: str) -> None:
         self._give_up(self._waiting[:-1], reason)
@@ -112,7 +117,7 @@ class DrainQueue:
     def _give_up(self, given_up: Iterable[Waiting], reason: str) -> None:
         listed = list(given_up)
         self._remove(listed)
-        for step in (waiting.step for waiting in listed):
+        for step in (waiting.step for waiting in listed if not waiting.overtaken):
             said = f"{step} is given up: {reason}"
             self._log.emit(DrainEvent(step=step.step, bytes=0, seconds=0.0, result="superseded", reason=said))
 

@@ -66,7 +66,7 @@ class DrainWorker:
         self._last_failure: Verdict | None = None
         self._not_before = 0.0
         self._waiters: list[_Waiter] = []
-        self._told: tuple[StepId, StoreReason] | None = None
+        self._told: tuple[StepId, StoreReason, bool] | None = None
         self._early: set[StepId] = set()  # that were called for before this process was told of them
         self._left: list[Attempt] = []  # that failed, and may have left something
         self._newest_committed: StepId | None = None
@@ -124,7 +124,7 @@ class DrainWorker:
                 self._early.discard(step)
                 self._not_before = 0.0
             else:
-                self._queue.add(step, slot)
+                self._queue.add(Waiting(step, slot))
                 if self._failures:
                     self._queue.keep_newest(f"{step} goes in its place")
             self._changed.notify_all()
@@ -356,34 +356,43 @@ class DrainWorker:
 
     def _end(self, chosen: Waiting, verdict: Verdict) -> None:
         """An attempt ended; with the lock."""
-        step = self._last_step = chosen.step
-        self._running = None
+        step, self._running = chosen.step, None
         self._ended += 1
         self._early = {early for early in self._early if early >= step}
-        if verdict.result == "failed" and verdict.repeats and not self._closed:
-            self._failures, self._last_failure = self._failures + 1, verdict
-            pause = self._job.pauses.before(self._failures, verdict.cause, _JITTER.random())
-            self._not_before = time.monotonic() + pause
-            self._queue.add(step, chosen.slot)
+        overtaken = verdict.result == "superseded" and verdict.repeats and not self._closed
+        if overtaken:
+            self._queue.unpin(chosen.slot)
+            self._queue.add(Waiting(step, None, overtaken=True))
             self._queue.keep_newest("a newer step goes in its place")
-            if self._job.lets_go:
-                self._queue.let_go_oldest()
-            if self._commits and self._pause() > 0:
-                waits = self._queue.newest or step
-                self._job.log.info("drain", waits.step, f"the next try is in {pause:.0f} s")
+            has_newer = self._queue.has_something
+            self._not_before = 0.0 if has_newer else time.monotonic() + self._job.pauses.before(1, "other", 0.5)
+        elif verdict.result == "failed" and verdict.repeats and not self._closed:
+            self._wait_for_next_try(chosen, verdict)
         else:
             self._failures, self._not_before = 0, 0.0
             self._last_failure = verdict if verdict.result == "failed" else None
             self._queue.unpin(chosen.slot)
             self._queue.forget_until(step)
-            if self._commits and verdict.result == "superseded" and verdict.repeats and not self._closed:
-                self._queue.replace(step)
+        if not (overtaken and self._queue.has_something):
+            self._last_step = step
+        waits, pause = self._queue.newest, self._pause()
+        if self._commits and waits is not None and 0 < pause < float("inf"):
+            self._job.log.info("drain", waits.step, f"the next try is in {pause:.0f} s")
         self._changed.notify_all()
+
+    def _wait_for_next_try(self, chosen: Waiting, verdict: Verdict) -> None:
+        self._failures, self._last_failure = self._failures + 1, verdict
+        pause = self._job.pauses.before(self._failures, verdict.cause, _JITTER.random())
+        self._not_before = time.monotonic() + pause
+        self._queue.add(chosen)
+        self._queue.keep_newest("a newer step goes in its place")
+        if self._job.lets_go:
+            self._queue.let_go_oldest()
 
     def _drain(self, attempt: Attempt, index: int | None) -> tuple[Verdict, int]:
         job, step = self._job, attempt.step_id
         if (stands := job.board.peek(attempt)) is not None:
-            return stands, 0  # This process comes late.
+            return self._heard(attempt, stands), 0  # This process comes late.
         if index is None:
             if any(complete > step for complete in job.local.complete_steps()):
                 why = f"process {job.process}: its slot was needed, a newer step goes in its place"
@@ -415,7 +424,10 @@ class DrainWorker:
 
     def _await_verdict(self, attempt: Attempt) -> Verdict:
         # The committer gives up after its own time limit and says so; a margin lets that be heard.
-        verdict = self._job.board.wait(attempt, self._job.timeout + _MARGIN)
+        return self._heard(attempt, self._job.board.wait(attempt, self._job.timeout + _MARGIN))
+
+    def _heard(self, attempt: Attempt, verdict: Verdict) -> Verdict:
+        """Keeps what others say of a failure for `check_for_errors`."""
         if verdict.result == "failed":
             self._note(attempt.step_id, verdict, PersistentStoreError(f"{attempt} failed: {verdict.reason}"))
         return verdict
@@ -447,9 +459,10 @@ class DrainWorker:
         told.__cause__ = error
         with self._changed:
             asked = any(not waiter.holds for waiter in self._waiters)
-            if asked or self._told != (step, verdict.cause):
+            heard = any(str(waits) == str(told) for waits in self._errors)
+            if (asked and not heard) or self._told != (step, verdict.cause, verdict.repeats):
                 self._errors.append(told)
-            self._told = (step, verdict.cause)
+            self._told = (step, verdict.cause, verdict.repeats)
 
     def _tidy(self, step: StepId) -> None:
         """After a commit: older steps, and what failed attempts left. Whatever fails, the commit stands."""

@@ -66,7 +66,7 @@ class FlushTimes:
     quiet: float = 10.0
     patience: float = 180.0
     store: float = 3600.0
-    pauses: Pauses = Pauses(60.0)
+    pauses: Pauses = dataclasses.field(default_factory=lambda: Pauses(60.0))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -8,8 +8,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emergency_ckpt.core.retrying import Pauses, StoreReason, parse_reason, store_error, store_reason
-from emergency_ckpt.errors import PersistentStoreError, StoreCredentialsExpiredError, StoreEncryptionError
+from emergency_ckpt.core.retrying import (
+    Pauses,
+    StoreReason,
+    is_final,
+    parse_reason,
+    store_error,
+    store_reason,
+)
+from emergency_ckpt.errors import (
+    ConfigError,
+    CorruptDataError,
+    PersistentStoreError,
+    StaleGenerationError,
+    StepOccupiedError,
+    StoreCredentialsExpiredError,
+    StoreEncryptionError,
+    StoreUnsupportedError,
+    UnsupportedStateError,
+)
 
 REASONS = st.sampled_from(get_args(StoreReason))
 
@@ -40,3 +57,26 @@ def test_kinds_of_errors_have_the_reason_of_what_they_are_kinds_of() -> None:
     assert store_reason(PersistentStoreError("")) == store_reason(ValueError("")) == "other"
     with pytest.raises(ValueError, match="no reason of a store"):
         parse_reason("tired")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        StaleGenerationError(""),
+        CorruptDataError(""),
+        StepOccupiedError(""),
+        StoreUnsupportedError(""),
+        UnsupportedStateError(""),
+        ConfigError(""),
+    ],
+)
+def test_what_another_try_cannot_mend_is_final_and_stays_so_when_an_agent_tells_of_it(error: Exception) -> None:
+    assert is_final(error)
+    if not isinstance(error, StaleGenerationError | CorruptDataError):  # These have endings of their own.
+        assert is_final(store_error(store_reason(error), "why"))
+
+
+@given(REASONS.filter(lambda reason: reason not in ("occupied", "unsupported")))
+def test_what_the_store_does_may_pass(reason: StoreReason) -> None:
+    assert not is_final(store_error(reason, "why"))
+    assert not is_final(OSError("why"))

@@ -119,12 +119,9 @@ def test_finish_raises_when_the_last_step_is_not_persistent(
     opened: Opener, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manager = opened()
-    with monkeypatch.context() as failing:
-        Unreliable(failing, draining, "write_part", PersistentStoreError("disk full"), times=99)
-        with pytest.raises(
-            PersistentStoreError, match=r"last step 5 did not reach the persistent tier.*disk full"
-        ):
-            manager.finish(5, make_state(mesh, 5))
+    Unreliable(monkeypatch, draining, "write_part", PersistentStoreError("disk full"), times=99)
+    with pytest.raises(PersistentStoreError, match=r"last step 5 did not reach the persistent tier.*disk full"):
+        manager.finish(5, make_state(mesh, 5))
 
 
 def test_a_closed_manager_refuses_to_save(opened: Opener, mesh: Mesh) -> None:
@@ -392,6 +389,6 @@ def test_a_failing_persistent_store_makes_noise_and_the_local_tier_goes_on(
     with pytest.raises(Exception, match="step 5"):
         manager.wait_until_finished()
     assert manager.latest_complete_step() == 8
-    assert manager.metrics_snapshot()["drains_failed"] >= 1
+    assert manager.metrics_snapshot()["drains_failed"] in (1, 2), "by itself, and for whoever waits"
     blocked.unlink()
     (tmp_path / "elsewhere").rename(blocked)

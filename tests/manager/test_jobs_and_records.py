@@ -154,10 +154,12 @@ def test_saves_that_outrun_a_drain_find_slots_and_the_newest_step_becomes_persis
 ) -> None:
     manager = opened()
     monkeypatch.setattr(
-        manager, "_settings", dataclasses.replace(manager._settings, slot_wait=timedelta(seconds=0.01))
+        manager, "_settings", dataclasses.replace(manager._settings, slot_wait=timedelta(seconds=0.1))
     )
     saved = [step for step in range(1, 41) if manager.save(step, make_state(mesh, step))]
     counted = manager.metrics_snapshot()
+    assert saved == [step for step in range(1, 41) if step == 1 or step % 2 == 0 or step % 5 == 0]
+    assert counted["saves_skipped"] == 0
     assert counted["drains_superseded"] > 0
     gate.open()
     manager.wait_until_finished()
@@ -166,8 +168,7 @@ def test_saves_that_outrun_a_drain_find_slots_and_the_newest_step_becomes_persis
     counted = manager.metrics_snapshot()
     assert counted["saves_complete"] == len(saved)
     persistent = sorted(int(p.name) for p in (tmp_path / "bucket").iterdir() if p.name.isdigit())
-    assert persistent[0] == 1
-    assert persistent[-1] >= max(step for step in saved if step % 5 == 0)
+    assert {1, 40} <= set(persistent) <= {1, 35, 40}, "the one that was on its way, and the newest that are due"
     assert save_all(manager, mesh, range(41, 46)) == [42, 44, 45]
     assert (tmp_path / "bucket/45").is_dir()
     assert_same(opened().restore(None)["state"], make_state(mesh, 45))
