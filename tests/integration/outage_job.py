@@ -23,6 +23,7 @@ FLAGS = {
     "checkpoint_drain_retry_seconds": 2,
     "checkpoint_storage_stall_seconds": 0.5,
     "checkpoint_agent_idle_seconds": 5,
+    "enable_autocheckpoint": True,
 }
 _STEP_SECONDS = 0.05
 _MORE_STEPS = 2
@@ -30,7 +31,7 @@ _MORE_STEPS = 2
 
 class _Training:
     def __init__(self, root: str, manager: CheckpointManager, mesh: jax.sharding.Mesh) -> None:
-        self._root, self.manager, self._mesh = Path(root), manager, mesh
+        self.root, self.manager, self._mesh = Path(root), manager, mesh
         self.step, self.told = 0, list[str]()
 
     def until(self, done: Any) -> None:
@@ -47,7 +48,7 @@ class _Training:
                 return
 
     def hears_of(self, file: str) -> None:
-        self.until((self._root / file).exists)
+        self.until((self.root / file).exists)
 
     def committed(self) -> float:
         return self.manager.metrics_snapshot().get("last_committed_step", -1)
@@ -80,21 +81,50 @@ def go_on_through(root: str, url: str, stories: list[str]) -> dict[str, Any]:
         print(f"ready for {story}", flush=True)
         found[story] = _live_through(training, story)
     manager.wait_until_finished()
-    newest = training.committed()
+    left = _leave(training)
     counters = manager.metrics_snapshot()
-    manager.close()
+    config = make_config(root, {"base_output_directory": url, **FLAGS})
     multihost_utils.sync_global_devices("closed")
+    with CheckpointManager.from_config(config, mesh, make_state(mesh, 0)) as second:
+        _check_restored(second, mesh, training.step)
+        newest = training.step + 1
+        second.finish(newest, make_state(mesh, newest))
+    multihost_utils.sync_global_devices("finished")
     remove_tree(Path(root) / f"ramdisk_{process}")
-    again = make_config(root, {"base_output_directory": url, **FLAGS})
-    with CheckpointManager.from_config(again, mesh, make_state(mesh, 0)) as second:
-        restored = second.restore_or_init(lambda: make_state(mesh, 0))
-        assert restored.step is not None
-        check_state(restored.state, mesh, restored.step)
-        steps = list(second.all_steps())
+    config = make_config(root, {"base_output_directory": url, **FLAGS})
+    with CheckpointManager.from_config(config, mesh, make_state(mesh, 0)) as third:
+        _check_restored(third, mesh, newest)
+        steps = list(third.all_steps())
     return {
         "stories": found,
+        "left": left,
         "newest": newest,
-        "restored": restored.step,
         "skipped": counters["saves_skipped"],
         "steps": steps,
     }
+
+
+def _leave(training: _Training) -> dict[str, Any]:
+    """The store answers nothing any more, slots are pinned for it, and a signal ends the job."""
+    print("ready for the end", flush=True)
+    training.told = []
+    training.hears_of("end.begins")
+    training.until(lambda: training.told)
+    print("the end was told", flush=True)
+    training.until(lambda: training.manager.reached_preemption(training.step))
+    closed = ""
+    try:
+        training.manager.close()
+    except EmergencyCheckpointError as error:
+        closed = type(error).__name__
+    complete = training.manager.metrics_snapshot()["last_complete_step"]
+    print("closed in the outage", flush=True)
+    while not (training.root / "end.ends").exists():
+        time.sleep(0.05)
+    return {"complete": complete == training.step, "closed": closed}
+
+
+def _check_restored(manager: CheckpointManager, mesh: jax.sharding.Mesh, step: int) -> None:
+    restored = manager.restore_or_init(lambda: make_state(mesh, 0))
+    assert restored.step == step, f"step {restored.step} was restored, {step} was the last one"
+    check_state(restored.state, mesh, step)
