@@ -60,7 +60,7 @@ class Counters:
         self._store_failures = self._counter(
             "store_failures",
             "drains with the ending store_failed by what the store did: throttled, unreachable, permission, "
-            "credentials, missing (the bucket), full, other",
+            "credentials, missing (the bucket), full, occupied (by another step), unsupported, other",
             "reason",
         )
         self._drained_bytes = self._counter("drained_bytes", "bytes of parts that were written")

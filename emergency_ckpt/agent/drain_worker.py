@@ -16,10 +16,11 @@ from collections.abc import Iterator
 from datetime import timedelta
 
 from emergency_ckpt.agent.drain import DrainJob, Verdict
+from emergency_ckpt.agent.drain_errors import DrainErrors
 from emergency_ckpt.agent.drain_queue import DrainQueue, Waiting
 from emergency_ckpt.agent.orders import Share
 from emergency_ckpt.core.lineage import StepId
-from emergency_ckpt.core.retrying import StoreReason, is_final, store_error, store_reason
+from emergency_ckpt.core.retrying import is_final, store_reason
 from emergency_ckpt.errors import (
     CoordinationTimeoutError,
     CorruptDataError,
@@ -66,11 +67,10 @@ class DrainWorker:
         self._last_failure: Verdict | None = None
         self._not_before = 0.0
         self._waiters: list[_Waiter] = []
-        self._told: tuple[StepId, StoreReason, bool] | None = None
         self._early: set[StepId] = set()  # that were called for before this process was told of them
         self._left: list[Attempt] = []  # that failed, and may have left something
         self._newest_committed: StepId | None = None
-        self._errors: list[EmergencyCheckpointError] = []
+        self._errors = DrainErrors(job.log)
         self._closed = ""  # why no attempt begins any more
         self._thread = threading.Thread(target=self._run, name="emergency_ckpt drain", daemon=True)
         self._thread.start()
@@ -148,9 +148,7 @@ class DrainWorker:
 
     def take_errors(self) -> list[EmergencyCheckpointError]:
         """Errors since the last call, oldest first."""
-        with self._changed:
-            errors, self._errors = self._errors, []
-        return errors
+        return self._errors.take()
 
     def wait(self, timeout: timedelta) -> bool:
         """Waits until each step has been drained or has had a try, which does not wait for its time.
@@ -255,8 +253,8 @@ class DrainWorker:
             except Exception as error:  # Nothing must end the thread: others wait for this process.
                 told = PersistentStoreError(f"draining {attempt.step} failed: {type(error).__name__}: {error}")
                 told.__cause__ = error
+                self._errors.keep(told)
                 with self._changed:
-                    self._errors.append(told)
                     self._end(attempt, Verdict("failed", str(told)))
 
     def _choose(self) -> Waiting | None:
@@ -301,8 +299,8 @@ class DrainWorker:
             except CoordinationTimeoutError:
                 continue  # The store may fail for long.
             except EmergencyCheckpointError as error:
+                self._errors.keep(error)
                 with self._changed:
-                    self._errors.append(error)
                     self._queue.give_up("the other processes cannot be reached")
                     self._changed.notify_all()
                 continue
@@ -448,21 +446,12 @@ class DrainWorker:
             self._note(attempt.step_id, stands, error)
         return stands
 
-    # What is told.
+    # After it.
 
     def _note(self, step: StepId, verdict: Verdict, error: EmergencyCheckpointError) -> None:
-        """An error is told once for each step and cause, and again to whoever waits in order to hear of it."""
-        again = " It is tried again, or a newer step in its place." if verdict.repeats else ""
-        told = store_error(
-            verdict.cause, f"{step} did not reach the persistent tier: {_sentence(error)}{again}"
-        )
-        told.__cause__ = error
         with self._changed:
             asked = any(not waiter.holds for waiter in self._waiters)
-            heard = any(str(waits) == str(told) for waits in self._errors)
-            if (asked and not heard) or self._told != (step, verdict.cause, verdict.repeats):
-                self._errors.append(told)
-            self._told = (step, verdict.cause, verdict.repeats)
+        self._errors.failed(step, verdict, error, asked=asked)
 
     def _tidy(self, step: StepId) -> None:
         """After a commit: older steps, and what failed attempts left. Whatever fails, the commit stands."""
@@ -473,7 +462,7 @@ class DrainWorker:
                 self._job.abandon(attempt)
         except (EmergencyCheckpointError, OSError) as error:
             told = PersistentStoreError(f"after the commit of {step}, old steps could not be deleted: {error}")
-            self._note_after_commit("retention", step, told, error)
+            self._errors.after_commit("retention", step, told, error)
 
     def _call_back(self, step: StepId) -> None:
         """The user's callback after a commit; whatever it raises, the commit stands."""
@@ -485,17 +474,4 @@ class DrainWorker:
             told = EmergencyCheckpointError(
                 f"{step} was committed, but the callback after it failed: {type(error).__name__}: {error}"
             )
-            self._note_after_commit("drain", step, told, error)
-
-    def _note_after_commit(
-        self, operation: str, step: StepId, told: EmergencyCheckpointError, cause: Exception
-    ) -> None:
-        told.__cause__ = cause
-        self._job.log.error(operation, step.step, str(told))
-        with self._changed:
-            self._errors.append(told)
-
-
-def _sentence(error: Exception) -> str:
-    text = str(error)
-    return text if text.endswith(".") else f"{text}."
+            self._errors.after_commit("drain", step, told, error)
