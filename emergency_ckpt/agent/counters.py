@@ -17,6 +17,8 @@ from prometheus_client import (
     generate_latest,
 )
 
+from emergency_ckpt.core.retrying import StoreReason
+
 _PREFIX = "emergency_ckpt_agent"
 _SECONDS = (0.001, 0.01, 0.05, 0.1, 0.5, 1, 5, 30, 120)
 _LONG_SECONDS = (0.1, 0.5, 1, 5, 30, 120, 600, 1800)
@@ -55,6 +57,12 @@ class Counters:
             "failed",
             "ending",
         )
+        self._store_failures = self._counter(
+            "store_failures",
+            "drains with the ending store_failed by what the store did: throttled, unreachable, permission, "
+            "credentials, missing (the bucket), full, occupied (by another step), unsupported, other",
+            "reason",
+        )
         self._drained_bytes = self._counter("drained_bytes", "bytes of parts that were written")
         self._drain_seconds = self._histogram("drain_seconds", "duration of drains", _LONG_SECONDS)
         self.flushes_begun = self._counter("flushes_begun", "trainers that died, whose newest step is seen to")
@@ -68,6 +76,8 @@ class Counters:
             self._drains.labels(ending)
         for ending in get_args(CountedFlush):
             self._flushes.labels(ending)
+        for reason in get_args(StoreReason):
+            self._store_failures.labels(reason)
         self.deleted_steps = self._counter("deleted_steps", "persistent steps that were deleted after a flush")
         self.bytes_served_total = 0
 
@@ -95,6 +105,10 @@ class Counters:
         self._drains.labels(ending).inc()
         self._drained_bytes.inc(nbytes)
         self._drain_seconds.observe(seconds)
+
+    def count_store_failure(self, reason: StoreReason) -> None:
+        """Why a drain failed."""
+        self._store_failures.labels(reason).inc()
 
     def count_flush(self, ending: CountedFlush) -> None:
         """One flush that ended."""

@@ -14,11 +14,18 @@ from typing import Any
 from emergency_ckpt.agent.orders import Destination, Life, Share
 from emergency_ckpt.core.locations import is_url
 from emergency_ckpt.core.upload_assignment import assign_uploads
-from emergency_ckpt.errors import CorruptDataError, EmergencyCheckpointError, PersistentStoreError
+from emergency_ckpt.errors import (
+    CorruptDataError,
+    EmergencyCheckpointError,
+    PersistentStoreError,
+    StoreThrottledError,
+    StoreUnreachableError,
+)
 from emergency_ckpt.local.slot_views import SealedSlot
 from emergency_ckpt.persistent.arrays import WriteOptions
 from emergency_ckpt.persistent.attempts import Attempt, StepNames
 from emergency_ckpt.persistent.committer import StepContent, commit
+from emergency_ckpt.persistent.object_store.operations import Limits
 from emergency_ckpt.persistent.ownership import Ownership
 from emergency_ckpt.persistent.records import Generation
 from emergency_ckpt.persistent.store import PersistentStore
@@ -36,6 +43,7 @@ def destination_of(
     options: WriteOptions,
     timeout_seconds: float,
     *,
+    stall_seconds: float = 60.0,
     tidies: bool = False,
     max_to_keep: int | None = None,
     keep_period: int | None = None,
@@ -52,6 +60,7 @@ def destination_of(
         compression=options.compression,
         target_data_file_bytes=options.target_data_file_bytes,
         timeout_seconds=timeout_seconds,
+        stall_seconds=stall_seconds,
         tidies=tidies,
         max_to_keep=max_to_keep,
         keep_period=keep_period,
@@ -64,7 +73,11 @@ def _resolved(location: str) -> str:
 
 def open_store(destination: Destination) -> PersistentStore:
     """The persistent root that a destination names."""
-    return PersistentStore(destination.root, StepNames(destination.prefix, destination.digits))
+    names, limits = (
+        StepNames(destination.prefix, destination.digits),
+        Limits.of_stall(destination.stall_seconds),
+    )
+    return PersistentStore(destination.root, names, limits=limits)
 
 
 def check_life(store: PersistentStore, destination: Destination) -> None:
@@ -138,7 +151,8 @@ def carry_out(
         # What was written so far is invisible and of no use; where even this fails, the next life of the run
         # removes it.
         with contextlib.suppress(PersistentStoreError, OSError):
-            if resumable():
+            # A store that does not answer is not asked more; who tries again tidies up.
+            if resumable() or isinstance(error, StoreUnreachableError | StoreThrottledError):
                 pass
             elif share.commits:
                 # Whoever was at work before this one, and is known to be dead, has left it to this one.
@@ -196,6 +210,7 @@ def _options(destination: Destination) -> WriteOptions:
         compression=destination.compression,
         target_data_file_bytes=destination.target_data_file_bytes,
         timeout_seconds=destination.timeout_seconds,
+        stall_seconds=destination.stall_seconds,
     )
 
 

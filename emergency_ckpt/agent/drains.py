@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import re
 import secrets
 import threading
@@ -24,6 +25,7 @@ from emergency_ckpt.agent.slot_id import SlotId
 from emergency_ckpt.agent.slots_on_disk import SlotsOnDisk
 from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.lineage import StepId
+from emergency_ckpt.core.retrying import StoreReason, store_reason
 from emergency_ckpt.errors import CorruptDataError, EmergencyCheckpointError, StaleGenerationError
 from emergency_ckpt.local.pins import SlotPin, pin_slot
 
@@ -41,8 +43,9 @@ Ending = Literal["done", "superseded", "corrupt", "failed"]
 class DrainState:
     """How far a drain is: `ending` None while it runs, `reason` why it did not end well.
 
-    `waiting`: its part is written, and those of others are not. `asked`: what was asked for; `order`: the same,
-    as long as a trainer's order has not ended.
+    `waiting`: its part is written, and those of others are not. `cause`: why the store failed, if so. `retry`:
+    the try before this one failed. `asked`: what was asked for; `order`: the same, as long as a trainer's order
+    has not ended.
     """
 
     id: str
@@ -52,6 +55,8 @@ class DrainState:
     ending: Ending | None = None
     nbytes: int = 0
     reason: str = ""
+    cause: StoreReason = "other"
+    retry: bool = False
     asked: Order | None = None
     order: Order | None = None
     give_up: str | None = None
@@ -81,6 +86,7 @@ class Drains:
         self._states: dict[str, DrainState] = {}
         self._closed: str | None = None
         self._over = False
+        self._newest_commit: float | None = None
         self._layouts: dict[str, Layout] = {}
 
     @property
@@ -88,6 +94,18 @@ class Drains:
         """How many have not ended; those that an agent before this one left are among them."""
         with self._changed:
             return sum(state.ending is None for state in self._states.values()) + len(self._left)
+
+    @property
+    def retries(self) -> int:
+        """How many that run are further tries, after one that failed."""
+        with self._changed:
+            return sum(state.ending is None and state.retry for state in self._states.values())
+
+    @property
+    def seconds_since_commit(self) -> float:
+        """Since this agent has committed a step; not a number where it has not."""
+        newest = self._newest_commit
+        return math.nan if newest is None else time.monotonic() - newest
 
     @property
     def orders(self) -> list[Order]:
@@ -160,6 +178,7 @@ class Drains:
             layout = self._layout(share.layout)
             state = DrainState(secrets.token_hex(16), f"{step} of run {life.run}, part {share.position}", life)
             state.asked, state.order = order, order if ordered or resumed else None
+            state.retry = share.retry
             if resumed and share.holders == (share.position,):
                 # Nobody else knows of the attempt: a new one is not in the way of what is left of it.
                 share = dataclasses.replace(share, ordinal=_FIRST_NEW_ORDINAL + secrets.randbelow(2**32))
@@ -263,13 +282,17 @@ class Drains:
                     resumable=lambda: self._over and state.order is not None,
                 )
             ending, counted = "done", "committed" if share.commits else "part_written"
+            if share.commits:
+                self._newest_commit = time.monotonic()
         except StaleGenerationError as error:
             ending, counted, reason = "superseded", "superseded", str(error)
         except CorruptDataError as error:
             ending, counted, reason = "corrupt", "corrupt", str(error)
         except EmergencyCheckpointError as error:
             counted = "abandoned" if state.give_up is not None else "store_failed"
-            reason = str(error)
+            reason, state.cause = str(error), store_reason(error)
+            if counted == "store_failed":
+                self._counters.count_store_failure(state.cause)
         except Exception as error:  # Whoever asked waits for an answer, whatever it was.
             _log.exception("draining %s failed", state.what)
             reason = f"{type(error).__name__}: {error}"

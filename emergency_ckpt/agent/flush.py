@@ -12,6 +12,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import logging
+import random
 import threading
 import time
 from collections.abc import Collection, Iterable, Mapping
@@ -27,6 +28,7 @@ from emergency_ckpt.agent.trainers import State, Trainers
 from emergency_ckpt.core.flush import Copy, Flush, choose_flush
 from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.lineage import Activation, StepId
+from emergency_ckpt.core.retrying import Pauses, is_final, store_error, store_reason
 from emergency_ckpt.errors import (
     CorruptDataError,
     PeerUnavailableError,
@@ -56,12 +58,15 @@ class FlushTimes:
       poll: between two looks.
       quiet: for parts that a drain waits for, when nobody writes one.
       patience: for trainers that live, here or elsewhere.
+      store: for a store that fails; pauses: between two tries then.
     """
 
     settle: float = 2.0
     poll: float = 0.5
     quiet: float = 10.0
     patience: float = 180.0
+    store: float = 3600.0
+    pauses: Pauses = dataclasses.field(default_factory=lambda: Pauses(60.0))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -96,7 +101,7 @@ class FlushSession:
         self._times = times
         self._quiet_since = time.monotonic()
         self._lost: dict[Endpoint, str] = {}  # agents that cannot be reached
-        self._store_error = ""
+        self._store_error: tuple[type[Exception], str] | None = None  # that was logged last
         self._earlier: dict[int, Life | None] = {}  # lives of the run by generation, as the store knows them
         self._next_ordinal = _FIRST_ORDINAL + _ORDINALS_PER_PROCESS * registration.process
         self._pool = concurrent.futures.ThreadPoolExecutor(_ASKED_AT_ONCE, "emergency_ckpt flush")
@@ -119,8 +124,9 @@ class FlushSession:
         times, destination = self._times, self._registration.destination
         store = open_store(destination)
         self._stopped.wait(times.settle)
-        patience = time.monotonic() + times.patience
-        give_up = patience + 2 * destination.timeout_seconds
+        patience, store_patience = (time.monotonic() + seconds for seconds in (times.patience, times.store))
+        give_up = patience + times.store + 2 * destination.timeout_seconds
+        failures = 0
         while not self._stopped.is_set():
             if not self._trainers.is_gone(self._trainer):
                 return _stands_down("a trainer has taken over")
@@ -138,30 +144,32 @@ class FlushSession:
                     try:
                         check_life(store, destination)
                         steps, activations = store.steps(), store.activations()
+                        newest = max((s.step_id for s in without_void(steps, activations)), default=None)
+                        result = self._lead(store, newest, activations)
                     except StaleGenerationError as error:
                         return _stands_down(str(error))
                     except PersistentStoreError as error:
-                        if now > patience:
+                        if is_final(error) or now > store_patience:
                             raise
-                        self._wait_for_store(error)
+                        failures += 1
+                        self._wait_for_store(error, failures)
                         continue
-                    newest = max((s.step_id for s in without_void(steps, activations)), default=None)
-                    result = self._lead(store, newest, activations)
                     return dataclasses.replace(result, deleted=self._tidy(store))
                 if lower == "alive" and now > patience:
                     return _stands_down("the trainer of a lower process lives")
             self._stopped.wait(times.poll)
         return _stands_down("the agent leaves")
 
-    def _wait_for_store(self, error: PersistentStoreError) -> None:
-        if self._store_error != str(error):
-            self._store_error = str(error)
+    def _wait_for_store(self, error: PersistentStoreError, failures: int) -> None:
+        reason = store_reason(error)
+        if self._store_error != (type(error), reason):
+            self._store_error = type(error), reason
             _log.warning(
                 "the flush waits for the persistent tier, at most %g s from its beginning: %s",
-                self._times.patience,
+                self._times.store,
                 error,
             )
-        self._stopped.wait(self._times.poll)
+        self._stopped.wait(self._times.pauses.before(failures, reason, random.random()))
 
     # Who leads.
 
@@ -235,7 +243,7 @@ class FlushSession:
             bad = {(copy.process, flush.step) for copy, said in ended.items() if said.ending == "corrupt"}
             bad |= {(copy.process, flush.step) for copy, said in ended.items() if said.ending is None}
             if not bad or self._stopped.is_set():
-                raise PersistentStoreError(f"{flush.step} was not committed: {report.reason}")
+                raise store_error(report.cause, f"{flush.step} was not committed: {report.reason}")
             _log.warning("%s is tried again without processes %s", flush.step, sorted(p for p, _ in bad))
             struck |= bad
         raise PersistentStoreError(f"{_TRIES} tries came to nothing")

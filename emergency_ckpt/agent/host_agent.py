@@ -25,12 +25,12 @@ from emergency_ckpt.agent.orders import Destination, Registration, Share
 from emergency_ckpt.agent.presence import Presence
 from emergency_ckpt.agent.record import AgentRecord, agent_directory, agent_lives, read_record
 from emergency_ckpt.agent.starting import ensure_agent
+from emergency_ckpt.core.retrying import store_error
 from emergency_ckpt.errors import (
     AgentStartError,
     CorruptDataError,
     LocalDirectoryError,
     PeerUnavailableError,
-    PersistentStoreError,
     StaleGenerationError,
 )
 from emergency_ckpt.preemption.notice import Notice
@@ -103,7 +103,7 @@ class HostAgent:
             if report.ending == "corrupt":
                 raise CorruptDataError(report.reason)
             if report.ending is not None:
-                raise PersistentStoreError(report.reason)
+                raise store_error(report.cause, report.reason)
             if not told and (reason := stop()) is not None:
                 _answered(functools.partial(client.give_up, drain, reason))
                 told = True

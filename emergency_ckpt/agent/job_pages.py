@@ -195,7 +195,8 @@ def _order_of_life(raw: Any) -> tuple[Life, Share]:
 
 
 def _told(state: DrainState) -> web.Response:
-    return web.json_response({"ending": state.ending, "bytes": state.nbytes, "reason": state.reason})
+    said = {"ending": state.ending, "bytes": state.nbytes, "reason": state.reason, "cause": state.cause}
+    return web.json_response(said)
 
 
 def _only_owner(request: web.Request) -> web.Response | None:

@@ -25,6 +25,7 @@ from emergency_ckpt.agent.orders import (
 )
 from emergency_ckpt.agent.record import AgentRecord
 from emergency_ckpt.agent.trainers import State
+from emergency_ckpt.core.retrying import StoreReason, parse_reason
 from emergency_ckpt.errors import PeerUnavailableError
 
 TIMEOUT = timedelta(seconds=20)
@@ -32,11 +33,12 @@ TIMEOUT = timedelta(seconds=20)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DrainReport:
-    """How far a drain is: `ending` None while it runs."""
+    """How far a drain is: `ending` None while it runs. `cause`: why the store failed, if so."""
 
     ending: Ending | None
     nbytes: int
     reason: str
+    cause: StoreReason = "other"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -96,7 +98,7 @@ class OrderClient:
             ending, nbytes, reason = said["ending"], said["bytes"], said["reason"]
             if not (ending is None or ending in get_args(Ending)) or type(nbytes) is not int:
                 raise ValueError(f"{ending!r:.40}, {nbytes!r:.40}")
-            return DrainReport(ending, nbytes, str(reason))
+            return DrainReport(ending, nbytes, str(reason), parse_reason(said["cause"]))
         except (TypeError, KeyError, ValueError) as error:
             raise self._nonsense(f"the state of a drain ({error})") from error
 

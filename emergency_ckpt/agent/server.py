@@ -146,6 +146,14 @@ class ShardServer:
         self._door = Door(self._runner.server, self._limits.connections, self._limits.request_seconds)
         self.counters.watch("trainers", "trainers that live", lambda: self.trainers.count)
         self.counters.watch("running_drains", "drains that have not ended", lambda: self.drains.running)
+        self.counters.watch(
+            "running_retries", "those that are tried again after a failure", lambda: self.drains.retries
+        )
+        self.counters.watch(
+            "persistent_step_age_seconds",
+            "since this agent committed a step last; NaN where it has committed none",
+            lambda: self.drains.seconds_since_commit,
+        )
         self.counters.watch("running_flushes", "flushes that have not ended", lambda: self.flushes())
         self.counters.watch("notices", "notices that were heard", lambda: self.notices.heard)
         self.counters.watch("connections", "open connections", lambda: self._connections.connections)

@@ -288,7 +288,19 @@ class Config(BaseModel):
     checkpoint_drain_timeout_seconds: Seconds = Field(
         1800.0,
         gt=0,
-        description="Longest time for copying one step to the persistent tier; after that it has failed.",
+        description="Longest time for copying one step to the persistent tier; after that this try has failed.",
+    )
+    checkpoint_drain_retry_seconds: Seconds = Field(
+        300.0,
+        gt=0,
+        description="Longest mean pause between a copy to the persistent tier that failed and its next try. "
+        "The first is a sixtieth of it, or a fifth where rights, credentials or room are missing.",
+    )
+    checkpoint_storage_stall_seconds: Seconds = Field(
+        60.0,
+        gt=0,
+        description="A request to the persistent tier of which nothing moves for so long is cut and repeated, "
+        "for up to ten times as long. All other limits of requests follow from it.",
     )
     checkpoint_log_format: Literal["text", "json"] = Field(
         "text", description="Log lines as text, or as one JSON object per line."

@@ -26,7 +26,6 @@ from emergency_ckpt.persistent.arrays import (
     new_arrays,
     new_context,
     ocdbt,
-    settle,
 )
 from emergency_ckpt.persistent.attempts import Attempt, PersistentStep, part_store_name
 from emergency_ckpt.persistent.chunks import chunk_count
@@ -54,6 +53,7 @@ from emergency_ckpt.persistent.step_files import (
     side_file_name,
 )
 from emergency_ckpt.persistent.store import PersistentStore
+from emergency_ckpt.persistent.uploads import settle_upload
 from emergency_ckpt.persistent.writer import PartReport
 
 
@@ -215,12 +215,15 @@ def _write_numbers(
     transaction = ts.Transaction()
     leaves = [(LeafSpec(name, (), number.dtype.name), ()) for name, number in numbers.items()]
     opened = new_arrays(kvstore, leaves, "none", context, transaction, what, options.timeout_seconds)
-    settle(
+    nbytes = sum(number.nbytes for number in numbers.values())
+    settle_upload(
         [array.write(data).copy for array, data in zip(opened, numbers.values(), strict=True)],
         what,
-        options.timeout_seconds,
+        options,
+        nbytes,
+        in_bucket=files.is_bucket,
     )
-    settle([transaction.commit_async()], what, options.timeout_seconds)
+    settle_upload([transaction.commit_async()], what, options, nbytes, in_bucket=files.is_bucket)
 
 
 def _joined_extras(attempt: Attempt, parts: Sequence[PartReport]) -> dict[str, bytes]:

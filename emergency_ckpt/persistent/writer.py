@@ -23,7 +23,6 @@ from emergency_ckpt.persistent.arrays import (
     new_arrays,
     new_context,
     ocdbt,
-    settle,
     storage_dtype,
 )
 from emergency_ckpt.persistent.attempts import Attempt, part_store_name
@@ -36,6 +35,7 @@ from emergency_ckpt.persistent.step_files import (
     unseal,
 )
 from emergency_ckpt.persistent.store import PersistentStore
+from emergency_ckpt.persistent.uploads import check_cut, settle_upload
 
 _POLL_SECONDS = (0.02, 1.0)
 _MAX_REASON = 4000
@@ -89,6 +89,7 @@ def write_part(
     """
     options = options or WriteOptions()
     shards = tuple(sorted(set(shards)))
+    check_cut()
     store.begin(attempt)
     files = store.attempt_files(attempt)
     found = {shard: tuple(checksums(shard)) for shard in shards}
@@ -119,8 +120,9 @@ def write_part(
             .copy
             for array, index, data in zip(opened, batch, given, strict=True)
         ]
-        settle(writes, what, options.timeout_seconds)
-        settle([transaction.commit_async()], what, options.timeout_seconds)
+        nbytes = sum(data.nbytes for data in given)
+        settle_upload(writes, what, options, nbytes, in_bucket=files.is_bucket)
+        settle_upload([transaction.commit_async()], what, options, nbytes, in_bucket=files.is_bucket)
         # TensorStore reads the memory until here: checked any earlier, it could have changed under it.
         for index, data in zip(batch, given, strict=True):
             _verify(layout, index, data, found[index], attempt)

@@ -7,15 +7,18 @@ order, and every answer on which a later collective call depends is the same on 
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import jax
 
 from emergency_ckpt.core.lineage import Activation, Deletion, StepId, is_void
+from emergency_ckpt.core.retrying import Pauses
 from emergency_ckpt.core.schedule import NOTHING_DUE, Due
 from emergency_ckpt.core.slots import Outcome
 from emergency_ckpt.errors import (
@@ -188,10 +191,10 @@ class Engine:
         """
         self._check_open()
         key = self._call("saved")
-        self._wait_together(key)
-        if self._settings.schedule.persistent is not None:
-            return self._is_persistent(step, key)
-        return self._tell(f"{key}/local", lambda: step in self.step_numbers())
+        with self._quiet(key):
+            if self._settings.schedule.persistent is not None:
+                return self._is_persistent(step, key)
+            return self._tell(f"{key}/local", lambda: step in self.step_numbers())
 
     def finish(self, step: int, due: Due, prepare: Prepare) -> None:
         """Saves the last step to the persistent tier, with all the patience that a drain may need. Collective.
@@ -199,15 +202,56 @@ class Engine:
         Raises PersistentStoreError on all processes when it did not get there.
         """
         call = self._call("finish")
-        for attempt in range(_FINISH_TRIES):
-            key = f"{call}/{attempt}"
-            self.save(step, due, prepare, self._settings.drain_timeout)
-            self._wait_together(key)
-            if self._is_persistent(step, key):
-                return
-        causes = "; ".join(map(str, self.take_errors()))
-        why = causes or "its save was abandoned, or its drain failed on another process"
-        raise PersistentStoreError(f"the last step {step} did not reach the persistent tier: {why}")
+        deadline = time.monotonic() + self._settings.drain_timeout.total_seconds()
+        for tries in itertools.count(1):
+            current = StepId(self.job.generation.number, step)
+            if tries == 1 or self.newest_complete != current:
+                self.save(step, due, prepare, self._settings.drain_timeout)
+            else:
+                self._drain_again(current)
+            key = f"{call}/{tries}"
+            with self._quiet(key):
+                if self._is_committed(step, key):
+                    return
+                if not self._tell(f"{key}/again", lambda tries=tries: self._goes_on(tries, deadline)):
+                    self._workers.give_up_drains(f"{step} is the last one, and could not be drained")
+                    break
+        raise PersistentStoreError(
+            f"the last step {step} did not reach the persistent tier: {self._why_not_committed()}"
+        )
+
+    def _why_not_committed(self) -> str:
+        drain = self._workers.drain
+        failure = drain.last_failure if drain is not None else None
+        causes = "; ".join(map(str, self.take_errors())) or (failure.reason if failure is not None else "")
+        return causes or "its save was abandoned, or its drain failed on another process"
+
+    def _is_committed(self, step: int, key: str) -> bool:
+        """As `_is_persistent`, False where the store does not say so. Collective."""
+
+        def find() -> bool:
+            drain = self._workers.drain
+            if drain is not None and (newest := drain.newest_committed) is not None and newest.step == step:
+                return True
+            try:
+                return any(held.step_id.step == step for held in self.catalog.persistent())
+            except PersistentStoreError as error:
+                self.job.log.warning("save", step, f"whether it is persistent cannot be found out: {error}")
+                return False
+
+        limit = self._settings.coordination_timeout + self._settings.drain_timeout
+        return tell(self.job.coordinator, f"{key}/committed", find, limit)
+
+    def _goes_on(self, tries: int, deadline: float) -> bool:
+        """Whether the last step is to be drained once more, after a pause: a store may be away for a while."""
+        drain = self._workers.drain
+        failure = drain.last_failure if drain is not None else None
+        passing = failure is not None and failure.cause in ("unreachable", "throttled")
+        if not passing or time.monotonic() > deadline:
+            return tries < _FINISH_TRIES
+        pause = Pauses(self._settings.drain_retry.total_seconds()).before(tries, "unreachable", 0.5)
+        time.sleep(min(pause, self._settings.coordination_timeout.total_seconds() / 2))
+        return True
 
     def _may_save_again(self, step: int, due: Due) -> bool:
         """Whether a step that is not newer than all others still has something to be saved.
@@ -226,8 +270,8 @@ class Engine:
         if not due.persistent:
             return False
         key = self._call("persistent")
-        self._wait_together(key)
-        return not self._is_persistent(step, key)
+        with self._quiet(key):
+            return not self._is_committed(step, key)
 
     def _agree_to_repeat(self, step: StepId) -> bool:
         """Whether all processes repeat an abandoned save. One that repeats it alone would be out of step."""
@@ -416,16 +460,16 @@ class Engine:
         self._agree(f"{key}/wanted", mine, decide)
         assert wanted is not None
         # A save or a drain in the background could take a slot, or delete a step, that is being read.
-        self._wait_together(key)
-        survey = self.survey if self._survey_is_fresh else self._restorer.survey(key)
-        return self._restorer.restore_part(survey, step, wanted, key)
+        with self._quiet(key):
+            survey = self.survey if self._survey_is_fresh else self._restorer.survey(key)
+            return self._restorer.restore_part(survey, step, wanted, key)
 
     def reload(self) -> None:
         """Looks again at what can be restored. Collective."""
         self._check_open()
         key = self._call("reload")
-        self._wait_together(key)
-        self._look_again(key)
+        with self._quiet(key):
+            self._look_again(key)
         if self._survey_is_fresh:
             self._restorer.begin_early(self.survey, key)
 
@@ -434,8 +478,10 @@ class Engine:
         self._check_open()
         self._restorer.end_early()
         key = self._call("delete")
-        self._wait_together(key)
+        with self._quiet(key):
+            self._delete(step, key)
 
+    def _delete(self, step: int, key: str) -> None:
         def remove() -> list[int] | None:
             """Deletes the step if it is there; otherwise says which steps are."""
             numbers = self.step_numbers()
@@ -445,10 +491,14 @@ class Engine:
             self._workers.retention.forget_steps()
             return None
 
+        def remove_here() -> None:
+            self._workers.give_up_drains("it is deleted", step)
+            self.job.local.delete(step)
+
         numbers = self._tell(f"{key}/persistent", remove)
         if numbers is not None:
             raise NoRestorableStepError(f"step {step} is on no tier; the steps that are: {numbers}")
-        self._agree(f"{key}/local", lambda: self.job.local.delete(step))
+        self._agree(f"{key}/local", remove_here)
         before = self.newest
         self._look_again(key)
         self._workers.pipeline.forget(step, self.survey.newest)
@@ -483,8 +533,11 @@ class Engine:
 
     def _begin_generation(self, key: str) -> None:
         """Finishes all saves and begins a new generation, for a restore in the middle of a run. Collective."""
+        with self._quiet(key):
+            self._end_generation(key)
+
+    def _end_generation(self, key: str) -> None:
         job = self.job
-        self._wait_together(key)
         # Nothing is given up until the new generation exists: if this fails, the old one goes on.
         survey = self._restorer.survey(key)
         generation = mint_generation(job, key, survey.highest_generation, survey.newest)
@@ -553,14 +606,34 @@ class Engine:
         self._calls[kind] += 1
         return f"{kind}/{self._calls[kind]}"
 
-    def _wait_together(self, key: str) -> None:
-        """Waits on all processes; where one of them waits in vain, all raise, and none goes on without it.
+    @contextlib.contextmanager
+    def _quiet(self, key: str) -> Iterator[None]:
+        """Waits on all processes, and lets no drain begin until the block ends; what failed is tried again.
 
-        All say first that they are here, so that nobody waits for a silent process as long as for a drain.
+        Where one of them waits in vain, all raise, and none goes on without it. All say first that they are
+        here, so that nobody waits for a silent process as long as for a drain. Collective. Process 0 ends the
+        quiet: where others need it, the block ends with something that all do together.
         """
         self._agree(f"{key}/here", lambda: None)
-        limit = self._workers.patience + self._settings.coordination_timeout
-        self._agree(f"{key}/waited", self.wait, limit=limit)
+        workers = self._workers
+        limit = workers.patience + self._settings.coordination_timeout
+
+        def lead() -> int:
+            workers.wait_for_saves()
+            return workers.hold_drains()
+
+        def wait() -> None:
+            if not self.job.leads:
+                workers.wait_for_saves()
+            ended = tell(self.job.coordinator, f"{key}/drains", lead, limit)
+            if not self.job.leads:
+                workers.await_held_drains(ended)
+
+        try:
+            self._agree(f"{key}/waited", wait, limit=limit)
+            yield
+        finally:
+            workers.release_drains()
 
     def _agree(
         self,

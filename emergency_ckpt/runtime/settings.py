@@ -64,6 +64,8 @@ class Settings:
       save_on_preemption: save at the step of a preemption notice.
       single_replica_restore: one slice reads the persistent tier and broadcasts.
       coordination_timeout, drain_timeout, slot_wait: time limits.
+      drain_retry: longest mean pause between a drain that failed and its next try.
+      stall: how long nothing of a request to the store may move.
       write_options: how the persistent tier is written; read_bytes: how much of it is read at a time.
       foreign_run: what happens to another run's data on the ramdisk.
       remove_foreign_leftovers: remove what other programs left uncommitted in the persistent directory.
@@ -95,6 +97,8 @@ class Settings:
     coordination_timeout: timedelta = timedelta(seconds=120)
     drain_timeout: timedelta = timedelta(seconds=1800)
     slot_wait: timedelta = timedelta(seconds=1)
+    drain_retry: timedelta = timedelta(seconds=300)
+    stall: timedelta = timedelta(seconds=60)
     write_options: WriteOptions = dataclasses.field(default_factory=WriteOptions)
     read_bytes: int = 1024**3
     foreign_run: Literal["evict", "error"] = "evict"
@@ -161,11 +165,14 @@ def settings_from_config(config: Config) -> Settings:
         coordination_timeout=timedelta(seconds=config.checkpoint_coordination_timeout_seconds),
         drain_timeout=timedelta(seconds=timeout),
         slot_wait=timedelta(seconds=config.local_checkpoint_slot_wait_seconds),
+        drain_retry=timedelta(seconds=config.checkpoint_drain_retry_seconds),
+        stall=timedelta(seconds=config.checkpoint_storage_stall_seconds),
         write_options=WriteOptions(
             concurrent_bytes=concurrent_bytes,
             compression=config.checkpoint_storage_compression,
             target_data_file_bytes=config.checkpoint_storage_target_data_file_size_bytes or None,
             timeout_seconds=timeout,
+            stall_seconds=config.checkpoint_storage_stall_seconds,
         ),
         read_bytes=concurrent_bytes,
         foreign_run=config.local_checkpoint_foreign_run,

@@ -99,6 +99,17 @@ def test_an_agent_whose_store_is_away_waits_for_it(disk: Ramdisk, bucket: Path) 
     assert job.log.count("waits for the persistent tier") == 1
 
 
+def test_a_flush_whose_write_fails_tries_again(disk: Ramdisk, bucket: Path) -> None:
+    job = make_job(disk, bucket)
+    job.save(7)
+    # In the way of the directory of the first attempt.
+    (bucket / f"7.orbax-checkpoint-tmp-g1-{job.nonce}-{1_000_000_000}").touch()
+    die(job)
+    job.wait_for(lambda: job.committed == [StepId(1, 7)] or "could not be drained" in job.log)
+    assert job.committed == [StepId(1, 7)], job.log
+    assert "the flush waits for the persistent tier, at most" in job.log
+
+
 def test_what_a_flush_left_whose_agents_died_in_its_middle_is_not_in_the_way_of_the_next(
     disk: Ramdisk, bucket: Path
 ) -> None:

@@ -76,6 +76,8 @@ OUR_DEFAULTS: dict[str, Any] = {
     "checkpoint_storage_compression": "none",
     "checkpoint_coordination_timeout_seconds": 120.0,
     "checkpoint_drain_timeout_seconds": 1800.0,
+    "checkpoint_drain_retry_seconds": 300.0,
+    "checkpoint_storage_stall_seconds": 60.0,
     "checkpoint_log_format": "text",
 }
 

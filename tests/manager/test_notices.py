@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
+import pytest
 from jax.sharding import Mesh
 
 from emergency_ckpt import CheckpointManager, Config
+from emergency_ckpt.agent import draining
 from tests.manager.states import make_state
 
 
@@ -44,6 +48,45 @@ def test_without_agents_a_process_watches_by_itself_and_reacts_at_one_step(
         heard = manager.notices[1]
         assert (heard.source, heard.kind, heard.detail) == ("file", "terminate", "drained by an operator")
         assert heard.deadline is not None
+
+
+def test_the_step_of_a_notice_finds_a_slot_although_steps_that_wait_for_a_drain_that_hangs_have_all(
+    mesh: Mesh, ramdisk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notice, may_end, commit = tmp_path / "notice", threading.Event(), draining.commit
+
+    def commit_later(*args: Any) -> Any:
+        assert may_end.wait(60)
+        return commit(*args)
+
+    monkeypatch.setattr(draining, "commit", commit_later)
+    config = Config(
+        run_name="job",
+        base_output_directory=str(tmp_path / "bucket"),
+        enable_checkpointing=True,
+        enable_emergency_checkpoint=True,
+        local_checkpoint_directory=str(ramdisk),
+        local_checkpoint_period=1,
+        local_checkpoint_slot_wait_seconds=0.01,
+        checkpoint_period=1,
+        checkpoint_agent="off",
+        enable_autocheckpoint=True,
+        preemption_notice_file=str(notice),
+    )
+    with CheckpointManager.from_config(config, mesh, make_state(mesh, 0)) as manager:
+        slots = manager._engine.job.local.slot_count
+        for step in range(1, slots + 1):
+            assert manager.save(step, make_state(mesh, step))
+            manager._engine._workers.wait_for_saves()
+        assert manager._engine.job.local._held.table.unsettled() == slots, "all are pinned"
+        notice.write_text('{"seconds": 30}')
+        wait_for(manager, 1)
+        assert manager.save(slots + 1, make_state(mesh, slots + 1))
+        assert manager.reached_preemption(slots + 1)
+        manager._engine._workers.wait_for_saves()
+        assert manager.latest_complete_step() == slots + 1
+        may_end.set()
+    assert (tmp_path / f"bucket/job/checkpoints/{slots + 1}/default").is_dir()
 
 
 def wait_for(manager: CheckpointManager, count: int) -> None:
