@@ -147,12 +147,19 @@ class DrainWorker(Worker[_Request]):
         self._job = job
         self._ordinals = itertools.count()
         self._newest_committed: StepId | None = None
+        self._running: tuple[StepId, float] | None = None
         super().__init__("drain", self._do)
 
     @property
     def newest_committed(self) -> StepId | None:
         """The step whose drain was the last to be committed; None before the first."""
         return self._newest_committed
+
+    @property
+    def underway(self) -> tuple[StepId, float] | None:
+        """The step that is being drained, and for how many seconds."""
+        running = self._running
+        return None if running is None else (running[0], time.monotonic() - running[1])
 
     def drain(self, step: StepId, slot: int | None) -> None:
         """Drains the sealed `step` from `slot`, which the caller has pinned; the worker unpins it.
@@ -166,6 +173,7 @@ class DrainWorker(Worker[_Request]):
 
     def _do(self, request: _Request) -> None:
         started = time.monotonic()
+        self._running = (request.step, started)
         try:
             verdict, nbytes = self._drain(request)
         except EmergencyCheckpointError as error:
@@ -183,6 +191,7 @@ class DrainWorker(Worker[_Request]):
                 reason=verdict.reason,
             )
         )
+        self._running = None
         if verdict.result == "committed":
             self._newest_committed = request.step
             self._call_back(request.step)

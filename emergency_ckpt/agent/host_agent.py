@@ -103,12 +103,17 @@ class HostAgent:
                 client.give_up(drain, reason)
                 told = True
 
-    def close(self) -> None:
-        """Says goodbye and lets go. The agent stays as long as somebody needs it. Repeating it is fine."""
+    def close(self, *, is_done: bool = True) -> None:
+        """Says goodbye and lets go. The agent stays as long as somebody needs it. Repeating it is fine.
+
+        Not `is_done`: without a word, as one that dies does, so that the agent sees to what is left.
+        """
         with self._guard:
             self._closed = True
             attachment, self._attachment = self._attachment, None
-            told = self._registration is None or self._say_goodbye()
+            told = not is_done or self._registration is None or self._say_goodbye()
+            if self._presence is not None and not is_done:
+                self._presence.close()  # First, so that the agent finds nobody when the attachment ends.
             if attachment is not None:
                 attachment.close()
             if self._presence is not None:

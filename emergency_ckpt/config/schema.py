@@ -240,6 +240,24 @@ class Config(BaseModel):
     enable_autocheckpoint: bool = Field(
         False, description="Save to the persistent tier when the job is told that it will be preempted."
     )
+    preemption_grace_seconds: float = Field(
+        30.0,
+        ge=0,
+        description="How long a host has after a signal, or another notice that names no time: the "
+        "terminationGracePeriodSeconds of its pod (30 unless somebody sets it), say.",
+    )
+    preemption_exit_code: Whole = Field(
+        42,
+        ge=1,
+        le=255,
+        description="manager.exit_code, with which the program is to end after a preemption, so that it is "
+        "started again. XPK's job sets restart 42 and 127 to 255, and fail with others.",
+    )
+    autocheckpoint_skip_if_replicated: bool = Field(
+        False,
+        description="After a notice, save to the ramdisks only, where the hosts that do not go away hold every "
+        "shard of the step.",
+    )
     preemption_sources: str = Field(
         "auto",
         description="What the agent of each host watches for notices: aws and gce (the metadata services of "

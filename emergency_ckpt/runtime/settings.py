@@ -77,6 +77,10 @@ class Settings:
       on_replica_divergence: whether copies that differ are an error beside a line in the log.
       compare_device_copies: whether copies on several devices of one process are compared, too.
       flush_on_trainer_exit: whether agents drain the newest complete step when their trainers die.
+      preemption_grace: how long a host has after a notice that names no time.
+      skip_if_replicated: whether a preemption needs no persistent step where the hosts that stay have a whole
+        one.
+      exit_code: with which the program is to end after a preemption.
       notice_sources: what is watched for notices where there is no agent; and an agent is started for them
         alone. None: neither.
     """
@@ -118,6 +122,9 @@ class Settings:
     compare_device_copies: bool = False
     backups: BackupRule | None = None
     notice_sources: SourceOptions | None = None
+    preemption_grace: timedelta = timedelta(seconds=30)
+    skip_if_replicated: bool = False
+    exit_code: int = 42
     clock: Callable[[], float] = time.monotonic
 
     @property
@@ -177,6 +184,9 @@ def settings_from_config(config: Config) -> Settings:
         on_replica_divergence=config.on_replica_divergence,
         compare_device_copies=config.compare_device_copies,
         notice_sources=_notice_sources(config) if config.enable_autocheckpoint else None,
+        preemption_grace=timedelta(seconds=config.preemption_grace_seconds),
+        skip_if_replicated=config.autocheckpoint_skip_if_replicated,
+        exit_code=config.preemption_exit_code,
     )
 
 
