@@ -59,18 +59,6 @@ class Decision:
     leave: bool
     reason: str
 
-    def describe(self) -> str:
-        """What is done, for the log."""
-        if self.persistent:
-            what = "this step is saved and goes to the persistent tier"
-        elif self.local:
-            what = "this step is saved on the ramdisks only"
-        else:
-            what = "this step is not saved"
-        if self.drain is not None:
-            what += f", step {self.drain} goes to the persistent tier from them"
-        return f"{what}: {self.reason}"
-
 
 def usable_seconds(seconds_left: float) -> float:
     """What can be counted on of the time that is left."""

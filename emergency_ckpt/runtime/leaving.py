@@ -13,23 +13,30 @@ from typing import Any
 
 from emergency_ckpt.core.autocheckpoint import Decision, Situation, decide, usable_seconds
 from emergency_ckpt.core.copies import covers
-from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.core.schedule import Due
 from emergency_ckpt.preemption.notice import Notice
 from emergency_ckpt.runtime.agreed_steps import AgreedSteps, JobNotice
 from emergency_ckpt.runtime.engine import Engine
+from emergency_ckpt.telemetry.leaving_events import DecisionEvent, LeavingEvent
 from emergency_ckpt.telemetry.metrics import Metric
 
 _LOOK = timedelta(seconds=1)
+_NAMED = 4
 
 
 @dataclasses.dataclass
 class _Reaction:
-    """What all processes do at `step`. `until`: when the first host goes away, by this process's clock."""
+    """What all processes do at `step`.
+
+    Attributes:
+      until: when the first host goes away, by this process's clock; None where none does.
+      since: when it was decided. waited: whether what was decided on was waited for.
+    """
 
     step: int
     decision: Decision
     until: float | None
+    since: float
     waited: bool = False
 
 
@@ -87,8 +94,8 @@ class Leaving:
         step, self._step = self._step, None
         left, raw = self._engine.tell_all("leaving", lambda: self._decide(step))
         decision = Decision(**raw)
-        until = None if left is None else time.monotonic() + left
-        self._reaction = _Reaction(step, decision, until)
+        now = time.monotonic()
+        self._reaction = _Reaction(step, decision, None if left is None else now + left, now)
         if decision.drain is not None:
             self._engine.drain_complete(decision.drain, self.remaining() or timedelta(0))
         return self._reaction
@@ -111,9 +118,17 @@ class Leaving:
         ]
         left = max(min(ends) - now, 0.0) if ends else None
         decision = decide(self._situation(left, told))
-        who = "; ".join(sorted({f"{each.notice}" for each in told})[:4])
-        self._engine.job.log.warning(
-            "preemption", step, f"{decision.describe()}" + (f" ({who})" if who else "")
+        who = "; ".join(sorted({str(each.notice) for each in told})[:_NAMED])
+        self._engine.job.log.emit(
+            DecisionEvent(
+                step=step,
+                seconds_left=left,
+                local=decision.local,
+                persistent=decision.persistent,
+                drains=decision.drain,
+                leaves=decision.leave,
+                reason=f"{decision.reason} ({who})" if who else decision.reason,
+            )
         )
         return [left, dataclasses.asdict(decision)]
 
@@ -140,21 +155,18 @@ class Leaving:
     # Every process.
 
     def _await_durable(self, reaction: _Reaction) -> None:
-        while True:
+        remaining, done = self.remaining(), False
+        while not done and (remaining is None or remaining):
+            done = self._engine.wait_a_while(_LOOK if remaining is None else min(remaining, _LOOK))
             remaining = self.remaining()
-            if self._engine.wait_a_while(_LOOK if remaining is None else min(remaining, _LOOK)):
-                why = "the job leaves"
-                break
-            if remaining is not None and not remaining:
-                why = "the time is over, and the job leaves; the agents go on with what is not done"
-                break
         if self._engine.job.leads:
-            self._engine.job.log.warning("preemption", reaction.step, f"{self._what_is_there()}: {why}")
-
-    def _what_is_there(self) -> str:
-        persistent, complete = self._engine.newest_persistent, self._engine.newest_on_ramdisks
-        return f"{_named(persistent)} is in the persistent tier, {_named(complete)} is complete on the ramdisks"
-
-
-def _named(step: StepId | None) -> str:
-    return "no step" if step is None else f"step {step.step}"
+            persistent, complete = self._engine.newest_persistent, self._engine.newest_on_ramdisks
+            self._engine.job.log.emit(
+                LeavingEvent(
+                    step=reaction.step,
+                    persistent_step=None if persistent is None else persistent.step,
+                    ramdisk_step=None if complete is None else complete.step,
+                    in_time=done,
+                    seconds=time.monotonic() - reaction.since,
+                )
+            )

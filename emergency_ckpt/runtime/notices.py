@@ -16,6 +16,7 @@ from emergency_ckpt.preemption.choosing import SourceOptions, choose_sources
 from emergency_ckpt.preemption.notice import Notice
 from emergency_ckpt.preemption.watch import Watch
 from emergency_ckpt.runtime.agreed_steps import LEADER, AgreedSteps
+from emergency_ckpt.telemetry.leaving_events import NoticeEvent
 from emergency_ckpt.telemetry.log import CheckpointLogger
 
 _LOOK_SECONDS = 1.0
@@ -107,7 +108,16 @@ class Notices:
         with self._guard:
             self._heard.append(notice)
         assert self._log is not None
-        self._log.warning("preemption", None, f"notice from {notice}; {what}")
+        self._log.emit(
+            NoticeEvent(
+                step=None,
+                source=notice.source,
+                kind=notice.kind,
+                deadline=notice.deadline,
+                said=str(notice),
+                follows=what,
+            )
+        )
 
     def _keep(self, steps: AgreedSteps, host: HostAgent | None, starts: bool, log: CheckpointLogger) -> None:
         """Looks at what all tell, and holds on to the agent: to the next one, where the first was lost."""

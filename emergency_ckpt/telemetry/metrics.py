@@ -21,6 +21,7 @@ from emergency_ckpt.telemetry.events import (
     SaveEvent,
     SkippedSaveEvent,
 )
+from emergency_ckpt.telemetry.leaving_events import DecisionEvent, NoticeEvent
 
 _RECENT = 3
 
@@ -61,6 +62,8 @@ class Metric(enum.Enum):
         "recent_drain_seconds", "gauge", "longest of the last three drains that were committed"
     )
     LAST_COMMITTED_STEP = MetricSpec("last_committed_step", "gauge", "newest step drained and committed")
+    NOTICES = MetricSpec("notices", "counter", "notices of preemptions, and wishes for a save, that were heard")
+    PREEMPTIONS = MetricSpec("preemptions", "counter", "steps at which all processes reacted to notices")
     RESTORES = MetricSpec("restores", "counter", "restores that put a state on the devices")
     RESTORED_BYTES = MetricSpec("restored_bytes", "counter", "bytes restored by this process")
     COPIED_BYTES = MetricSpec(
@@ -157,6 +160,10 @@ class Metrics:
                         values[Metric.DRAINS_SUPERSEDED] += 1
                     case "failed":
                         values[Metric.DRAINS_FAILED] += 1
+            case NoticeEvent():
+                values[Metric.NOTICES] += 1
+            case DecisionEvent():
+                values[Metric.PREEMPTIONS] += 1
             case RestoreEvent():
                 values[Metric.RESTORES] += 1
                 values[Metric.RESTORED_BYTES] += event.bytes

@@ -61,6 +61,8 @@ def test_events_are_counted_by_what_became_of_them() -> None:
         "drained_bytes": 65,
         "recent_drain_seconds": 1,
         "last_committed_step": 10,
+        "notices": 0,
+        "preemptions": 0,
         "restores": 0,
         "restored_bytes": 0,
         "copied_bytes": 0,
