@@ -40,6 +40,7 @@ def train_and_leave(root: str, steps: int, flags: dict[str, Any]) -> dict[str, A
         assert same_bits(restored.state, make_state(mesh, start)), f"not the state of step {start}"
         print(f"restored {start}", flush=True)
         compile_for_long(start)
+        reacted: list[int] = []
         for step in range(start + 1, start + steps + 1):
             if step % 10 == 4:
                 evaluate()
@@ -47,7 +48,9 @@ def train_and_leave(root: str, steps: int, flags: dict[str, Any]) -> dict[str, A
                 wait_for_a_peer()
             state = make_state(mesh, step)
             print(f"saving {step}", flush=True)
-            manager.save(step, state)
+            if manager.save(step, state) and manager.reached_preemption(step):
+                reacted.append(step)
+                print(f"reaction {len(reacted)}", flush=True)
             print(f"step {step} complete {manager.latest_complete_step()}", flush=True)
             if manager.should_exit:
                 manager.check_for_errors()
@@ -58,6 +61,7 @@ def train_and_leave(root: str, steps: int, flags: dict[str, Any]) -> dict[str, A
         "start": start,
         "left_at": left_at,
         "leaves": leaves,
+        "reacted": reacted,
         "complete": complete,
         "heard": [[notice.source, notice.kind] for notice in manager.notices],
         "committed": sorted(int(p.name) for p in manager.directory.iterdir() if p.name.isdigit()),

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from emergency_ckpt.agent.record import agent_directory, read_record
+from emergency_ckpt.cli.main import main
 from tests.integration.leaving_job import train_and_leave
 from tests.integration.processes import Job
+from tests.integration.test_outliving import wait_for
 
 MOMENTS = ("compiling", "evaluating", "in a collective", "saving", "step")
 STEPS = 10_000
@@ -45,6 +50,56 @@ def test_the_job_comes_back_from_the_step_of_the_notice_wherever_that_meets_it(r
     with Job(train_and_leave, 2, str(ramdisk), 2, {}) as running:
         assert running.wait() == [0, 0], running.describe()
         assert [running.result(process)["start"] for process in range(2)] == [left_at] * 2
+
+
+def test_a_wish_for_a_save_is_met_each_time_and_a_notice_after_it_still_counts(ramdisk: Path) -> None:
+    notice = ramdisk / "notice"
+    flags: dict[str, Any] = {
+        "on_process": {"1": {"preemption_notice_file": str(notice)}},
+        "autocheckpoint_skip_if_replicated": True,
+        "local_checkpoint_period": 100_000,
+        "checkpoint_period": 100_000,
+    }
+    with Job(train_and_leave, 2, str(ramdisk), STEPS, flags) as running:
+        running.wait_for_line(0, "step 2 ")
+        for number in range(2):
+            assert main(["save-now", str(ramdisk / "ramdisk_1"), "--detail", f"wish {number}"]) == 0
+            running.wait_for_line(0, f"reaction {number + 1}")
+        # Of two slices with the same state one goes away: the other one has all of it.
+        notice.write_text('{"seconds": 100}')
+        assert running.wait() == [0, 0], running.describe()
+        results = [running.result(process) for process in range(2)]
+        running.wait_for_line(0, "autocheckpoint_skip_if_replicated")
+    assert results[0]["reacted"] == results[1]["reacted"]
+    wishes, last = results[0]["reacted"][:-1], results[0]["reacted"][-1]
+    assert len(wishes) == 2
+    assert last == results[0]["left_at"] == results[0]["complete"]
+    assert set(wishes) < set(results[0]["committed"])
+    assert last not in results[0]["committed"], "the ramdisk of the slice that stays is enough"
+    assert results[0]["heard"] == []
+    assert results[1]["heard"] == [["request", "save"], ["request", "save"], ["file", "terminate"]]
+
+
+def test_where_the_time_is_over_the_job_leaves_and_the_agent_goes_on(ramdisk: Path) -> None:
+    flags = {"preemption_grace_seconds": 4}
+    with Job(train_and_leave, 1, str(ramdisk), STEPS, flags, devices_per_process=2) as running:
+        running.wait_for_line(0, "step 5 ")
+        record = read_record(agent_directory(ramdisk / "ramdisk_0"))
+        assert record is not None
+        os.kill(record.pid, signal.SIGSTOP)  # The store takes for ever, as far as the trainer can see.
+        try:
+            running.signal(0, signal.SIGTERM)
+            assert running.wait() == [0], running.describe()
+            result = running.result(0)
+            running.wait_for_line(0, "the time is over")
+        finally:
+            os.kill(record.pid, signal.SIGCONT)
+    assert result["leaves"]
+    assert result["left_at"] not in result["committed"]
+    wait_for(lambda: (ramdisk / f"bucket/job/checkpoints/{result['left_at']}").is_dir(), ramdisk)
+    with Job(train_and_leave, 1, str(ramdisk), 2, {}, devices_per_process=2) as running:
+        assert running.wait() == [0], running.describe()
+        assert running.result(0)["start"] == result["left_at"]
 
 
 @pytest.mark.long
