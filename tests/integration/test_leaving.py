@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from emergency_ckpt.agent.record import agent_directory, read_record
+from emergency_ckpt.cli.launcher.ramdisk import remove_tree
 from emergency_ckpt.cli.main import main
 from tests.integration.leaving_job import train_and_leave
 from tests.integration.processes import Job
@@ -100,6 +101,33 @@ def test_where_the_time_is_over_the_job_leaves_and_the_agent_goes_on(ramdisk: Pa
     with Job(train_and_leave, 1, str(ramdisk), 2, {}, devices_per_process=2) as running:
         assert running.wait() == [0], running.describe()
         assert running.result(0)["start"] == result["left_at"]
+
+
+def test_where_the_notified_host_dies_too_early_the_step_before_is_what_is_drained(ramdisk: Path) -> None:
+    notice = ramdisk / "notice"
+    flags: dict[str, Any] = {
+        "on_process": {"1": {"preemption_notice_file": str(notice)}},
+        "local_checkpoint_period": 2,
+        "checkpoint_period": 100_000,
+    }
+    with Job(train_and_leave, 2, str(ramdisk), STEPS, flags, heartbeat_seconds=10) as running:
+        running.wait_for_line(1, "in a collective")  # The others wait for this process.
+        notice.write_text('{"seconds": 100}')
+        running.wait_for_line(1, "notice from file")
+        said = [line.split()[-1] for p in range(2) for line in running.lines(p) if " complete " in line]
+        running.kill(1)
+        assert running.wait()[1] == -signal.SIGKILL, "nobody waits without a limit"
+    newest = max(int(step) for step in said if step != "None")
+
+    def is_drained() -> bool:
+        steps = (ramdisk / "bucket/job/checkpoints").iterdir()
+        return any(int(path.name) >= newest for path in steps if path.name.isdigit())
+
+    wait_for(is_drained, ramdisk)
+    remove_tree(ramdisk / "ramdisk_1")
+    with Job(train_and_leave, 2, str(ramdisk), 2, {}) as running:
+        assert running.wait() == [0, 0], running.describe()
+        assert running.result(0)["start"] >= newest
 
 
 @pytest.mark.long
