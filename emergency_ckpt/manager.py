@@ -170,9 +170,15 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         self._handlers = handlers or ItemHandlers()
         self._datasets: DatasetDirectory | BucketDatasets | None = None
         self._preemption = PreemptionQuery()
-        self._notices = Notices(self._preemption.announce)
+        self._notices = Notices(self._preemption, settings.signals)
         listens = settings.save_on_preemption
-        self._engine = Engine(settings, mesh, abstract_state, self._notices.hear if listens else None)
+        if listens:
+            self._notices.listen()
+        try:
+            self._engine = Engine(settings, mesh, abstract_state, self._notices.hear if listens else None)
+        except BaseException:
+            self._notices.close()
+            raise
         if listens:
             self._notices.begin(self._engine.job.peers.host, settings.notice_sources, self._engine.job.log)
         self._expect_steps_after(self.latest_step() if self._engine.base is not None else None)
@@ -265,7 +271,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
     def notices(self) -> tuple[Notice, ...]:
         """The notices that this process heard of, oldest first, with their deadlines. Local.
 
-        Signals, which JAX sees, are not among them, nor is what other processes heard.
+        A signal that JAX's own handler takes is not among them, nor is what other processes heard.
         """
         return self._notices.heard
 

@@ -206,6 +206,9 @@ def _inactive(config: Config) -> Iterator[str]:
         else:
             yield f"{on} does nothing while {_said(config, 'enable_checkpointing')}."
     if not config.enable_autocheckpoint:
+        for flag in ("preemption_signals", "preemption_grace_seconds"):
+            if getattr(config, flag) != type(config).model_fields[flag].default:
+                yield f"{_said(config, flag)} does nothing while {_said(config, 'enable_autocheckpoint')}."
         for flag in ("preemption_sources", "preemption_notice_file", "preemption_allow_imds_v1"):
             if getattr(config, flag) != type(config).model_fields[flag].default:
                 yield (

@@ -24,6 +24,7 @@ from emergency_ckpt.persistent.arrays import WriteOptions
 from emergency_ckpt.persistent.attempts import StepNames
 from emergency_ckpt.persistent.object_store.opening import check_location
 from emergency_ckpt.preemption.choosing import SourceOptions, names_of
+from emergency_ckpt.preemption.signals import SignalOptions
 from emergency_ckpt.runtime.policies import (
     AskedPolicy,
     Preservation,
@@ -79,6 +80,7 @@ class Settings:
       flush_on_trainer_exit: whether agents drain the newest complete step when their trainers die.
       notice_sources: what is watched for notices where there is no agent; and an agent is started for them
         alone. None: neither.
+      signals: which of them are notices, where JAX does not hear them itself; None: none.
     """
 
     persistent_directory: str
@@ -118,6 +120,7 @@ class Settings:
     compare_device_copies: bool = False
     backups: BackupRule | None = None
     notice_sources: SourceOptions | None = None
+    signals: SignalOptions | None = None
     clock: Callable[[], float] = time.monotonic
 
     @property
@@ -177,6 +180,7 @@ def settings_from_config(config: Config) -> Settings:
         on_replica_divergence=config.on_replica_divergence,
         compare_device_copies=config.compare_device_copies,
         notice_sources=_notice_sources(config) if config.enable_autocheckpoint else None,
+        signals=_signals(config) if config.enable_autocheckpoint else None,
     )
 
 
@@ -203,6 +207,10 @@ def _notice_sources(config: Config) -> SourceOptions:
         Path(file) if file else None,
         "allowed" if config.preemption_allow_imds_v1 else "never",
     )
+
+
+def _signals(config: Config) -> SignalOptions:
+    return SignalOptions(names_of(config.preemption_signals), config.preemption_grace_seconds)
 
 
 def _agent_options(config: Config) -> AgentOptions | None:

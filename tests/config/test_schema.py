@@ -72,6 +72,8 @@ OUR_DEFAULTS: dict[str, Any] = {
     "preemption_sources": "auto",
     "preemption_notice_file": "",
     "preemption_allow_imds_v1": False,
+    "preemption_signals": "SIGTERM",
+    "preemption_grace_seconds": 30.0,
     "checkpoint_replica_axis": 0,
     "checkpoint_storage_compression": "none",
     "checkpoint_coordination_timeout_seconds": 120.0,
