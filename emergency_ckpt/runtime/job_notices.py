@@ -87,13 +87,18 @@ class JobNotices:
         for process, line in told.notices:
             with contextlib.suppress(ValueError):  # A later version says more.
                 found.append(JobNotice(process, Notice.from_line(line)))
-        if told.signalled is not None and told.signalled != self._read_signal:
-            self._read_signal = _Process.signalled = told.signalled
+        if told.signalled is not None and self._is_unread(told.signalled):
             signalled = self._of_jax(told.signalled)
             # What an earlier manager of this process knew counts as long as it stands.
             if told.signalled != self._before or signalled.stands(time.time()):
                 found.append(JobNotice(None, signalled))
         return [notice for notice in found if self._add(notice)]
+
+    def _is_unread(self, signalled: str) -> bool:
+        with self._guard:
+            is_unread = signalled != self._read_signal
+            self._read_signal = _Process.signalled = signalled
+            return is_unread
 
     def _of_jax(self, said: str) -> Notice:
         detail = "a process of the job got SIGTERM; JAX heard it"

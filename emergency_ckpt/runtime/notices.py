@@ -7,8 +7,6 @@ to the agents. Each is one log line.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from typing import Literal
 
 from emergency_ckpt.agent.host_agent import HostAgent
 from emergency_ckpt.errors import EmergencyCheckpointError
@@ -41,7 +39,7 @@ class Notices:
         self._job = JobNotices(channel, GRACE_SECONDS if signals is None else signals.grace_seconds)
         self._guard = threading.Lock()
         self._heard: list[Notice] = []
-        self._unlogged: list[tuple[Literal["info", "warning"], str]] = []
+        self._unlogged: list[str] = []
         self._unpassed: list[JobNotice] = []
         self._log: CheckpointLogger | None = None
         self._host: HostAgent | None = None
@@ -51,6 +49,7 @@ class Notices:
         self._watch: Watch | None = None
         self._keeper: threading.Thread | None = None
         self._looker: threading.Thread | None = None
+        self._is_deaf = False  # to the other processes
 
     @property
     def heard(self) -> tuple[Notice, ...]:
@@ -60,8 +59,29 @@ class Notices:
 
     @property
     def of_job(self) -> tuple[JobNotice, ...]:
-        """Those of all processes that ask for a save, this one included, as far as they are known here."""
+        """Those of all processes that ask for a save, this one included, as far as they are known here.
+
+        Others' are known a second later, or after `refresh`.
+        """
         return self._job.known
+
+    def refresh(self) -> None:
+        """Learns what other processes heard until now: at a step that was agreed on, all that led to it.
+
+        A request or two to process 0. What fails is a line in the log.
+        """
+        try:
+            found = self._job.look()
+        except EmergencyCheckpointError as error:
+            if not self._is_deaf and not self._stop.is_set():
+                self._say(f"notices of other processes are not heard for now: {error}")
+            self._is_deaf = True
+            return
+        self._is_deaf = False
+        for notice in found:
+            who = "some process" if notice.process is None else f"process {notice.process}"
+            self._say(f"{who} of the job heard from {notice.notice}")
+            self._to_agent(notice)
 
     def hear(self, notice: Notice) -> None:
         """A notice has come from the agent of this host."""
@@ -76,11 +96,11 @@ class Notices:
         """Hears signals, and what other processes hear, from now on. Signals in the main thread only."""
         if self._signal_options is not None and self._signal_options.numbers:
             if (line := shell_in_the_way()) is not None:
-                self._say("warning", line)
+                self._say(line)
             self._signals = Signals(
                 self._signal_options,
                 self.hear_alone,
-                lambda line: self._say("warning", line),
+                self._say,
                 library_hears=self._channel.service_runs,
             )
         self._looker = threading.Thread(target=self._look, name="emergency_ckpt job notices", daemon=True)
@@ -128,7 +148,7 @@ class Notices:
                 return False
             self._heard.append(notice)
         what = self._job.announce(notice) if notice.asks_for_save else "training goes on"
-        self._say("warning", f"notice from {notice}; {what}")
+        self._say(f"notice from {notice}; {what}")
         return True
 
     def _to_agent(self, notice: JobNotice) -> None:
@@ -156,21 +176,11 @@ class Notices:
     def _look(self) -> None:
         """Looks for what other processes heard, and tells the agent."""
         period = max(_JOB_LOOK_SECONDS, self._channel.process_count / _PROCESSES_PER_SECOND)
-        failures, is_deaf = 0, False
+        failures = 0
         while not self._stop.is_set():
             if self._signals is not None:
                 self._signals.look()
-            try:
-                found = self._job.look()
-                is_deaf = False
-            except EmergencyCheckpointError as error:
-                if not is_deaf and not self._stop.is_set():
-                    self._say("warning", f"notices of other processes are not heard for now: {error}")
-                found, is_deaf = [], True
-            for notice in found:
-                who = "some process" if notice.process is None else f"process {notice.process}"
-                self._say("info", f"{who} of the job heard from {notice.notice}")
-                self._to_agent(notice)
+            self.refresh()
             self._fresh.clear()
             failures = failures + 1 if self._pass_on(is_last=failures + 1 >= _PASS_ON_TRIES) else 0
             if not self._stop.is_set():
@@ -189,19 +199,18 @@ class Notices:
             except EmergencyCheckpointError as error:
                 if not is_last:
                     return True
-                self._say("warning", f"the agent of this host was not told of a notice: {error}")
+                self._say(f"the agent of this host was not told of a notice: {error}")
             with self._guard:
                 self._unpassed.remove(notice)
         return False
 
-    def _say(self, severity: Literal["info", "warning"], line: str) -> None:
+    def _say(self, line: str) -> None:
         with self._guard:
-            self._unlogged.append((severity, line))
+            self._unlogged.append(line)
             self._write()
 
     def _write(self) -> None:
         if self._log is not None:
-            for severity, line in self._unlogged:
-                write: Callable[..., None] = self._log.info if severity == "info" else self._log.warning
-                write("preemption", None, line)
+            for line in self._unlogged:
+                self._log.warning("preemption", None, line)
             self._unlogged.clear()
