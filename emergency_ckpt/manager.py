@@ -170,9 +170,15 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         self._save_on_completion = True
         self._handlers = handlers or ItemHandlers()
         self._datasets: DatasetDirectory | BucketDatasets | None = None
-        self._notices = Notices()
+        self._notices = Notices(settings.signals)
         listens = settings.save_on_preemption
-        self._engine = Engine(settings, mesh, abstract_state, self._notices.hear if listens else None)
+        if listens:
+            self._notices.listen()
+        try:
+            self._engine = Engine(settings, mesh, abstract_state, self._notices.hear if listens else None)
+        except BaseException:
+            self._notices.close()
+            raise
         job = self._engine.job
         self._steps = AgreedSteps(job.coordinator, settings.coordination_timeout)
         self._leaving = Leaving(self._engine, self._steps)
@@ -283,7 +289,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
     def notices(self) -> tuple[Notice, ...]:
         """The notices that this process heard of, oldest first, with their deadlines. Local.
 
-        Signals, which JAX sees, are not among them, nor is what other processes heard.
+        A signal that JAX's own handler takes is not among them, nor is what other processes heard.
         """
         return self._notices.heard
 

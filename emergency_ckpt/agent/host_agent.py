@@ -80,6 +80,12 @@ class HostAgent:
             self._registration = registration
             OrderClient.of_this_host(record).register(self._trainer, registration)
 
+    def pass_on(self, notice: Notice, process: int | None) -> None:
+        """Tells the agent that the host of a process goes away, which it cannot know; None: of some process."""
+        with self._guard:
+            client = OrderClient.of_this_host(self._connected())
+        client.pass_on(notice, process)
+
     def drain(self, destination: Destination, share: Share, stop: Stop) -> int:
         """Has the agent carry out a share; returns the bytes of the part. `stop` is asked again and again.
 

@@ -200,7 +200,12 @@ def _inactive(config: Config) -> Iterator[str]:
         on = _said(config, "enable_autocheckpoint")
         yield f"{on} does nothing while {_said(config, 'enable_checkpointing')}."
     if not config.enable_autocheckpoint:
-        for flag in ("preemption_grace_seconds", "preemption_exit_code", "autocheckpoint_skip_if_replicated"):
+        for flag in (
+            "preemption_signals",
+            "preemption_grace_seconds",
+            "preemption_exit_code",
+            "autocheckpoint_skip_if_replicated",
+        ):
             if getattr(config, flag) != type(config).model_fields[flag].default:
                 yield f"{_said(config, flag)} does nothing while {_said(config, 'enable_autocheckpoint')}."
         for flag in ("preemption_sources", "preemption_notice_file", "preemption_allow_imds_v1"):

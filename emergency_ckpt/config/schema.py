@@ -240,12 +240,6 @@ class Config(BaseModel):
     enable_autocheckpoint: bool = Field(
         False, description="Save to the persistent tier when the job is told that it will be preempted."
     )
-    preemption_grace_seconds: float = Field(
-        30.0,
-        ge=0,
-        description="How long a host has after a signal, or another notice that names no time: the "
-        "terminationGracePeriodSeconds of its pod (30 unless somebody sets it), say.",
-    )
     preemption_exit_code: Whole = Field(
         42,
         ge=1,
@@ -273,6 +267,18 @@ class Config(BaseModel):
         False,
         description="Speak version 1 of Amazon's instance metadata service where it gives no token for "
         "version 2.",
+    )
+    preemption_signals: str = Field(
+        "SIGTERM",
+        description="Which signals to a trainer are notices, separated by commas: SIGTERM and SIGINT say that "
+        "the process is to end, SIGUSR1 and SIGUSR2 ask for a save; off: none but the SIGTERM that JAX's "
+        "preemption service hears by itself.",
+    )
+    preemption_grace_seconds: Seconds = Field(
+        30.0,
+        ge=0,
+        description="How long after SIGTERM or SIGINT a process is killed. Set it to what the pod has as "
+        "terminationGracePeriodSeconds (30 where it says nothing).",
     )
 
     # The format of the persistent tier.

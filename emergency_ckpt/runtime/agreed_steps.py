@@ -114,6 +114,10 @@ class AgreedSteps:
     # Of any thread.
 
     @property
+    def process_count(self) -> int:
+        return self._coordinator.process_count
+
+    @property
     def holds(self) -> bool:
         """Whether the train loop's next question waits for process 0."""
         with self._changed:

@@ -45,7 +45,7 @@ def _count(manager: CheckpointManager) -> dict[str, Any]:
     )
     return {
         "keys": len(manager._engine.job.coordinator.entries("")),
-        "threads": threading.active_count(),
+        "threads": sorted(thread.name for thread in threading.enumerate()),
         "ours": dict(ours),
         "objects": len(objects),
     }
@@ -56,7 +56,8 @@ def test_nothing_grows_from_save_to_save(ramdisk: Path) -> None:
         assert few["keys"], "the keys of the job are found"
         # The keys of the last saves are deleted a little later on some processes than on others.
         assert many["keys"] <= few["keys"] + 5
-        assert many["threads"] <= few["threads"]
+        # A few may be deleting the last steps at either count; one left by each drain would be fifteen more.
+        assert len(many["threads"]) <= len(few["threads"]) + 8, (few["threads"], many["threads"])
         grown = {name: n for name, n in many["ours"].items() if n > few["ours"].get(name, 0) + 5}
         assert not grown
         assert many["objects"] < few["objects"] + (MANY - FEW) / 2
