@@ -26,11 +26,11 @@ from emergency_ckpt.errors import (
     NoRestorableStepError,
     PersistentStoreError,
 )
-from emergency_ckpt.jaxio.preemption import PreemptionQuery
 from emergency_ckpt.jaxio.state import without_arrays
 from emergency_ckpt.persistent.files import ObjectFiles
 from emergency_ckpt.persistent.object_store.opening import check_location, open_files
 from emergency_ckpt.preemption.notice import Notice
+from emergency_ckpt.runtime.agreed_steps import AgreedSteps
 from emergency_ckpt.runtime.arguments import plain_metadata, step_number
 from emergency_ckpt.runtime.bucket_datasets import BucketDatasets
 from emergency_ckpt.runtime.datasets import DatasetDirectory
@@ -41,6 +41,7 @@ from emergency_ckpt.runtime.existing import StepAlreadyExistsError
 from emergency_ckpt.runtime.extras import WantedExtras, capture, fits
 from emergency_ckpt.runtime.failures import failures_of, raise_together
 from emergency_ckpt.runtime.items import DATASET, STATE, ItemHandlers, split_items
+from emergency_ckpt.runtime.leaving import Leaving
 from emergency_ckpt.runtime.loading import load_parameters, load_state
 from emergency_ckpt.runtime.notices import Notices
 from emergency_ckpt.runtime.policies import Ranking
@@ -169,12 +170,20 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         self._save_on_completion = True
         self._handlers = handlers or ItemHandlers()
         self._datasets: DatasetDirectory | BucketDatasets | None = None
-        self._preemption = PreemptionQuery()
-        self._notices = Notices(self._preemption.announce)
+        self._notices = Notices(settings.signals)
         listens = settings.save_on_preemption
-        self._engine = Engine(settings, mesh, abstract_state, self._notices.hear if listens else None)
         if listens:
-            self._notices.begin(self._engine.job.peers.host, settings.notice_sources, self._engine.job.log)
+            self._notices.listen()
+        try:
+            self._engine = Engine(settings, mesh, abstract_state, self._notices.hear if listens else None)
+        except BaseException:
+            self._notices.close()
+            raise
+        job = self._engine.job
+        self._steps = AgreedSteps(job.coordinator, settings.coordination_timeout)
+        self._leaving = Leaving(self._engine, self._steps)
+        if listens:
+            self._notices.begin(self._steps, job.process, job.peers.host, settings.notice_sources, job.log)
         self._expect_steps_after(self.latest_step() if self._engine.base is not None else None)
         self._last_restore: RestoreReport | None = None
         self._went_on_from: int | None = None  # restored, and datasets of later steps may still be there
@@ -259,19 +268,34 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
 
     def reached_preemption(self, step: int) -> bool:
         """Whether all processes agreed to react to a preemption notice at `step`. Ask at every step."""
-        return self._preemption.reached(step_number(step))
+        return self._leaving.reached(step_number(step))
+
+    @property
+    def should_exit(self) -> bool:
+        """Whether the job is to leave now, because hosts of it go away. Ask after `save`, on all processes.
+
+        False without a word to the others as long as no step was reached at which all react to such a notice.
+        At that step it waits until what was decided to be saved is durable, or until the time is over that the
+        host has, and is true on all processes. Close the manager then, and end with `exit_code`.
+        """
+        return self._leaving.should_exit()
+
+    @property
+    def exit_code(self) -> int:
+        """With which the program is to end after a preemption, so that it is started again."""
+        return self._settings.exit_code
 
     @property
     def notices(self) -> tuple[Notice, ...]:
         """The notices that this process heard of, oldest first, with their deadlines. Local.
 
-        Signals, which JAX sees, are not among them, nor is what other processes heard.
+        A signal that JAX's own handler takes is not among them, nor is what other processes heard.
         """
         return self._notices.heard
 
     def _expect_steps_after(self, step: int | None) -> None:
         if step is not None:
-            self._preemption.begin_after(step)
+            self._steps.begin_after(step)
 
     # Saving.
 
@@ -371,6 +395,8 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         Raises PersistentStoreError on all processes when the step did not reach the persistent tier. What else
         failed in the background, before or meanwhile, `check_for_errors` and `close` raise.
         """
+        if self._leaving.should_exit():
+            return  # What was to be saved is, as far as there was time for it.
         if not (self._save_on_completion and self._settings.schedule.persistent):
             self._engine.wait()
             if self._datasets is not None:
@@ -389,8 +415,9 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
             self._datasets.wait()
 
     def _due(self, step: int, force: bool) -> Due:
-        preempted = self._settings.save_on_preemption and self._preemption.reached(step)
-        return self._engine.due(step, preempted=preempted, force=force)
+        preempted = self._settings.save_on_preemption and self._leaving.reached(step)
+        due = self._engine.due(step, preempted=preempted, force=force)
+        return self._leaving.narrowed(due) if preempted and not force else due
 
     # Restoring.
 
@@ -573,7 +600,10 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
             if self._datasets is not None:
                 failures += failures_of(self._datasets.close)
         finally:  # Also when somebody interrupts the waiting.
-            failures += failures_of(self._notices.close, self._engine.close, self._handlers.close)
+            limit = self._leaving.remaining()
+            failures += failures_of(
+                self._notices.close, lambda: self._engine.close(limit), self._handlers.close
+            )
         raise_together([*failures, *self._engine.take_errors()])
 
     def __contextmanager__(self) -> Any:

@@ -61,6 +61,7 @@ class DrainWorker:
         self._changed = threading.Condition()
         self._queue = DrainQueue(job.local, job.log)
         self._running: StepId | None = None
+        self._since = 0.0  # when that began
         self._ended = 0  # attempts
         self._last_step: StepId | None = None
         self._failures = 0  # in a row
@@ -92,6 +93,15 @@ class DrainWorker:
         """Whether a step waits for its next try, after one that failed."""
         with self._changed:
             return bool(self._queue) and self._running is None and self._failures > 0
+
+    @property
+    def underway(self) -> tuple[StepId, float] | None:
+        """The step that is being drained, and for how many seconds; 0 where one waits for its next try."""
+        with self._changed:
+            if self._running is not None:
+                return self._running, time.monotonic() - self._since
+            newest = self._queue.newest
+            return None if newest is None else (newest, 0.0)
 
     @property
     def last_failure(self) -> Verdict | None:
@@ -266,7 +276,7 @@ class DrainWorker:
                 pause, ordinal = self._pause(), self._ended
                 if pause <= 0:
                     chosen = self._queue.take()
-                    self._running = chosen.step
+                    self._running, self._since = chosen.step, time.monotonic()
                     return chosen
                 if pause == float("inf"):
                     self._changed.wait()
@@ -309,7 +319,7 @@ class DrainWorker:
                     self._stop("process 0 ends its drains")
                 if self._closed:
                     return None
-                self._running = called
+                self._running, self._since = called, time.monotonic()
                 waiting = self._queue.take_step(called)
                 if waiting is None:
                     self._early.add(called)

@@ -85,6 +85,12 @@ class HostAgent:
             self._registration = registration
             OrderClient.of_this_host(record).register(self._trainer, registration)
 
+    def pass_on(self, notice: Notice, process: int | None) -> None:
+        """Tells the agent that the host of a process goes away, which it cannot know; None: of some process."""
+        with self._guard:
+            client = OrderClient.of_this_host(self._connected())
+        client.pass_on(notice, process)
+
     def drain(self, destination: Destination, share: Share, stop: Stop) -> int:
         """Has the agent carry out a share; returns the bytes of the part. `stop` is asked again and again.
 
@@ -113,12 +119,17 @@ class HostAgent:
             client = OrderClient.of_this_host(self._connected())
         return client, client.begin(destination, share)
 
-    def close(self) -> None:
-        """Says goodbye and lets go. The agent stays as long as somebody needs it. Repeating it is fine."""
+    def close(self, *, is_done: bool = True) -> None:
+        """Says goodbye and lets go. The agent stays as long as somebody needs it. Repeating it is fine.
+
+        Not `is_done`: without a word, as one that dies does, so that the agent sees to what is left.
+        """
         with self._guard:
             self._closed = True
             attachment, self._attachment = self._attachment, None
-            told = self._registration is None or self._say_goodbye()
+            told = not is_done or self._registration is None or self._say_goodbye()
+            if self._presence is not None and not is_done:
+                self._presence.close()  # First, so that the agent finds nobody when the attachment ends.
             if attachment is not None:
                 attachment.close()
             if self._presence is not None:

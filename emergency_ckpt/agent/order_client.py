@@ -27,6 +27,7 @@ from emergency_ckpt.agent.record import AgentRecord
 from emergency_ckpt.agent.trainers import State
 from emergency_ckpt.core.retrying import StoreReason, parse_reason
 from emergency_ckpt.errors import PeerUnavailableError
+from emergency_ckpt.preemption.notice import Notice
 
 TIMEOUT = timedelta(seconds=20)
 
@@ -88,6 +89,10 @@ class OrderClient:
         if type(told) is not int:
             raise self._nonsense("what is no number of trainers")
         return told
+
+    def pass_on(self, notice: Notice, process: int | None = None) -> None:
+        """Tells of a notice that another host of the job heard; `process`: of the host that goes away."""
+        self._ask("POST", "/v1/notices", {**dataclasses.asdict(notice), "process": process})
 
     # With the token.
 

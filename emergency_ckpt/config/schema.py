@@ -240,6 +240,18 @@ class Config(BaseModel):
     enable_autocheckpoint: bool = Field(
         False, description="Save to the persistent tier when the job is told that it will be preempted."
     )
+    preemption_exit_code: Whole = Field(
+        42,
+        ge=1,
+        le=255,
+        description="manager.exit_code, with which the program is to end after a preemption, so that it is "
+        "started again. XPK's job sets restart 42 and 127 to 255, and fail with others.",
+    )
+    autocheckpoint_skip_if_replicated: bool = Field(
+        False,
+        description="After a notice, save to the ramdisks only, where the hosts that do not go away hold every "
+        "shard of the step.",
+    )
     preemption_sources: str = Field(
         "auto",
         description="What the agent of each host watches for notices: aws and gce (the metadata services of "
@@ -255,6 +267,18 @@ class Config(BaseModel):
         False,
         description="Speak version 1 of Amazon's instance metadata service where it gives no token for "
         "version 2.",
+    )
+    preemption_signals: str = Field(
+        "SIGTERM",
+        description="Which signals to a trainer are notices, separated by commas: SIGTERM and SIGINT say that "
+        "the process is to end, SIGUSR1 and SIGUSR2 ask for a save; off: none but the SIGTERM that JAX's "
+        "preemption service hears by itself.",
+    )
+    preemption_grace_seconds: Seconds = Field(
+        30.0,
+        ge=0,
+        description="How long after SIGTERM or SIGINT a process is killed. Set it to what the pod has as "
+        "terminationGracePeriodSeconds (30 where it says nothing).",
     )
 
     # The format of the persistent tier.

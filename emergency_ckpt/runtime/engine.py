@@ -115,6 +115,24 @@ class Engine:
             found = [self.base, *(s for s in committed if s.generation == self.job.generation.number)]
         return max((step for step in found if step is not None), default=None)
 
+    @property
+    def newest_on_ramdisks(self) -> StepId | None:
+        """The newest complete step of this life that this process has in a slot."""
+        found = self.job.local.complete_steps()
+        return max((step for step in found if step.generation == self.job.generation.number), default=None)
+
+    @property
+    def newest_persistent(self) -> StepId | None:
+        """The newest committed step as far as this process knows, without asking the store."""
+        drain = self._workers.drain
+        known = [self._newest_persistent(), drain.newest_committed if drain is not None else None]
+        return max((step for step in known if step is not None), default=None)
+
+    @property
+    def underway(self) -> tuple[StepId, float] | None:
+        """The newest step that is being drained, or waits for it, and for how many seconds it has been run."""
+        return None if self._workers.drain is None else self._workers.drain.underway
+
     def is_old(self, step: int) -> bool:
         """Whether `step` is not newer than every step that is there or was asked for."""
         return any(known is not None and step <= known.step for known in (self._base, self._requested))
@@ -371,6 +389,30 @@ class Engine:
             return 0.0
         return 0.0 if committed is None else max(time.time() - committed / 1e9, 0.0)
 
+    # Leaving.
+
+    def tell_all(self, kind: str, make: Callable[[], Any]) -> Any:
+        """What `make` gives on process 0, on all processes. Collective."""
+        return self._tell(self._call(kind), make)
+
+    def drain_complete(self, step: int, limit: timedelta) -> None:
+        """A step of this life that is complete goes to the persistent tier as it is. All processes call it."""
+        self._workers.pipeline.wait(limit)  # Drains begin in the order of their saves.
+        current = StepId(self.job.generation.number, step)
+        if self._workers.drain is None or self._workers.drain.newest_committed == current:
+            return
+        slot = self.job.local.pin(current)
+        self._workers.drain.drain(current, slot.index if slot else None)
+
+    def wait_a_while(self, limit: timedelta) -> bool:
+        """Waits until saves and drains have ended; False where the limit came first. Local."""
+        deadline = time.monotonic() + limit.total_seconds()
+        if not self._workers.pipeline.wait(limit):
+            return False
+        drain = self._workers.drain
+        left = timedelta(seconds=max(deadline - time.monotonic(), 0.0))
+        return drain is None or (drain.wait(left) and not drain.busy)
+
     def on_all(self, here: bool) -> bool:
         """Whether something holds on all processes. Collective."""
         return bool(self._agree(self._call("on_all"), lambda: here, all))
@@ -583,18 +625,25 @@ class Engine:
         errors, self._errors = self._errors, []
         return errors
 
-    def close(self) -> None:
-        """Finishes saves and drains and gives back the ramdisk directory. Idempotent."""
+    def close(self, limit: timedelta | None = None) -> None:
+        """Finishes saves and drains and gives back the ramdisk directory. Idempotent.
+
+        With a limit, what is not done by then is left to the agents of the hosts.
+        """
         if self._closed:
             return
         self._closed = True
+        done = limit is None
         try:
             self._restorer.end_early()
-            self.wait()
+            if limit is None:
+                self.wait()
+            else:
+                done = self.wait_a_while(limit)
         finally:
             self._workers.close()
-            self.job.deletions.close(_DELETION_PATIENCE)
-            self.job.peers.close()
+            self.job.deletions.close(_DELETION_PATIENCE if limit is None else min(limit, _DELETION_PATIENCE))
+            self.job.peers.close(is_done=done)
             self.job.local.close()
 
     def _call(self, kind: str) -> str:

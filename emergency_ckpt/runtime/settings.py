@@ -24,6 +24,7 @@ from emergency_ckpt.persistent.arrays import WriteOptions
 from emergency_ckpt.persistent.attempts import StepNames
 from emergency_ckpt.persistent.object_store.opening import check_location
 from emergency_ckpt.preemption.choosing import SourceOptions, names_of
+from emergency_ckpt.preemption.signals import SignalOptions
 from emergency_ckpt.runtime.policies import (
     AskedPolicy,
     Preservation,
@@ -79,8 +80,13 @@ class Settings:
       on_replica_divergence: whether copies that differ are an error beside a line in the log.
       compare_device_copies: whether copies on several devices of one process are compared, too.
       flush_on_trainer_exit: whether agents drain the newest complete step when their trainers die.
+      preemption_grace: how long a host has after a notice that names no time.
+      skip_if_replicated: whether a preemption needs no persistent step where the hosts that stay have a whole
+        one.
+      exit_code: with which the program is to end after a preemption.
       notice_sources: what is watched for notices where there is no agent; and an agent is started for them
         alone. None: neither.
+      signals: which of them are notices, where JAX does not hear them itself; None: none.
     """
 
     persistent_directory: str
@@ -122,6 +128,10 @@ class Settings:
     compare_device_copies: bool = False
     backups: BackupRule | None = None
     notice_sources: SourceOptions | None = None
+    preemption_grace: timedelta = timedelta(seconds=30)
+    skip_if_replicated: bool = False
+    exit_code: int = 42
+    signals: SignalOptions | None = None
     clock: Callable[[], float] = time.monotonic
 
     @property
@@ -184,6 +194,10 @@ def settings_from_config(config: Config) -> Settings:
         on_replica_divergence=config.on_replica_divergence,
         compare_device_copies=config.compare_device_copies,
         notice_sources=_notice_sources(config) if config.enable_autocheckpoint else None,
+        preemption_grace=timedelta(seconds=config.preemption_grace_seconds),
+        skip_if_replicated=config.autocheckpoint_skip_if_replicated,
+        exit_code=config.preemption_exit_code,
+        signals=_signals(config) if config.enable_autocheckpoint else None,
     )
 
 
@@ -210,6 +224,10 @@ def _notice_sources(config: Config) -> SourceOptions:
         Path(file) if file else None,
         "allowed" if config.preemption_allow_imds_v1 else "never",
     )
+
+
+def _signals(config: Config) -> SignalOptions:
+    return SignalOptions(names_of(config.preemption_signals), config.preemption_grace_seconds)
 
 
 def _agent_options(config: Config) -> AgentOptions | None:

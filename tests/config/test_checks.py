@@ -160,7 +160,7 @@ def test_nothing_is_inactive_by_default_nor_in_a_plain_emergency_job() -> None:
             {"checkpoint_storage_use_zarr3": False, "checkpoint_storage_use_ocdbt": False},
             "checkpoint_storage_use_ocdbt",
         ),
-        ({**RUN, "enable_autocheckpoint": True}, "enable_autocheckpoint"),
+        ({"preemption_exit_code": 143}, "preemption_exit_code"),
         ({"preemption_sources": "aws"}, "preemption_sources"),
         ({"local_checkpoint_directory": "/local"}, "local_checkpoint_directory"),
         ({"local_checkpoint_period": 5}, "local_checkpoint_period"),

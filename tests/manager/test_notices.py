@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ from jax.sharding import Mesh
 
 from emergency_ckpt import CheckpointManager, Config
 from emergency_ckpt.agent import draining
+from emergency_ckpt.errors import LocalDirectoryError
 from tests.manager.states import make_state
 
 
@@ -94,3 +96,45 @@ def wait_for(manager: CheckpointManager, count: int) -> None:
     while len(manager.notices) < count:
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_a_process_that_is_alone_hears_signals_itself(mesh: Mesh, ramdisk: Path, tmp_path: Path) -> None:
+    config = Config(
+        run_name="job",
+        base_output_directory=str(tmp_path / "bucket"),
+        enable_checkpointing=True,
+        enable_emergency_checkpoint=True,
+        local_checkpoint_directory=str(ramdisk),
+        local_checkpoint_period=1000,
+        checkpoint_period=1000,
+        checkpoint_agent="off",
+        enable_autocheckpoint=True,
+        preemption_signals="SIGTERM,SIGUSR1",
+        preemption_grace_seconds=120.0,
+    )
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    with CheckpointManager.from_config(config, mesh, make_state(mesh, 0)) as manager:
+        assert manager.save(1, make_state(mesh, 1)), "the first step"
+        signal.raise_signal(signal.SIGUSR1)
+        wait_for(manager, 1)
+        assert manager.save(2, make_state(mesh, 2))
+        assert manager.reached_preemption(2)
+        assert not manager.reached_preemption(3)
+        signal.raise_signal(signal.SIGTERM)
+        wait_for(manager, 2)
+        assert manager.save(4, make_state(mesh, 4))
+        assert manager.reached_preemption(4)
+        save, terminate = manager.notices
+        assert [(notice.source, notice.kind) for notice in (save, terminate)] == [
+            ("signal", "save"),
+            ("signal", "terminate"),
+        ]
+        assert terminate.deadline == terminate.received + 120.0
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
+
+    # A manager that cannot start leaves nothing behind either.
+    failing = config.model_copy(update={"local_checkpoint_directory": str(tmp_path / "none")})
+    with pytest.raises(LocalDirectoryError):
+        CheckpointManager.from_config(failing, mesh, make_state(mesh, 0))
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("emergency_ckpt")]
