@@ -162,6 +162,7 @@ def test_nothing_is_inactive_by_default_nor_in_a_plain_emergency_job() -> None:
         ),
         ({"preemption_exit_code": 143}, "preemption_exit_code"),
         ({"preemption_sources": "aws"}, "preemption_sources"),
+        ({"preemption_signals": "SIGUSR1"}, "preemption_signals"),
         ({"local_checkpoint_directory": "/local"}, "local_checkpoint_directory"),
         ({"local_checkpoint_period": 5}, "local_checkpoint_period"),
         ({"local_checkpoint_max_to_keep": 2}, "local_checkpoint_max_to_keep"),

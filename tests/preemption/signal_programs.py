@@ -204,6 +204,12 @@ def taken_later() -> None:
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN
 
 
+def replaced() -> None:
+    signal.signal(signal.SIGTERM, on_signal)
+    faulthandler.register(signal.SIGTERM, file=sys.stderr)
+    Heard(library_hears=True).signals.close()
+
+
 def two_managers() -> None:
     first, second = Heard("SIGTERM", "SIGUSR1"), Heard("SIGTERM", "SIGUSR1")
     say("ready")

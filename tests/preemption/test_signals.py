@@ -136,6 +136,14 @@ def test_a_handler_that_takes_the_place_later_is_said_once_and_heard_all_the_sam
         assert sorted(end(process)) == ["handler SIGTERM", "heard signal terminate SIGTERM"]
 
 
+def test_a_handler_that_jax_replaced_is_said() -> None:
+    with program("replaced") as process:
+        (line,) = end(process)
+        assert line.startswith(
+            "said: the handler of SIGTERM in Python that was installed before jax.distributed"
+        )
+
+
 def test_two_managers_hear_the_same_signal_and_the_first_goes_on_without_the_second() -> None:
     with program("two_managers") as process:
         read(process, "ready")
