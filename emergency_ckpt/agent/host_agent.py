@@ -21,6 +21,7 @@ from emergency_ckpt.agent.options import AgentOptions
 from emergency_ckpt.agent.order_client import OrderClient
 from emergency_ckpt.agent.orders import Destination, Registration, Share
 from emergency_ckpt.agent.presence import Presence
+from emergency_ckpt.agent.progress import Progress
 from emergency_ckpt.agent.record import AgentRecord, agent_directory, agent_lives, read_record
 from emergency_ckpt.agent.starting import ensure_agent
 from emergency_ckpt.errors import (
@@ -34,6 +35,7 @@ from emergency_ckpt.errors import (
 from emergency_ckpt.preemption.notice import Notice
 
 _LOOK = timedelta(seconds=2)
+_TELL = timedelta(seconds=5)
 
 
 class HostAgent:
@@ -102,6 +104,14 @@ class HostAgent:
             if not told and (reason := stop()) is not None:
                 client.give_up(drain, reason)
                 told = True
+
+    def tell_progress(self, progress: Progress) -> None:
+        """Tells the agent how far this trainer is; does nothing where none is attached."""
+        with self._guard:
+            held = self._attachment is not None and self._attachment.lost is None and not self._closed
+            record = self._record if held else None
+        if record is not None:
+            OrderClient.of_this_host(record, _TELL).tell_progress(self._trainer, progress)
 
     def close(self) -> None:
         """Says goodbye and lets go. The agent stays as long as somebody needs it. Repeating it is fine."""

@@ -1,8 +1,8 @@
 """One agent's part in a last call: the newest complete step is drained before a host goes away.
 
-The trainers may live, or hang; they are not asked, and their drains are never disturbed. It begins as late as it
-fits (`core.last_call`), and only where nobody has drained that step, or is about to. Of all agents that have such
-a call the one of the lowest process leads.
+The trainers may live, or hang; they are not asked, and their drains are never disturbed. It begins as late as
+it fits (`core.last_call`), and only where nobody has drained that step, or is about to. Of all agents that have
+such a call the one of the lowest process leads.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ class LastCallSession:
         self._leader = Leader(registration, own, dial, stopped, "urgent")
         self._own = own
         self._changed = threading.Event()
+        self._guard = threading.Lock()
         self._deadline = deadline
+        self._next: float | None = None  # the deadline of a notice that came while this agent was leading
         self._armed = time.monotonic()
         self._begins = self._armed
         self._ended = self._armed
@@ -87,10 +89,20 @@ class LastCallSession:
             case _:
                 return None
 
-    def hurry(self, deadline: float) -> None:
-        """There is less time than was said before, or not."""
-        self._deadline = min(self._deadline, deadline)
+    def hurry(self, deadline: float) -> bool:
+        """There is less time than was said before, or not; False where this has ended.
+
+        What is being drained by now is not all: there may be a newer step, of which another call is made.
+        """
+        with self._guard:
+            if self._state in ("done", "over"):
+                return False
+            if self._state == "leading":
+                self._next = deadline if self._next is None else min(self._next, deadline)
+            else:
+                self._deadline = min(self._deadline, deadline)
         self._changed.set()
+        return True
 
     def wake(self) -> None:
         """The agent leaves."""
@@ -101,15 +113,29 @@ class LastCallSession:
 
         Raises PersistentStoreError, PeerUnavailableError, CorruptDataError.
         """
-        done = False
         try:
-            result = self._run()
-            done = result.ending in ("committed", "nothing_left")
-            return result
+            while True:
+                result = self._run()
+                if self._ends(done=result.ending in ("committed", "nothing_left")):
+                    return result
+                _log.info(
+                    "last call for %s: %s, and another one follows", self._registration.life, result.reason
+                )
+        except BaseException:
+            self._ends(done=False)
+            raise
         finally:
-            self._ended = time.monotonic()
-            self._state = "done" if done else "over"
             self._leader.close()
+
+    def _ends(self, *, done: bool) -> bool:
+        """Whether this is all."""
+        with self._guard:
+            self._ended = time.monotonic()
+            if not done or self._next is None or self._stopped.is_set():
+                self._state = "done" if done else "over"
+                return True
+            self._armed, self._deadline, self._next, self._state = self._ended, self._next, None, "armed"
+            return False
 
     def _run(self) -> FlushResult:
         # These take a moment, which is there now.
@@ -133,7 +159,7 @@ class LastCallSession:
             if turn == "mine" and (result := self._drain(call)) is not None:
                 return result
             if turn != "mine":
-                self._state = "armed"
+                self._yield()
             self._wait(_POLL_SECONDS)
         return stands_down("the agent leaves")
 
@@ -186,7 +212,7 @@ class LastCallSession:
             if report.leaving:
                 leaving.update(report.processes)
         why = f"without the trainers, {call.reason}"
-        if leaving:
+        if leaving and leaving != set(range(len(self._registration.agents))):
             why += f"; what is elsewhere, too, is not written by process {', '.join(map(str, sorted(leaving)))}"
         return self._leader.lead(store, newest, activations, leaving, self._busy, why)
 
@@ -203,6 +229,13 @@ class LastCallSession:
             return None
         self._say(f"{step} is left to the drain that is running", f"it is of {awaited.step}")
         return "it is drained already"
+
+    def _yield(self) -> None:
+        """Another agent comes first."""
+        with self._guard:
+            self._state = "armed"
+            if self._next is not None:
+                self._deadline, self._next = min(self._deadline, self._next), None
 
     def _say(self, what: str, why: str) -> None:
         if self._said != what:

@@ -192,8 +192,7 @@ class LastCalls:
         assert self._own is not None
         with self._guard:
             running = self._threads.get(life)
-            if running is not None and running.is_alive():
-                self._sessions[life].hurry(deadline)
+            if running is not None and running.is_alive() and self._sessions[life].hurry(deadline):
                 return
             if not wanting:
                 return

@@ -83,6 +83,14 @@ class Told:
         """How long the step has taken by now, if the trainer is still at it."""
         return self.progress.seconds + self.age_seconds
 
+    @property
+    def stall_seconds(self) -> float | None:
+        """How long the step has taken, where that is longer than it may; None where it is not."""
+        progress = self.progress
+        allowed = progress.limits.allowed_seconds(progress.median_seconds)
+        seconds = self.step_seconds
+        return None if progress.phase != "training" or allowed is None or seconds <= allowed else seconds
+
 
 class ProgressBoard:
     """What all trainers of this host said last, by their ids. Safe to use from any thread."""

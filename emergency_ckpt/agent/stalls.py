@@ -99,7 +99,7 @@ class Stalls:
         known = self._trainers.registered()
         for trainer, each in known.items():
             told = self._board.of(trainer)
-            seconds = _too_long(told) if told is not None and each.state == "alive" else None
+            seconds = told.stall_seconds if told is not None and each.state == "alive" else None
             with self._guard:
                 stall = self._stalls.get(trainer)
             if told is None or seconds is None:
@@ -177,7 +177,7 @@ class Stalls:
             if self._stopped.wait(0.1):
                 return
         now = self._board.of(trainer)
-        if now is None or now.progress.step != told.progress.step or _too_long(now) is None:
+        if now is None or now.progress.step != told.progress.step or now.stall_seconds is None:
             _log.warning("process %d goes on, and is left alone", process)
             return
         if (why := _not_ours(told)) is not None:
@@ -209,15 +209,6 @@ class Stalls:
             _log.error("process %d is not ended: %s", process, error.strerror)
         finally:
             os.close(handle)
-
-
-def _too_long(told: Told) -> float | None:
-    """How long the step has taken, where that is longer than it may."""
-    progress = told.progress
-    allowed = progress.limits.allowed_seconds(progress.median_seconds)
-    if progress.phase != "training" or allowed is None or told.step_seconds <= allowed:
-        return None
-    return told.step_seconds
 
 
 def _not_ours(told: Told) -> str | None:

@@ -18,6 +18,7 @@ from emergency_ckpt.agent.options import AgentOptions
 from emergency_ckpt.agent.starting import IDLE_SECONDS
 from emergency_ckpt.core.backups import BackupRule
 from emergency_ckpt.core.schedule import SaveRule, SaveSchedule
+from emergency_ckpt.core.stalls import StallLimits
 from emergency_ckpt.errors import ConfigError
 from emergency_ckpt.jaxio.binding import HOST_PLATFORMS
 from emergency_ckpt.persistent.arrays import WriteOptions
@@ -79,6 +80,7 @@ class Settings:
       flush_on_trainer_exit: whether agents drain the newest complete step when their trainers die.
       notice_sources: what is watched for notices where there is no agent; and an agent is started for them
         alone. None: neither.
+      stalls: what the agent makes of a step that takes far longer than those before it.
     """
 
     persistent_directory: str
@@ -118,6 +120,7 @@ class Settings:
     compare_device_copies: bool = False
     backups: BackupRule | None = None
     notice_sources: SourceOptions | None = None
+    stalls: StallLimits = dataclasses.field(default_factory=StallLimits)
     clock: Callable[[], float] = time.monotonic
 
     @property
@@ -177,6 +180,11 @@ def settings_from_config(config: Config) -> Settings:
         on_replica_divergence=config.on_replica_divergence,
         compare_device_copies=config.compare_device_copies,
         notice_sources=_notice_sources(config) if config.enable_autocheckpoint else None,
+        stalls=StallLimits(
+            config.trainer_stall_factor,
+            config.trainer_stall_floor_seconds,
+            config.trainer_stall_restart_seconds,
+        ),
     )
 
 
