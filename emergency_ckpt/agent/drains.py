@@ -220,11 +220,6 @@ class Drains:
             for state in self._states.values():
                 state.give_up = state.give_up or reason
 
-    def refuse(self, reason: str) -> None:
-        """Takes on nothing more."""
-        with self._changed:
-            self._closed = reason
-
     def _run(
         self,
         state: DrainState,

@@ -95,14 +95,6 @@ class LastCalls:
         """Whether a trainer of this life lets agents drain without it while it lives."""
         return bool(self._wanting(life))
 
-    def keeps(self) -> bool:
-        """Whether trainers live here that save when their host goes away, and may ask for drains."""
-        known = self._trainers.registered()
-        return any(
-            each.state == "alive" and (told := self._board.of(id_)) is not None and told.progress.last_call
-            for id_, each in known.items()
-        )
-
     # Notices.
 
     def hear_here(self, notice: Notice) -> None:

@@ -76,6 +76,11 @@ class Notices:
         finally:
             self._listeners.discard(queue)
 
+    @property
+    def listeners(self) -> int:
+        """How many trainers listen: those that save when they hear that their host goes away."""
+        return len(self._listeners)
+
     def end(self) -> None:
         """Whoever listens hears that there will be no more."""
         for listener in self._listeners:

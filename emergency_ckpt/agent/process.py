@@ -61,7 +61,8 @@ def run_agent(
 ) -> None:
     """Serves `root` until it is asked to leave (SIGTERM, SIGINT, SIGHUP, `POST /v1/leave`) or nobody needs it.
 
-    A signal lets drains that are running end, for a while; a second one, and being asked, does not.
+    After a signal it serves on for a while, as long as there are drains, or trainers that save now; a second
+    one, and being asked, ends it at once. SIGTERM and SIGHUP are told to the trainers as the end of the host.
 
     Args:
       ready: called once it serves and its record is in place.
@@ -220,7 +221,7 @@ class _Life:
                 for what, there in (
                     (f"{server.drains.running} drains are running", server.drains.running > 0),
                     ("the newest step is being seen to", server.last_calls.pending > 0),
-                    ("trainers live that save now", server.last_calls.keeps()),
+                    ("trainers listen that save now", server.notices.listeners > 0),
                 )
                 if there
             ]
@@ -249,7 +250,8 @@ class _Life:
             if not self._lock.is_current():
                 return f"{self._directory} was emptied or replaced, and what is there now is not this agent's"
             self._keep_record(record)
-            busy = server.drains.running > 0 or flushes.pending > 0 or server.trainers.apart > 0
+            busy = server.drains.running > 0 or flushes.pending > 0 or server.last_calls.pending > 0
+            busy = busy or server.trainers.apart > 0
             quiet = server.trainers.idle_seconds()
             if idle is not None and not busy and server.trainers.over and quiet >= min(idle, _LINGER_SECONDS):
                 return "its trainer said goodbye, and there are no other hosts"

@@ -147,7 +147,7 @@ def test_an_agent_that_gets_sigterm_tells_its_trainer_and_takes_its_drain_before
         job.save(7)
         owner.begin(job.destination, job.share(7))
         job.wait_for(lambda: job.committed == [StepId(1, 7)])
-        job.wait_for(lambda: "trainers live that save now: 25 s for them" in job.log)
+        job.wait_for(lambda: "trainers listen that save now: 25 s for them" in job.log)
         job.run_in(trainer, "agent.close()")
         wait_until_gone(record.pid)
     assert job.committed == [StepId(1, 7)]

@@ -10,11 +10,14 @@ from emergency_ckpt import CheckpointManager
 from tests.integration.training_job import make_config, make_mesh, make_state
 
 
-def train_until_told(root: str) -> dict[str, Any]:
-    """Trains, once the file `go` is there, until all processes leave at one step; tells what happened."""
+def train_until_told(root: str, changed: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Trains, once the file `go` is there, until all processes leave at one step; tells what happened.
+
+    `changed`: flags.
+    """
     mesh = make_mesh(2)
     fresh = make_state(mesh, 0)
-    flags = {"enable_autocheckpoint": True, "local_checkpoint_period": 1000}
+    flags = {"enable_autocheckpoint": True, "local_checkpoint_period": 1000, **(changed or {})}
     with CheckpointManager.from_config(make_config(root, flags), mesh, fresh) as manager:
         start = manager.restore_or_init(lambda: fresh).step or 0
         print(f"restored {start}", flush=True)
