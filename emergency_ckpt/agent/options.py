@@ -148,8 +148,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=25.0,
         metavar="S",
-        help="after SIGTERM, which trainers are told of, serve on for S seconds at most, for the drains that run "
-        "and those that follow from it; less than the grace period of the container (default: %(default)s)",
+        help="after SIGTERM, which trainers are told of, serve on for S seconds at most, for the drains that "
+        "run and those that follow from it; less than the grace period of the container (default: %(default)s)",
     )
     parser.add_argument(
         "--preemption-sources",

@@ -26,7 +26,7 @@ __all__ = ["root"]  # A fixture.
 
 @pytest.mark.parametrize("told", [[1], [0, 1]], ids=str)
 def test_the_newest_step_is_persistent_in_time_though_all_trainers_hang(root: Path, told: list[int]) -> None:
-    """Agents that hear at the same time drain once. A host that goes away writes nothing that others have, too."""
+    """Agents that hear at the same time drain once. A host that goes away writes nothing that others have."""
     notice = root / "leaving"
     hears = {"preemption_notice_file": str(notice)}
     flags = {
