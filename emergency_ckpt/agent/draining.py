@@ -180,7 +180,7 @@ def _write(
     stranger = share.of is None and manifest.nonce != destination.life.nonce
     if stranger or (manifest.step, manifest.layout, manifest.position) != expected:
         raise CorruptDataError(f"the slot of {attempt} holds {manifest.step} of position {manifest.position}")
-    plan = assign_uploads(layout, share.holders)
+    plan = assign_uploads(layout, share.holders, share.leaving)
     if plan.shards is None:
         raise PersistentStoreError(f"{attempt} cannot be drained: {plan.reason}")
     # Where all are there each brings its own; otherwise also those that it keeps for others.

@@ -51,6 +51,7 @@ class DrainState:
     id: str
     what: str
     life: Life
+    step: StepId
     waiting: bool = False
     ending: Ending | None = None
     nbytes: int = 0
@@ -144,6 +145,12 @@ class Drains:
         with self._changed:
             return sum(state.ending is None and not state.waiting for state in self._states.values())
 
+    def of_life(self, life: Life) -> list[tuple[StepId, bool]]:
+        """The steps of the drains of a life that have not ended, and whether they wait for others."""
+        with self._changed:
+            mine = [state for state in self._states.values() if state.life == life and state.ending is None]
+            return [(state.step, state.waiting) for state in mine]
+
     def give_up_waiting(self, life: Life, reason: str) -> None:
         """Lets all drains of a life end that wait for others."""
         with self._changed:
@@ -176,7 +183,8 @@ class Drains:
         pin = self._pin(wanted, None if share.of else life.nonce)
         try:
             layout = self._layout(share.layout)
-            state = DrainState(secrets.token_hex(16), f"{step} of run {life.run}, part {share.position}", life)
+            what = f"{step} of run {life.run}, part {share.position}"
+            state = DrainState(secrets.token_hex(16), what, life, step)
             state.asked, state.order = order, order if ordered or resumed else None
             state.retry = share.retry
             if resumed and share.holders == (share.position,):
@@ -246,11 +254,6 @@ class Drains:
             self._changed.notify_all()
             for state in self._states.values():
                 state.give_up = state.give_up or reason
-
-    def refuse(self, reason: str) -> None:
-        """Takes on nothing more."""
-        with self._changed:
-            self._closed = reason
 
     def _run(
         self,

@@ -23,6 +23,7 @@ from emergency_ckpt.agent.options import AgentOptions
 from emergency_ckpt.agent.order_client import OrderClient
 from emergency_ckpt.agent.orders import Destination, Registration, Share
 from emergency_ckpt.agent.presence import Presence
+from emergency_ckpt.agent.progress import Progress
 from emergency_ckpt.agent.record import AgentRecord, agent_directory, agent_lives, read_record
 from emergency_ckpt.agent.starting import ensure_agent
 from emergency_ckpt.core.retrying import store_error
@@ -39,6 +40,7 @@ _LOOK = timedelta(seconds=2)
 _TRIES = 3
 _NO_ANSWER = ("unreachable", "timeout")
 _T = TypeVar("_T")
+_TELL = timedelta(seconds=5)
 
 
 class HostAgent:
@@ -118,6 +120,14 @@ class HostAgent:
         with self._guard:
             client = OrderClient.of_this_host(self._connected())
         return client, client.begin(destination, share)
+
+    def tell_progress(self, progress: Progress) -> None:
+        """Tells the agent how far this trainer is; does nothing where none is attached."""
+        with self._guard:
+            held = self._attachment is not None and self._attachment.lost is None and not self._closed
+            record = self._record if held else None
+        if record is not None:
+            OrderClient.of_this_host(record, _TELL).tell_progress(self._trainer, progress)
 
     def close(self, *, is_done: bool = True) -> None:
         """Says goodbye and lets go. The agent stays as long as somebody needs it. Repeating it is fine.

@@ -106,6 +106,7 @@ class Share:
       commits: whether this one commits.
       of: the life that saved the step, where that is an earlier one than the one that drains it.
       retry: whether the try before this one failed.
+      leaving: those of the holders that write only what no other one has, because their hosts go away.
     """
 
     step: int
@@ -116,6 +117,7 @@ class Share:
     commits: bool
     of: Life | None = None
     retry: bool = False
+    leaving: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         SlotId("r", StepId(0, _number(self.step)), _typed(self.layout, str), _number(self.position))
@@ -127,6 +129,8 @@ class Share:
             raise ValueError("the holders of a drain are not ascending, or none, or too many")
         if self.position not in holders:
             raise ValueError(f"position {self.position} is none of those that write a part")
+        if not {_number(position) for position in self.leaving} <= set(holders):
+            raise ValueError("more positions are leaving than write a part")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -174,7 +178,8 @@ def share_to_json(share: Share) -> dict[str, Any]:
 def share_from_json(raw: Any) -> Share:
     fields = _fields(Share, raw)
     of = None if fields["of"] is None else life_from_json(fields["of"])
-    return Share(**{**fields, "holders": tuple(_typed(fields["holders"], list)), "of": of})
+    holders, leaving = (tuple(_typed(fields[name], list)) for name in ("holders", "leaving"))
+    return Share(**{**fields, "holders": holders, "leaving": leaving, "of": of})
 
 
 def registration_to_json(registration: Registration) -> dict[str, Any]:

@@ -35,6 +35,9 @@ _NEED_LOCAL_TIER = (
     "agent_flush_on_trainer_exit",
     "multi_tier_checkpointing_backup_interval_minutes",
     "multi_tier_checkpointing_backup_interval_steps",
+    "trainer_stall_factor",
+    "trainer_stall_floor_seconds",
+    "trainer_stall_restart_seconds",
 )
 
 _STORES = ("s3://", "gs://")

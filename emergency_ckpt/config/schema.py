@@ -281,6 +281,26 @@ class Config(BaseModel):
         "terminationGracePeriodSeconds (30 where it says nothing).",
     )
 
+    # Watching the trainers.
+    trainer_stall_factor: Seconds = Field(
+        10.0,
+        ge=1,
+        description="A step that takes so many times the median of recent steps, and longer than "
+        "trainer_stall_floor_seconds, is reported by the agent of the host, and which processes are behind.",
+    )
+    trainer_stall_floor_seconds: Seconds = Field(
+        300.0,
+        ge=0,
+        description="No step that is shorter is reported, and the first one after a start, which is compiled, "
+        "has twice this. Longer than any evaluation between two steps. 0 reports none.",
+    )
+    trainer_stall_restart_seconds: Seconds = Field(
+        0.0,
+        ge=0,
+        description="When a step is reported and takes so much longer still, the agents drain the newest "
+        "complete step and end their trainers, so that the job restarts. 0: never.",
+    )
+
     # The format of the persistent tier.
     checkpoint_storage_target_data_file_size_bytes: Whole = Field(
         2_147_483_648,

@@ -18,6 +18,7 @@ from emergency_ckpt.agent.options import AgentOptions
 from emergency_ckpt.agent.starting import IDLE_SECONDS
 from emergency_ckpt.core.backups import BackupRule
 from emergency_ckpt.core.schedule import SaveRule, SaveSchedule
+from emergency_ckpt.core.stalls import StallLimits
 from emergency_ckpt.errors import ConfigError
 from emergency_ckpt.jaxio.binding import HOST_PLATFORMS
 from emergency_ckpt.persistent.arrays import WriteOptions
@@ -87,6 +88,7 @@ class Settings:
       notice_sources: what is watched for notices where there is no agent; and an agent is started for them
         alone. None: neither.
       signals: which of them are notices, where JAX does not hear them itself; None: none.
+      stalls: what the agent makes of a step that takes far longer than those before it.
     """
 
     persistent_directory: str
@@ -132,6 +134,7 @@ class Settings:
     skip_if_replicated: bool = False
     exit_code: int = 42
     signals: SignalOptions | None = None
+    stalls: StallLimits = dataclasses.field(default_factory=StallLimits)
     clock: Callable[[], float] = time.monotonic
 
     @property
@@ -198,6 +201,11 @@ def settings_from_config(config: Config) -> Settings:
         skip_if_replicated=config.autocheckpoint_skip_if_replicated,
         exit_code=config.preemption_exit_code,
         signals=_signals(config) if config.enable_autocheckpoint else None,
+        stalls=StallLimits(
+            config.trainer_stall_factor,
+            config.trainer_stall_floor_seconds,
+            config.trainer_stall_restart_seconds,
+        ),
     )
 
 

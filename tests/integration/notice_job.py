@@ -16,11 +16,13 @@ from tests.integration.training_job import make_config, make_mesh, make_state
 GRACE_SECONDS = 45.0
 
 
-def train_until_told(root: str, taken_by: int | None = None) -> dict[str, Any]:
+def train_until_told(
+    root: str, taken_by: int | None = None, changed: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Trains, once the file `go` is there, until all processes leave at one step; tells what happened.
 
     The process `taken_by` has a Python handler of SIGTERM, installed after JAX's; then all compile until `go`
-    is there.
+    is there. `changed`: flags.
     """
     mesh = make_mesh(2)
     fresh = make_state(mesh, 0)
@@ -31,6 +33,7 @@ def train_until_told(root: str, taken_by: int | None = None) -> dict[str, Any]:
         "enable_autocheckpoint": True,
         "local_checkpoint_period": 1000,
         "preemption_grace_seconds": GRACE_SECONDS,
+        **(changed or {}),
     }
     with CheckpointManager.from_config(make_config(root, flags), mesh, fresh) as manager:
         start = manager.restore_or_init(lambda: fresh).step or 0
