@@ -114,9 +114,9 @@ class DrainWorker:
             step, failure = self._running or self._queue.oldest, self._last_failure
             if step is None:
                 return "nothing is left to drain"
-            does = "is being drained" if self._running else "waits for its next try" if failure else "waits"
             if failure is None or not self._failures:
-                return f"{step} {does}"
+                return f"{step} {'is being drained' if self._running else 'waits'}"
+            does = "is being drained" if self._running else "waits for its next try"
             return f"{step} {does}, after {self._failures} that failed, the last one by {failure.reason}"
 
     def drain(self, step: StepId, slot: int | None) -> None:
@@ -238,9 +238,6 @@ class DrainWorker:
             # The thread of another process than the committer's listens until that one closes.
             ends_soon = self._running is None and (self._commits or not self._queue)
             self._stop("the manager ends")
-        if self._commits:  # Others may wait for the next attempt.
-            with contextlib.suppress(EmergencyCheckpointError):
-                self._job.board.call(self._job.generation.number, self._ended, _OVER)
         self._thread.join(5.0 if ends_soon else 0.0)
 
     def _stop(self, reason: str) -> None:
@@ -266,6 +263,9 @@ class DrainWorker:
                 self._errors.keep(told)
                 with self._changed:
                     self._end(attempt, Verdict("failed", str(told)))
+        if self._commits:  # Others may wait for the next attempt.
+            with contextlib.suppress(EmergencyCheckpointError):
+                self._job.board.call(self._job.generation.number, self._ended, _OVER)
 
     def _choose(self) -> Waiting | None:
         """In the committer: what the next attempt is for, which counts as running; None when closed."""
@@ -402,9 +402,10 @@ class DrainWorker:
         if (stands := job.board.peek(attempt)) is not None:
             return self._heard(attempt, stands), 0  # This process comes late.
         if index is None:
-            if any(complete > step for complete in job.local.complete_steps()):
+            if job.repeats and any(complete > step for complete in job.local.complete_steps()):
                 why = f"process {job.process}: its slot was needed, a newer step goes in its place"
-                return job.board.announce(attempt, Verdict("superseded", why, repeats=job.repeats)), 0
+                said = Verdict("superseded", why, repeats=True)
+                return self._heard(attempt, job.board.announce(attempt, said)), 0
             raise CorruptDataError(f"{step} is not on this ramdisk any more")
         slot = job.local.sealed(step)
         if slot is None or slot.index != index:

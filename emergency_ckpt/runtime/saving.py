@@ -187,11 +187,12 @@ class SavePipeline(Worker[_Task]):
         """A slot, for which steps that wait to be drained make room if need be.
 
         The step of a preemption is the last one: it is worth a longer wait, for a drain that runs, or for the
-        outcome of the save before. Others wait for its outcome longer than that.
+        outcome of the save before. Others wait for its outcome longer than that. `finish` says how long itself.
         """
-        local, drain = self._job.local, self._drain
-        slot, reason = local.begin(task.step, slot_wait, pins)
-        patience = self._job.settings.coordination_timeout / 2 if task.due.before_end else timedelta(0)
+        local, drain, settings = self._job.local, self._drain, self._job.settings
+        first = min(slot_wait, settings.slot_wait)
+        slot, reason = local.begin(task.step, first, pins)
+        patience = max(slot_wait - first, settings.coordination_timeout / 2 * task.due.before_end)
         deadline = time.monotonic() + patience.total_seconds()
         while slot is None:
             made = drain is not None and drain.make_room()

@@ -99,11 +99,17 @@ def test_an_agent_whose_store_is_away_waits_for_it(disk: Ramdisk, bucket: Path) 
     assert job.log.count("waits for the persistent tier") == 1
 
 
-def test_a_flush_whose_write_fails_tries_again(disk: Ramdisk, bucket: Path) -> None:
+def test_a_step_whose_drain_failed_is_drained_by_a_flush_which_tries_again_as_well(
+    disk: Ramdisk, bucket: Path
+) -> None:
     job = make_job(disk, bucket)
     job.save(7)
-    # In the way of the directory of the first attempt.
-    (bucket / f"7.orbax-checkpoint-tmp-g1-{job.nonce}-{1_000_000_000}").touch()
+    for ordinal in (0, 1_000_000_000):  # In the way of the directories of the first attempts.
+        (bucket / f"7.orbax-checkpoint-tmp-g1-{job.nonce}-{ordinal}").touch()
+    drain = job.owner.begin(job.destination, job.share(7))
+    while (report := job.owner.look(drain)).ending is None:
+        pass
+    assert report.ending == "failed"
     die(job)
     job.wait_for(lambda: job.committed == [StepId(1, 7)] or "could not be drained" in job.log)
     assert job.committed == [StepId(1, 7)], job.log

@@ -118,11 +118,10 @@ def test_who_waits_in_vain_is_told_what_is_being_drained(
     worker.hold(timedelta(seconds=10))
     manager.save(5, make_state(mesh, 5))
     settings = dataclasses.replace(manager._engine.job.settings, drain_timeout=timedelta(seconds=-29.9))
-    monkeypatch.setattr(manager._engine._workers, "_settings", settings)
-    with pytest.raises(
-        CoordinationTimeoutError, match=r"still running after 0 s: step 5 \(generation 1\) waits"
-    ):
-        manager.wait_until_finished()
+    with monkeypatch.context() as hasty:
+        hasty.setattr(manager._engine._workers, "_settings", settings)
+        with pytest.raises(CoordinationTimeoutError, match=r"after 0 s: step 5 \(generation 1\) waits"):
+            manager.wait_until_finished()
     worker.release()
 
 

@@ -15,10 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from emergency_ckpt.agent.drain import DrainJob, InProcess, Stop
+from emergency_ckpt.agent.drain import DrainJob, InProcess
 from emergency_ckpt.agent.drain_worker import DrainWorker
 from emergency_ckpt.agent.draining import destination_of
-from emergency_ckpt.agent.orders import Share
 from emergency_ckpt.core.checksums import copy_and_checksum, shard_seed
 from emergency_ckpt.core.layout import Layout, LeafSpec
 from emergency_ckpt.core.lineage import StepId
@@ -27,7 +26,6 @@ from emergency_ckpt.core.shards import Box, Shard
 from emergency_ckpt.core.slots import Outcome
 from emergency_ckpt.jaxio.coordination import InMemoryCluster
 from emergency_ckpt.local.manifest import Manifest
-from emergency_ckpt.local.slot_views import SealedSlot
 from emergency_ckpt.local.store import LocalStore, StoreOptions
 from emergency_ckpt.persistent.arrays import WriteOptions
 from emergency_ckpt.persistent.store import PersistentStore
@@ -46,16 +44,6 @@ def make_layout() -> Layout:
     return Layout.build([LeafSpec("w", (16,), "float32")], {0: [shards[0]], 1: [shards[1]]}, (0, 0))
 
 
-class Counted(InProcess):
-    """Drains in this process, and counts the attempts."""
-
-    attempts = 0
-
-    def run(self, share: Share, slot: SealedSlot, stop: Stop) -> int:
-        self.attempts += 1
-        return super().run(share, slot, stop)
-
-
 @dataclasses.dataclass
 class Process:
     """One process of the job."""
@@ -63,7 +51,6 @@ class Process:
     index: int
     layout: Layout
     local: LocalStore
-    runner: Counted
     metrics: Metrics
     worker: DrainWorker
 
@@ -141,10 +128,9 @@ def two(ramdisk: Path, tmp_path: Path) -> Iterator[Two]:
         metrics, store = Metrics(), PersistentStore(bucket)
         local = LocalStore(StoreOptions(ramdisk / str(index), 1, 3, 2), RUN, layout, index, lambda _: None)
         destination = destination_of(store, RUN, generation, "default", WriteOptions(), 20.0)
-        runner = Counted(store, destination)
         job = DrainJob(
             local=local,
-            runner=runner,
+            runner=InProcess(store, destination),
             generation=generation,
             item="default",
             process=index,
@@ -156,7 +142,7 @@ def two(ramdisk: Path, tmp_path: Path) -> Iterator[Two]:
             abandon=store.abandon,
             pauses=PAUSES,
         )
-        processes.append(Process(index, layout, local, runner, metrics, DrainWorker(job)))
+        processes.append(Process(index, layout, local, metrics, DrainWorker(job)))
     yield Two((processes[0], processes[1]), bucket)
     for process in processes:
         process.worker.close()
@@ -188,11 +174,11 @@ def test_whoever_waits_in_an_outage_gets_one_try_and_no_more(two: Two) -> None:
     first, second = two.processes
     with two.outage():
         two.fail(1)
-        for waiting in (first, second, first):
-            before = first.runner.attempts
+        for ended, waiting in enumerate((first, second, first), 2):
             assert waiting.worker.wait(SOON)
-            assert first.runner.attempts == before + 1
-            assert second.worker.wait_for(before + 1, SOON)
+            for process in two.processes:
+                assert process.worker.wait_for(ended, SOON)
+                assert process.counted("drains_failed") == ended
     assert two.committed == []
 
 
@@ -204,7 +190,7 @@ def test_no_try_begins_while_drains_are_held_and_the_next_one_does_afterwards(tw
         assert second.worker.wait_for(attempts, SOON)
     assert not second.worker.wait(timedelta(seconds=1)), "although it is urged"
     assert "step 1 (generation 1) waits for its next try, after 2 that failed" in second.worker.describe()
-    assert first.runner.attempts == 2
+    assert first.counted("drains_failed") == second.counted("drains_failed") == 2
     first.worker.release()
     assert second.worker.wait(SOON)
     assert two.committed == [1]
