@@ -92,6 +92,7 @@ def interrupted() -> None:
         heard.wait()
         until(lambda: False)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         say("KeyboardInterrupt")
 
 
