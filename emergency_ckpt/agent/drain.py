@@ -16,7 +16,12 @@ from emergency_ckpt.agent.host_agent import HostAgent
 from emergency_ckpt.agent.orders import Destination, Share
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.core.retrying import Pauses, StoreReason
-from emergency_ckpt.errors import AgentStartError, LocalDirectoryError, PeerUnavailableError
+from emergency_ckpt.errors import (
+    AgentStartError,
+    LocalDirectoryError,
+    PeerUnavailableError,
+    PersistentStoreError,
+)
 from emergency_ckpt.local.slot_views import SealedSlot
 from emergency_ckpt.local.store import LocalStore
 from emergency_ckpt.persistent.attempts import Attempt
@@ -111,6 +116,8 @@ class ByAgent:
         try:
             return self._agent.drain(self._destination, share, stop)
         except (AgentStartError, LocalDirectoryError, PeerUnavailableError) as error:
+            if self._agent.closed:  # This process is about to end, and would end in the middle of it.
+                raise PersistentStoreError(f"the agent of this host did not take the drain: {error}") from error
             self._log.error(
                 "drain",
                 share.step,

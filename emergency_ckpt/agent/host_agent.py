@@ -41,6 +41,7 @@ _TRIES = 3
 _NO_ANSWER = ("unreachable", "timeout")
 _T = TypeVar("_T")
 _TELL = timedelta(seconds=5)
+_HURRIED_SECONDS = 2.0
 
 
 class HostAgent:
@@ -129,13 +130,21 @@ class HostAgent:
         if record is not None:
             OrderClient.of_this_host(record, _TELL).tell_progress(self._trainer, progress)
 
+    @property
+    def closed(self) -> bool:
+        """Whether nothing more is asked of the agent."""
+        return self._closed
+
     def close(self, *, is_done: bool = True) -> None:
         """Says goodbye and lets go. The agent stays as long as somebody needs it. Repeating it is fine.
 
-        Not `is_done`: without a word, as one that dies does, so that the agent sees to what is left.
+        Not `is_done`: without a word, as one that dies does, so that the agent sees to what is left; where it
+        does not answer just now, the end of this process lets go.
         """
-        with self._guard:
-            self._closed = True
+        self._closed = True
+        if not self._guard.acquire(timeout=-1 if is_done else _HURRIED_SECONDS):
+            return
+        try:
             attachment, self._attachment = self._attachment, None
             told = not is_done or self._registration is None or self._say_goodbye()
             if self._presence is not None and not is_done:
@@ -144,6 +153,8 @@ class HostAgent:
                 attachment.close()
             if self._presence is not None:
                 self._presence.close(told=told)
+        finally:
+            self._guard.release()
 
     def _say_goodbye(self) -> bool:
         """To the agent that runs now, which may be another one; False where none heard it."""
