@@ -142,8 +142,20 @@ class MarkedSteps:
         name, generation = self.directory(attempt), attempt.generation.number - 1
         turn.check()
         self._files.delete(f"{name}/{ORBAX_COMMIT_FILE}")
+        if not turn.is_mine():
+            self._put_back(attempt, turn)
+            raise turn.lost()
         if not self.clear(name, generation, lambda: not turn.is_mine(), paths):
             raise turn.lost()
+
+    def _put_back(self, attempt: Attempt, turn: Turn) -> None:
+        """The marker that was deleted may have been that of the attempt which has taken the turn."""
+        files = self._files.below(self.directory(attempt))
+        mark = turn.publishing()
+        if mark is None and turn.is_over():
+            mark = Mark.read(files.below(attempt.item))  # Which says the same, and stays.
+        if mark is not None and mark.nonce == attempt.generation.nonce and mark.speaks_of(files):
+            files.create(ORBAX_COMMIT_FILE, mark.to_bytes())
 
     def hide(self, name: str, generation: int) -> str | None:
         # First of all, or somebody would end what it says was begun.

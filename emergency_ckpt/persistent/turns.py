@@ -103,6 +103,15 @@ class Turn:
         data = _Record(self._attempt.ordinal, self._holder, mark).to_bytes()
         self._version = put_over(self._files, _FILE, data, self._version, self._attempt)
 
+    def is_over(self) -> bool:
+        """Whether nobody has it: who had it last has ended it."""
+        return self._files.version(_FILE) is None
+
+    def publishing(self) -> Mark | None:
+        """The marker that is being put by whoever has the turn."""
+        found = self._read()
+        return found.publishing if found else None
+
     def give_up(self) -> None:
         """Nothing was written in this turn, and nothing will be."""
         if self.is_mine():
