@@ -17,7 +17,7 @@ from emergency_ckpt.core.cover import Cover, Flags, find_cover
 from emergency_ckpt.core.restore_plan import IN_PLACE, ProcessPlan, Take
 from emergency_ckpt.core.shards import Shard
 from emergency_ckpt.core.sources import Givers
-from emergency_ckpt.core.survivors import Survivors
+from emergency_ckpt.core.survivors import Kind, Survivors
 from emergency_ckpt.core.universe import Universe, among, distinct, joined, without
 
 
@@ -120,7 +120,7 @@ class StepNeeds:
             own = self.survivors.of_process.get(process, ())
             slots = [self.survivors.kinds[k] for k, _ in own]
             kept = [each for each in slots if each.shards == kind and not each.is_outvoted]
-            best = max(kept, key=lambda each: len(each.good), default=None)
+            best = min(kept, key=self._rank, default=None)
             held = layout.held.lists[kind]
             if best is not None and len(best.good) == len(held):
                 need = whole
@@ -134,6 +134,10 @@ class StepNeeds:
                 )
             found.append(need)
         return found
+
+    def _rank(self, kept: Kind) -> tuple[int, str]:
+        """The slot with most good shards is kept; its process chooses alike (see `runtime.filling`)."""
+        return -len(kept.good), self.universe.hashes[kept.layout]
 
     def _need(self, process: int, in_place: bool, left: Numbers) -> _Need:
         left = left[self.universe.nbytes[left] > 0]

@@ -19,6 +19,7 @@ from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.core.part import Part
 from emergency_ckpt.core.placement import extras_keepers
 from emergency_ckpt.core.restore_plan import ProcessPlan, Strike, Take
+from emergency_ckpt.core.shards import Shard
 from emergency_ckpt.core.values import Value
 from emergency_ckpt.errors import CorruptDataError, LocalDirectoryError
 from emergency_ckpt.local.manifest import Manifest
@@ -91,7 +92,7 @@ class Filling:
         if self._stream is not None and (streams is None or plan.in_place):
             self.forget()
         if plan.in_place:
-            slot = self._job.local.sealed(self.step)
+            slot = self._whole_cut()
             if slot is None:
                 return Setbacks.of(self.step, self._job.process, "it was given up meanwhile")
             self._described = _Described.by(slot.manifest)
@@ -100,7 +101,7 @@ class Filling:
                 self._kept = slot
                 self._count(OWN, self._needed)
                 return NONE
-            if not self._repairs():
+            if not self._repairs(slot):
                 takes.append(self._own_take(slot, missing))
         elif isinstance(self._room, Repair):
             self.give_back()  # Its own slot is no source any more.
@@ -125,8 +126,8 @@ class Filling:
         if not self._job.stores_all:
             return False
         if plan.in_place:
-            slot = self._job.local.sealed(self.step)
-            if slot is None or not self._missing_in(slot) or not self._repairs():
+            slot = self._whole_cut()
+            if slot is None or not self._missing_in(slot) or not self._repairs(slot):
                 return False
             self._described = _Described.by(slot.manifest)
         else:
@@ -192,8 +193,9 @@ class Filling:
         """
         job, layout, process = self._job, self._job.needed_layout, self._job.process
         if isinstance(self._room, Repair):
+            index = self._room.index
             self._room.end()
-            self._kept = job.local.sealed(self.step)
+            self._kept = next((s for s in job.local.sealed_slots(self.step) if s.index == index), None)
         if self._stream is not None:
             return Streamed(job, self._stream, self._manifest(extras))
         if self._kept is not None:
@@ -369,10 +371,10 @@ class Filling:
     def _open_source(self, take: Take) -> SlotSource:
         job = self._job
         if take.process == job.process:
-            slot = job.local.sealed(self.step)
-            if slot is None or (slot.manifest.layout, slot.manifest.position) != (take.layout, take.position):
-                raise CorruptDataError(f"{self.step} is not on this ramdisk any more")
-            return OwnSlot(job.process, slot)
+            for slot in job.local.sealed_slots(self.step):
+                if (slot.manifest.layout, slot.manifest.position) == (take.layout, take.position):
+                    return OwnSlot(job.process, slot)
+            raise CorruptDataError(f"{self.step} is not on this ramdisk any more")
         return open_peer_slot(job, self.step, take)
 
     def _read_persistent(
@@ -415,13 +417,27 @@ class Filling:
         self._room = None
         return self._unusable_own(useless)
 
-    def _repairs(self) -> bool:
+    def _whole_cut(self) -> SealedSlot | None:
+        """The own slot that holds what this process needs, no more and no less; of several the planner's."""
+        job = self._job
+        slots = job.local.sealed_slots(self.step)
+        if len(slots) < 2:
+            return next(iter(slots), None)
+        needed = {job.needed_layout.shards[shard] for shard in job.needed_layout.process_shards[job.process]}
+
+        def held(slot: SealedSlot) -> set[Shard]:
+            return {slot.layout.shards[shard] for shard in slot.layout.process_shards[slot.manifest.position]}
+
+        alike = [slot for slot in slots if held(slot) == needed]
+        return min(alike, key=lambda slot: (len(slot.missing), slot.manifest.layout), default=None)
+
+    def _repairs(self, own: SealedSlot) -> bool:
         """Whether what is missing goes into the own slot itself."""
         if isinstance(self._room, Repair):
             return True
         if self._room is not None or not self._part.is_whole:
             return False
-        slot = self._job.local.begin_repair(self.step)
+        slot = self._job.local.begin_repair(self.step, own.index)
         if slot is None:
             return False
         self._room = Repair(self._job, slot)
