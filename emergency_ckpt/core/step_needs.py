@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -81,6 +81,19 @@ class StepNeeds:
         """Per process where it gets everything from. Nothing may be lost."""
         assert not self.lost
         return tuple(self._process(process) for process in range(len(self._needs)))
+
+    def reads(self, shards: Iterable[Shard], values: bool) -> bool:
+        """Whether anybody reads some of these from the persistent tier; `values`: or what is no array."""
+        contested = self._meeting(shards)
+        for process, need in enumerate(self._needs):
+            if process in self._senders:
+                continue
+            persistent = self._cover_for(process)[1] if len(need.far) else need.far
+            if contested[persistent].any():
+                return True
+            if values and not need.in_place and not len(need.near) and len(persistent) == len(need.far):
+                return True
+        return False
 
     def _process(self, process: int) -> ProcessPlan:
         need = self._needs[process]
@@ -190,9 +203,13 @@ class StepNeeds:
     @functools.cached_property
     def _damaged(self) -> Flags:
         """Per wanted shard, whether the persistent tier lacks some of it."""
+        return self._meeting(self.lacking or ())
+
+    def _meeting(self, shards: Iterable[Shard]) -> Flags:
+        """Per wanted shard, whether any of these has some of it."""
         table = self.universe.wanted.table
         found = np.zeros(len(table), np.bool_)
-        for shard in self.lacking or ():
+        for shard in shards:
             leaf = table.leaf_number.get(shard.leaf)
             if leaf is not None:
                 found[table.first[leaf] + table.boxes[leaf].meeting(shard.box)] = True

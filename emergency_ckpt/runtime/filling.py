@@ -56,6 +56,7 @@ class Filling:
         # Block checksums by shard. Of shards without elements there is nothing to get.
         nbytes = job.needed_layout.shard_nbytes
         self._done: dict[int, tuple[int, ...]] = {shard: () for shard in self._needed if not nbytes[shard]}
+        self._from_slots: set[int] = set()  # those of them that came from slots
         self._kept: SealedSlot | None = None  # the own slot, where it has all that is needed
         self._own: OwnPart | None = None  # the same where it has this process's part of what slices share
         self._described: _Described | None = None
@@ -89,6 +90,8 @@ class Filling:
         Raises PersistentStoreError, StateMismatchError; CorruptDataError of the persistent tier is a strike.
         """
         takes = list(plan.takes)
+        if not plan.in_place and not takes and self._from_slots:
+            self.forget()  # Nothing that slots gave is to meet what the persistent tier gives.
         if self._stream is not None and (streams is None or plan.in_place):
             self.forget()
         if plan.in_place:
@@ -230,6 +233,7 @@ class Filling:
         self._stream = None
         self._done = {shard: checksums for shard, checksums in self._done.items() if not checksums}
         self._kept = self._described = self._own = None
+        self._from_slots.clear()
 
     def close(self) -> None:
         """Gives back the memory of what was not finished. Repeating it is fine."""
@@ -350,6 +354,7 @@ class Filling:
         gathered = gather(target, takes, self._open_source, course=course)
         self._job.peers.forget(gathered.unreachable)
         self._done.update(gathered.checksums)
+        self._from_slots.update(gathered.checksums)
         for process, manifest in sorted(gathered.manifests.items()):
             if describing is None or process == describing.process:
                 self._described = self._described or _Described.by(manifest)

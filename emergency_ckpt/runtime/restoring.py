@@ -224,7 +224,11 @@ class Restorer:
                     else:
                         begun = _ended(begun)
                         filling = Filling(job, plan.step, wanted.part)
-                is_trusted = job.process not in differing and Strike(plan.step, job.process) not in strikes
+                is_trusted = (
+                    job.process not in differing
+                    and Strike(plan.step, job.process) not in strikes
+                    and (plan.own.in_place or bool(plan.own.takes) or plan.own.sender is not None)
+                )
                 attempt = Attempt(job, plan, wanted, filling, begun, self._mesh, self._replica_axis, is_trusted)
                 try:
                     found = attempt.run(key)
