@@ -25,25 +25,22 @@ def stalled(job: Job) -> list[dict[str, object]]:
         return client.status()["stalled"]
 
 
-def told(seconds: float, median: float | None, floor: float, phase: Phase = "training") -> Told:
-    """What a trainer said a moment ago."""
-    said = Progress(7, phase, seconds, median, 1, 1, StallLimits(10.0, floor), last_call=False)
-    return Told(said, time.monotonic())
-
-
 @pytest.mark.parametrize(
-    ("usual", "stall"),
+    ("seconds", "median", "floor", "phase", "stall"),
     [
-        (told(1000, 0.1, floor=0), False),  # Nobody watches.
-        (told(1000, 0.1, floor=5, phase="paused"), False),
-        (told(1000, None, floor=600), False),
-        (told(1300, None, floor=600), True),
-        (told(9000, 1000, floor=5), False),
-        (told(11000, 1000, floor=5), True),
+        (1e6, 0.1, 0, "training", False),  # Nobody watches.
+        (1e6, 0.1, 5, "paused", False),
+        (1e5, None, 1e5, "training", False),
+        (3e5, None, 1e5, "training", True),
+        (9e5, 1e5, 5, "training", False),
+        (11e5, 1e5, 5, "training", True),
     ],
 )
-def test_a_step_is_a_stall_beyond_its_limit_and_never_in_a_pause(usual: Told, *, stall: bool) -> None:
-    assert (usual.stall_seconds is not None) == stall
+def test_a_step_is_a_stall_beyond_its_limit_and_never_in_a_pause(
+    seconds: float, median: float | None, floor: float, phase: Phase, *, stall: bool
+) -> None:
+    said = Progress(7, phase, seconds, median, 1, 1, StallLimits(10.0, floor), last_call=False)
+    assert (Told(said, time.monotonic()).stall_seconds is not None) == stall
 
 
 def test_a_step_that_takes_too_long_is_told_once(job: Job) -> None:
