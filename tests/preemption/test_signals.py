@@ -80,6 +80,7 @@ def test_the_first_interrupt_is_a_notice_and_a_later_one_interrupts() -> None:
         read(process, "ready")
         process.send_signal(signal.SIGINT)
         assert read(process, "heard") == ["heard signal terminate SIGINT"]
+        assert process.stdout is not None
         for _ in range(LIMIT_SECONDS * 5):
             process.send_signal(signal.SIGINT)
             if select.select([process.stdout], [], [], 0.2)[0]:
