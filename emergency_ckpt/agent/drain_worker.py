@@ -62,6 +62,8 @@ class DrainWorker:
         self._queue = DrainQueue(job.local, job.log)
         self._running: StepId | None = None
         self._since = 0.0  # when that began
+        self._spares: StepId | None = None  # the step of which these write as little as they can
+        self._leaving: tuple[int, ...] = ()
         self._ended = 0  # attempts
         self._last_step: StepId | None = None
         self._failures = 0  # in a row
@@ -138,6 +140,14 @@ class DrainWorker:
                 if self._failures:
                     self._queue.keep_newest(f"{step} goes in its place")
             self._changed.notify_all()
+
+    def spare(self, step: StepId, leaving: tuple[int, ...]) -> None:
+        """The hosts of these processes go away: they write of `step` what no other one has, and nothing else.
+
+        All processes say the same, before any of them is told to drain that step.
+        """
+        with self._changed:
+            self._spares, self._leaving = step, leaving
 
     def make_room(self) -> bool:
         """A save finds no slot: steps that wait leave theirs; says whether there were any.
@@ -418,6 +428,7 @@ class DrainWorker:
             holders=tuple(range(slot.layout.process_count)),
             commits=self._commits,
             retry=self._failures > 0,
+            leaving=self._leaving if step == self._spares else (),
         )
         # Only the committer waits for others, and so for their failures.
         stop = (lambda: self._given_up(attempt)) if share.commits else (lambda: None)

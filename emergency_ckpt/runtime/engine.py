@@ -395,6 +395,11 @@ class Engine:
         """What `make` gives on process 0, on all processes. Collective."""
         return self._tell(self._call(kind), make)
 
+    def spare(self, step: int, leaving: tuple[int, ...]) -> None:
+        """These processes write of `step`, which is not saved yet, as little as they can. All call it."""
+        if self._workers.drain is not None:
+            self._workers.drain.spare(StepId(self.job.generation.number, step), leaving)
+
     def drain_complete(self, step: int, limit: timedelta) -> None:
         """A step of this life that is complete goes to the persistent tier as it is. All processes call it."""
         self._workers.pipeline.wait(limit)  # Drains begin in the order of their saves.

@@ -92,10 +92,11 @@ class Leaving:
             assert self._reaction is not None
             return self._reaction
         step, self._step = self._step, None
-        left, raw = self._engine.tell_all("leaving", lambda: self._decide(step))
+        left, raw, leaving = self._engine.tell_all("leaving", lambda: self._decide(step))
         decision = Decision(**raw)
         now = time.monotonic()
         self._reaction = _Reaction(step, decision, None if left is None else now + left, now)
+        self._engine.spare(step, tuple(leaving))
         if decision.drain is not None:
             self._engine.drain_complete(decision.drain, self.remaining() or timedelta(0))
         return self._reaction
@@ -103,7 +104,7 @@ class Leaving:
     # Process 0.
 
     def _decide(self, step: int) -> list[Any]:
-        """The seconds that are left, None where nobody goes away, and the decision."""
+        """The seconds that are left, None where nobody goes away, the decision, and whose hosts go away."""
         now = time.time()
         told = [
             each
@@ -130,7 +131,8 @@ class Leaving:
                 reason=f"{decision.reason} ({who})" if who else decision.reason,
             )
         )
-        return [left, dataclasses.asdict(decision)]
+        going = sorted({each.process for each in told if each.process is not None})
+        return [left, dataclasses.asdict(decision), going]
 
     def _situation(self, left: float | None, told: list[JobNotice]) -> Situation:
         engine, settings = self._engine, self._settings

@@ -56,11 +56,13 @@ def train_and_leave(root: str, steps: int, flags: dict[str, Any]) -> dict[str, A
                 manager.check_for_errors()
                 break
         left_at, leaves = step, manager.should_exit
+        drained = manager.metrics_snapshot()["drained_bytes"]
         complete = manager.latest_complete_step()
     return {
         "start": start,
         "left_at": left_at,
         "leaves": leaves,
+        "drained": drained,
         "reacted": reacted,
         "complete": complete,
         "heard": [[notice.source, notice.kind] for notice in manager.notices],

@@ -80,6 +80,19 @@ def test_a_wish_for_a_save_is_met_each_time_and_a_notice_after_it_still_counts(r
     assert results[0]["heard"] == []
     assert results[1]["heard"] == [["request", "save"], ["request", "save"], ["file", "terminate"]]
 
+    # Where it is to be in the persistent tier, too, the host that stays writes all of it.
+    notice.unlink()
+    with Job(
+        train_and_leave, 2, str(ramdisk), STEPS, {**flags, "autocheckpoint_skip_if_replicated": False}
+    ) as running:
+        running.wait_for_line(0, "compiled")
+        notice.write_text('{"seconds": 100}')
+        assert running.wait() == [0, 0], running.describe()
+        results = [running.result(process) for process in range(2)]
+    assert results[0]["start"] == last
+    assert results[0]["left_at"] in results[0]["committed"]
+    assert results[0]["drained"] > 0 == results[1]["drained"]
+
 
 def test_where_the_time_is_over_the_job_leaves_and_the_agent_goes_on(ramdisk: Path) -> None:
     flags = {"preemption_grace_seconds": 4}
