@@ -51,6 +51,8 @@ def train_and_leave(root: str, steps: int, flags: dict[str, Any]) -> dict[str, A
             if manager.save(step, state) and manager.reached_preemption(step):
                 reacted.append(step)
                 print(f"reaction {len(reacted)}", flush=True)
+            if step % FLAGS["checkpoint_period"] == 0:
+                print("draining", flush=True)
             print(f"step {step} complete {manager.latest_complete_step()}", flush=True)
             if manager.should_exit:
                 manager.check_for_errors()

@@ -18,7 +18,7 @@ from tests.integration.leaving_job import train_and_leave
 from tests.integration.processes import Job
 from tests.integration.test_outliving import wait_for
 
-MOMENTS = ("compiling", "evaluating", "in a collective", "saving", "step")
+MOMENTS = ("compiling", "evaluating", "in a collective", "saving", "draining")
 STEPS = 10_000
 
 
