@@ -534,6 +534,11 @@ class PersistentStore:
             return None
         where = self.files.locate(name)
         saved_by = self._saved_by(name, entries)
+        if saved_by is None:
+            # One that is taken away while it is listed has lost some of its files, and is no more at that name.
+            if not (again := self.files.entries(name)):
+                return None
+            saved_by = self._saved_by(name, again)
         if saved_by is None or self._origins.is_foreign(name, *saved_by):
             return PersistentStep(StepId(0, step), name, where, items[0], None)
         generation, nonce = saved_by

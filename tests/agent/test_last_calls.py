@@ -79,7 +79,8 @@ def test_a_drain_of_the_trainer_is_left_alone_while_it_moves_and_replaced_where_
         job.wait_for(lambda: job.committed == [StepId(1, 7)])
         assert job.owner.look(drain).ending is None
         job.owner.give_up(drain, "enough")
-        job.wait_for(lambda: job.owner.look(drain).ending == "failed")
+        # It ends, and well where it saw in time that the other one has committed the step.
+        job.wait_for(lambda: job.owner.look(drain).ending in ("failed", "done"))
     assert job.committed == [StepId(1, 7)]
 
 

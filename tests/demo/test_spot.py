@@ -14,6 +14,7 @@ from emergency_ckpt.demo.metadata import SpotMetadata
 from emergency_ckpt.preemption.aws import SpotInterruption
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_job_leaves_its_machine_in_time_and_another_one_goes_on(

@@ -53,6 +53,7 @@ def test_the_newest_step_is_persistent_in_time_though_all_trainers_hang(root: Pa
     assert_restored_without_ramdisks(root, 2, 6)
 
 
+@pytest.mark.long
 def test_a_job_that_hangs_is_told_who_is_behind_and_ended_with_its_newest_step_persistent(root: Path) -> None:
     flags = {
         **ONLY_FIRST_PERSISTENT,

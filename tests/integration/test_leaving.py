@@ -18,7 +18,8 @@ from tests.integration.leaving_job import train_and_leave
 from tests.integration.processes import Job
 from tests.integration.test_outliving import wait_for
 
-MOMENTS = ("compiling", "evaluating", "in a collective", "saving", "draining")
+MOMENTS = ("compiling", "in a collective", "draining", "evaluating", "saving")
+OF_EACH_RUN = MOMENTS[:3]
 STEPS = 10_000
 
 
@@ -46,7 +47,7 @@ def leave(
 
 def test_the_job_comes_back_from_the_step_of_the_notice_wherever_that_meets_it(ramdisk: Path) -> None:
     left_at = 0
-    for number, moment in enumerate(MOMENTS):
+    for number, moment in enumerate(OF_EACH_RUN):
         left_at = leave(ramdisk, left_at, 2, number % 2, moment, 0.3 * (number % 3), times=1 + number % 2)
     with Job(train_and_leave, 2, str(ramdisk), 2, {}) as running:
         assert running.wait() == [0, 0], running.describe()
@@ -94,6 +95,7 @@ def test_a_wish_for_a_save_is_met_each_time_and_a_notice_after_it_still_counts(r
     assert results[0]["drained"] > 0 == results[1]["drained"]
 
 
+@pytest.mark.long
 def test_where_the_time_is_over_the_job_leaves_and_the_agent_goes_on(ramdisk: Path) -> None:
     flags = {"preemption_grace_seconds": 4}
     with Job(train_and_leave, 1, str(ramdisk), STEPS, flags, devices_per_process=2) as running:
@@ -116,6 +118,7 @@ def test_where_the_time_is_over_the_job_leaves_and_the_agent_goes_on(ramdisk: Pa
         assert running.result(0)["start"] == result["left_at"]
 
 
+@pytest.mark.long
 def test_where_the_notified_host_dies_too_early_the_step_before_is_what_is_drained(ramdisk: Path) -> None:
     notice = ramdisk / "notice"
     flags: dict[str, Any] = {
@@ -144,6 +147,7 @@ def test_where_the_notified_host_dies_too_early_the_step_before_is_what_is_drain
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 def test_fifty_signals_at_random_moments(ramdisk: Path) -> None:
     chance = random.Random()
     left_at = 0

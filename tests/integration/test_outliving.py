@@ -194,6 +194,8 @@ def test_an_agent_that_dies_in_the_middle_of_a_drain_is_replaced_by_its_trainer(
         for process in range(2):
             job.wait_for_line(process, "complete 10")
         wait_for(lambda: status(root, 0)["drains"] == 1, root)
-        os.kill(agent_pid(root, 1), signal.SIGKILL)
+        killed = agent_pid(root, 1)
+        os.kill(killed, signal.SIGKILL)
         wait_for(lambda: committed(root) == [1, 10], root)
-        assert "the trainer does it itself" in "\n".join(job.lines(1))
+        # By another agent, that the trainer started, or by the trainer itself.
+        assert agent_pid(root, 1) != killed or "the trainer does it itself" in "\n".join(job.lines(1))
