@@ -172,6 +172,7 @@ def test_without_the_committing_agent_another_one_drains_the_step(root: Path) ->
     assert_restored_without_ramdisks(root, 2, 10)
 
 
+@pytest.mark.long
 def test_a_drain_whose_parts_never_come_is_taken_over_by_the_agents_that_are_left(root: Path) -> None:
     train_and_kill(root, 2, 10, {}, {1: 10}, drains=1)
     os.kill(agent_pid(root, 1), signal.SIGKILL)
