@@ -184,7 +184,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         self._save_on_completion = True
         self._handlers = handlers or ItemHandlers()
         self._datasets: DatasetDirectory | BucketDatasets | None = None
-        self._notices = Notices(settings.signals)
+        self._notices = Notices(settings.signals, settings.preemption_grace)
         listens = settings.save_on_preemption
         self._progress = TrainingProgress(settings.stalls, last_call=listens)
         self._teller = ProgressTeller(self._progress)

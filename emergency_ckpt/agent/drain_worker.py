@@ -181,14 +181,19 @@ class DrainWorker:
     @contextlib.contextmanager
     def _waiting(self) -> Iterator[_Waiter]:
         with self._changed:
-            waiter = _Waiter(self._ended, self._queue.newest or self._running)
-            self._waiters.append(waiter)
-            self._changed.notify_all()
+            waiter = self._begin_to_wait(holds=False)
         try:
             yield waiter
         finally:
             with self._changed:
                 self._waiters.remove(waiter)
+
+    def _begin_to_wait(self, *, holds: bool) -> _Waiter:
+        """With the lock."""
+        waiter = _Waiter(self._ended, self._queue.newest or self._running, holds)
+        self._waiters.append(waiter)
+        self._changed.notify_all()
+        return waiter
 
     def _await(self, waiter: _Waiter, timeout: timedelta) -> bool:
         deadline = time.monotonic() + timeout.total_seconds()
@@ -221,9 +226,7 @@ class DrainWorker:
         Returns how many attempts there were, None when the time limit came first.
         """
         with self._changed:
-            waiter = _Waiter(self._ended, self._queue.newest or self._running, holds=True)
-            self._waiters.append(waiter)
-            self._changed.notify_all()
+            waiter = self._begin_to_wait(holds=True)
             if self._changed.wait_for(lambda: self._is_over_for(waiter), timeout.total_seconds()):
                 return self._ended
             self._waiters.remove(waiter)

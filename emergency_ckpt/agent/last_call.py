@@ -34,7 +34,7 @@ _POLL_SECONDS = 0.5
 _QUIET_SECONDS = 10.0
 _LEAST_QUIET_SECONDS = 1.0
 # The host may live longer than was said.
-_AFTER_SECONDS = 60.0
+AFTER_SECONDS = 60.0
 _log = logging.getLogger("emergency_ckpt.agent")
 
 
@@ -170,8 +170,8 @@ class LastCallSession:
         states = self._trainers.states(life).values()
         if not any(state in ("alive", "gone") for state in states):
             return "the trainers of this host have said goodbye, or what they left is done"
-        if now > self._deadline + _AFTER_SECONDS:
-            return f"the deadline passed {_AFTER_SECONDS:g} s ago"
+        if now > self._deadline + AFTER_SECONDS:
+            return f"the deadline passed {AFTER_SECONDS:g} s ago"
         return None
 
     def _turn(self, now: float, estimate: Estimate) -> FlushResult | Literal["mine", "others"]:

@@ -14,19 +14,18 @@ from collections.abc import Callable
 
 from emergency_ckpt.agent.counters import CountedLastCall, Counters
 from emergency_ckpt.agent.endpoint import Endpoint
-from emergency_ckpt.agent.last_call import LastCallSession
+from emergency_ckpt.agent.last_call import AFTER_SECONDS, LastCallSession
 from emergency_ckpt.agent.lives import CallReport
 from emergency_ckpt.agent.orders import Life, Registration
 from emergency_ckpt.agent.progress import ProgressBoard, Told
 from emergency_ckpt.agent.trainers import Registered, Trainers
+from emergency_ckpt.agent.worker import join_all
 from emergency_ckpt.core.last_call import Estimate, estimate_drain, grace_deadline
 from emergency_ckpt.errors import EmergencyCheckpointError
 from emergency_ckpt.preemption.notice import Notice
 
 _JOIN_SECONDS = 10.0
 _MOST_NOTICES = 100
-# The host may live longer than was said.
-_AFTER_SECONDS = 60.0
 # A deadline that has passed when it is heard of may be one of another clock.
 _AT_LEAST_SECONDS = 10.0
 _log = logging.getLogger("emergency_ckpt.agent")
@@ -163,8 +162,7 @@ class LastCalls:
         """Waits for the threads, not for ever."""
         with self._guard:
             threads = list(self._threads.values())
-        for thread in threads:
-            thread.join(_JOIN_SECONDS / max(1, len(threads)))
+        join_all(threads, _JOIN_SECONDS)
 
     # For each life.
 
@@ -237,4 +235,4 @@ class LastCalls:
 
 def _is_standing(standing: _Standing, now: float) -> bool:
     """Whether it is to be reckoned with: also for a while after the deadline."""
-    return now < standing.deadline + _AFTER_SECONDS
+    return now < standing.deadline + AFTER_SECONDS

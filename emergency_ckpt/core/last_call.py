@@ -55,9 +55,9 @@ def estimate_drain(measured_seconds: Sequence[float], slot_bytes: int) -> Estima
     return Estimate(seconds, f"assumed for {slot_bytes} bytes, since none was measured here")
 
 
-def grace_deadline(received: float, deadline: float | None) -> float:
-    """When the host goes away, as far as a notice tells."""
-    return received + ASSUMED_GRACE_SECONDS if deadline is None else deadline
+def grace_deadline(received: float, deadline: float | None, grace: float = ASSUMED_GRACE_SECONDS) -> float:
+    """When the host goes away, as far as a notice tells: `grace` seconds after one without a deadline."""
+    return received + grace if deadline is None else deadline
 
 
 def last_call(now: float, deadline: float, estimate: Estimate) -> LastCall:

@@ -82,7 +82,7 @@ class Timeline:
         return {
             "agrees": self.agrees,
             "moments": [dataclasses.asdict(moment) for moment in self.moments],
-            "checks": [{**dataclasses.asdict(check), "agrees": check.agrees} for check in self.checks],
+            "checks": [check.to_json() for check in self.checks],
         }
 
 

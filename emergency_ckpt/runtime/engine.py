@@ -252,7 +252,7 @@ class Engine:
             if drain is not None and (newest := drain.newest_committed) is not None and newest.step == step:
                 return True
             try:
-                return any(held.step_id.step == step for held in self.catalog.persistent())
+                return self._lists(step)
             except PersistentStoreError as error:
                 self.job.log.warning("save", step, f"whether it is persistent cannot be found out: {error}")
                 return False
@@ -321,11 +321,11 @@ class Engine:
 
     def _is_persistent(self, step: int, key: str) -> bool:
         """Whether `step` is committed, as process 0 finds it. Collective."""
+        return self._tell(f"{key}/persistent", lambda: self._lists(step))
 
-        def find() -> bool:
-            return any(held.step_id.step == step for held in self.catalog.persistent())
-
-        return self._tell(f"{key}/persistent", find)
+    def _lists(self, step: int) -> bool:
+        """Whether the store lists `step` as committed. Raises PersistentStoreError."""
+        return any(held.step_id.step == step for held in self.catalog.persistent())
 
     def persistent_numbers(self) -> list[int]:
         """Numbers of the committed steps as process 0 knows them; empty where it cannot know. Collective."""
@@ -404,10 +404,8 @@ class Engine:
         """A step of this life that is complete goes to the persistent tier as it is. All processes call it."""
         self._workers.pipeline.wait(limit)  # Drains begin in the order of their saves.
         current = StepId(self.job.generation.number, step)
-        if self._workers.drain is None or self._workers.drain.newest_committed == current:
-            return
-        slot = self.job.local.pin(current)
-        self._workers.drain.drain(current, slot.index if slot else None)
+        if self._workers.drain is not None and self._workers.drain.newest_committed != current:
+            self._drain_again(current)
 
     def wait_a_while(self, limit: timedelta) -> bool:
         """Waits until saves and drains have ended; False where the limit came first. Local."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from emergency_ckpt.core.autocheckpoint import Decision, Situation, decide, usable_seconds
 from emergency_ckpt.core.copies import covers
+from emergency_ckpt.core.last_call import grace_deadline
 from emergency_ckpt.core.schedule import Due
 from emergency_ckpt.preemption.notice import Notice
 from emergency_ckpt.runtime.agreed_steps import AgreedSteps, JobNotice
@@ -113,10 +114,7 @@ class Leaving:
         ]
         self._reacted |= {each.notice for each in self._steps.notices}
         grace = self._settings.preemption_grace.total_seconds()
-        ends = [
-            each.notice.received + grace if each.notice.deadline is None else each.notice.deadline
-            for each in told
-        ]
+        ends = [grace_deadline(each.notice.received, each.notice.deadline, grace) for each in told]
         left = max(min(ends) - now, 0.0) if ends else None
         decision = decide(self._situation(left, told))
         who = "; ".join(sorted({str(each.notice) for each in told})[:_NAMED])

@@ -7,6 +7,8 @@ away is passed on to the agent that does not know of it.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from datetime import timedelta
 
 from emergency_ckpt.agent.host_agent import HostAgent
 from emergency_ckpt.errors import EmergencyCheckpointError
@@ -14,7 +16,7 @@ from emergency_ckpt.jaxio.preemption import service_runs
 from emergency_ckpt.preemption.choosing import SourceOptions, choose_sources
 from emergency_ckpt.preemption.command_form import shell_in_the_way
 from emergency_ckpt.preemption.notice import Notice
-from emergency_ckpt.preemption.signals import GRACE_SECONDS, SignalOptions, Signals
+from emergency_ckpt.preemption.signals import SignalOptions, Signals
 from emergency_ckpt.preemption.watch import Watch
 from emergency_ckpt.runtime.agreed_steps import LEADER, AgreedSteps, JobNotice
 from emergency_ckpt.runtime.jax_signal import JaxSignal
@@ -36,10 +38,10 @@ class Notices:
     `listen` and `begin` are called once each, in this order, where notices are wanted.
     """
 
-    def __init__(self, signals: SignalOptions | None) -> None:
-        """`signals`: which are notices; None: none but those of JAX."""
+    def __init__(self, signals: SignalOptions | None, grace: timedelta) -> None:
+        """`signals`: which are notices; None: none but those of JAX. `grace`: from these to the end."""
         self._signal_options = signals
-        self._jax = JaxSignal(GRACE_SECONDS if signals is None else signals.grace_seconds)
+        self._jax = JaxSignal(grace.total_seconds())
         self._guard = threading.Lock()
         self._heard: list[Notice] = []
         self._keys: set[tuple[str, str, float | None, str]] = set()
@@ -164,8 +166,7 @@ class Notices:
 
     # Threads.
 
-    def _run(self, name: str, work: object, *args: object) -> None:
-        assert callable(work)
+    def _run(self, name: str, work: Callable[..., None], *args: object) -> None:
         thread = threading.Thread(target=work, args=args, name=f"emergency_ckpt {name}", daemon=True)
         self._threads.append(thread)
         thread.start()

@@ -17,20 +17,29 @@ from emergency_ckpt.errors import LocalDirectoryError
 from tests.manager.states import make_state
 
 
-def test_without_agents_a_process_watches_by_itself_and_reacts_at_one_step(
-    mesh: Mesh, ramdisk: Path, tmp_path: Path
-) -> None:
-    notice = tmp_path / "notice"
-    config = Config(
+def make_config(tmp_path: Path, ramdisk: Path, **flags: Any) -> Config:
+    """Of a job of one process without an agent, which is to hear of notices."""
+    return Config(
         run_name="job",
         base_output_directory=str(tmp_path / "bucket"),
         enable_checkpointing=True,
         enable_emergency_checkpoint=True,
         local_checkpoint_directory=str(ramdisk),
-        local_checkpoint_period=1000,
-        checkpoint_period=1000,
         checkpoint_agent="off",
         enable_autocheckpoint=True,
+        **flags,
+    )
+
+
+def test_without_agents_a_process_watches_by_itself_and_reacts_at_one_step(
+    mesh: Mesh, ramdisk: Path, tmp_path: Path
+) -> None:
+    notice = tmp_path / "notice"
+    config = make_config(
+        tmp_path,
+        ramdisk,
+        local_checkpoint_period=1000,
+        checkpoint_period=1000,
         preemption_sources="gce-preempted,aws",
         preemption_notice_file=str(notice),
     )
@@ -62,17 +71,12 @@ def test_the_step_of_a_notice_finds_a_slot_although_steps_that_wait_for_a_drain_
         return commit(*args)
 
     monkeypatch.setattr(draining, "commit", commit_later)
-    config = Config(
-        run_name="job",
-        base_output_directory=str(tmp_path / "bucket"),
-        enable_checkpointing=True,
-        enable_emergency_checkpoint=True,
-        local_checkpoint_directory=str(ramdisk),
+    config = make_config(
+        tmp_path,
+        ramdisk,
         local_checkpoint_period=1,
         local_checkpoint_slot_wait_seconds=0.01,
         checkpoint_period=1,
-        checkpoint_agent="off",
-        enable_autocheckpoint=True,
         preemption_notice_file=str(notice),
     )
     with CheckpointManager.from_config(config, mesh, make_state(mesh, 0)) as manager:
@@ -99,16 +103,11 @@ def wait_for(manager: CheckpointManager, count: int) -> None:
 
 
 def test_a_process_that_is_alone_hears_signals_itself(mesh: Mesh, ramdisk: Path, tmp_path: Path) -> None:
-    config = Config(
-        run_name="job",
-        base_output_directory=str(tmp_path / "bucket"),
-        enable_checkpointing=True,
-        enable_emergency_checkpoint=True,
-        local_checkpoint_directory=str(ramdisk),
+    config = make_config(
+        tmp_path,
+        ramdisk,
         local_checkpoint_period=1000,
         checkpoint_period=1000,
-        checkpoint_agent="off",
-        enable_autocheckpoint=True,
         preemption_signals="SIGTERM,SIGUSR1",
         preemption_grace_seconds=120.0,
     )
