@@ -106,11 +106,16 @@ def _text(value: Any, *, is_text: bool) -> str:
     if value is None or isinstance(value, bool | int | float):
         return str(value)
     if isinstance(value, str):
-        read = read_value(value, "")
-        stands_for_itself = read.text == value if is_text else type(read.value) is str and read.value == value
-        text = value if stands_for_itself else json.dumps(value, ensure_ascii=False)
+        text = value if _stands_for_itself(value, is_text) else json.dumps(value, ensure_ascii=False)
     else:
         text = json.dumps(value, ensure_ascii=False, default=str)
     if not text.isprintable():
         raise ConfigError(f"{value!r} has characters that are not printable; a command line cannot carry them.")
     return text
+
+
+def _stands_for_itself(value: str, is_text: bool) -> bool:
+    read = read_value(value, "")
+    if is_text:  # a flag that takes text, of which only what YAML calls nothing is read as YAML
+        return read.text == value and read.value is not None
+    return type(read.value) is str and read.value == value

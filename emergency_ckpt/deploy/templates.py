@@ -5,6 +5,7 @@ A template cannot forget to quote, because the environment does it; a name that 
 
 from __future__ import annotations
 
+import functools
 import shlex
 import textwrap
 from typing import Any
@@ -43,6 +44,7 @@ def for_kubernetes(text: str) -> str:
     return text.replace("$", "$$")
 
 
+@functools.cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("emergency_ckpt.deploy", "xpk_templates"),
