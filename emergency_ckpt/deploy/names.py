@@ -12,6 +12,9 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
+_SECRET = re.compile(
+    r"(^|_)(token|secret|password|passwd|credentials?|api_key|access_key|secret_access_key|private_key)$"
+)
 _UNITS = {"Mi": 1, "Gi": 1024}
 _MOST_MEBIBYTES = 64 * 1024 * 1024
 
@@ -49,6 +52,11 @@ def _quantity(value: str) -> str:
     if not re.fullmatch(r"[1-9][0-9]*(Mi|Gi)", value) or mebibytes(value) > _MOST_MEBIBYTES:
         raise ValueError("a size in whole mebibytes or gibibytes, as in 60000Mi or 64Gi")
     return value
+
+
+def is_secret(name: str) -> bool:
+    """Whether a key or variable of that name holds something that belongs into no command and no manifest."""
+    return bool(_SECRET.search(name.lower()))
 
 
 def mebibytes(quantity: str) -> int:

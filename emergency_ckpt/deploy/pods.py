@@ -101,6 +101,13 @@ def _agent(plan: Plan) -> dict[str, Any]:
             *({"name": name, "value": for_kubernetes(text)} for name, text in plan.values.env.items()),
             _token(plan),
         ],
+        # The program starts after this: a manager that found no agent would start its own.
+        "startupProbe": {
+            "exec": {"command": ["emergency-ckpt", "agent", "--check", "--local-directory", plan.ramdisk]},
+            "periodSeconds": 2,
+            "timeoutSeconds": 20,
+            "failureThreshold": 90,
+        },
         "resources": {
             "requests": {"memory": f"{mebibytes(plan.values.agent_memory)}Mi"},
             "limits": {"memory": f"{limit}Mi"},

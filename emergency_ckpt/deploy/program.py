@@ -14,6 +14,7 @@ from typing import Any
 from emergency_ckpt.config import FLAGS, Config
 from emergency_ckpt.config.load import PACKAGED_BASE
 from emergency_ckpt.config.values import read_value
+from emergency_ckpt.deploy.names import is_secret
 from emergency_ckpt.deploy.values import PREFIX
 from emergency_ckpt.errors import ConfigError
 
@@ -49,8 +50,6 @@ MAXTEXT_FLAGS = frozenset(
 
 _MOST_CHARACTERS = 100_000
 """Linux takes 128 KiB in one argument, and XPK puts the whole command into one."""
-
-_SECRET = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|api_key|access_key|private_key)$")
 
 
 def program_words(config: Config, command: tuple[str, ...], program: str) -> tuple[str, ...]:
@@ -91,7 +90,7 @@ def _other_keys(config: Config) -> Iterator[str]:
             continue
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
             raise ConfigError(f"{config.source_of(key)}: {key!r} is no key that fits into key=value.")
-        if _SECRET.search(key) and isinstance(value, str) and value:
+        if is_secret(key) and isinstance(value, str) and value:
             raise ConfigError(
                 f"{config.source_of(key)}: {key} looks like a secret, and a command line is no place for one. "
                 "Take it out of the file, and give it to the program as a file or variable from a Secret."

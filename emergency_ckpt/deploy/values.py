@@ -9,7 +9,15 @@ from __future__ import annotations
 import shlex
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+)
 
 from emergency_ckpt.config.names import did_you_mean
 from emergency_ckpt.deploy.names import (
@@ -25,6 +33,7 @@ from emergency_ckpt.deploy.names import (
     Text,
     Variable,
     Word,
+    is_secret,
 )
 from emergency_ckpt.deploy.tpu_types import tpu_type
 from emergency_ckpt.errors import ConfigError
@@ -139,7 +148,9 @@ class Deployment(BaseModel):
     mtc_bucket: Bucket | None = Field(
         None, description="Bucket that the multi-tier driver is configured with; None: base_output_directory's."
     )
-    capacity: Literal["on-demand", "spot", "flex", "reservation"] = Field("on-demand", description="Of nodes.")
+    capacity: Literal["on-demand", "spot", "flex", "reservation"] = Field(
+        "on-demand", description="Of the nodes that XPK makes; elsewhere it only says what to expect of them."
+    )
     reservation: Word | None = Field(None, description="Its name, with capacity=reservation.")
     priority: Literal["very-low", "low", "medium", "high", "very-high"] = Field("medium", description="XPK's.")
 
@@ -172,6 +183,16 @@ class Deployment(BaseModel):
     hyperpod_kind: Literal["JobSet", "HyperPodPyTorchJob"] = Field(
         "JobSet", description="What is rendered for HyperPod: a JobSet, or its training operator's kind."
     )
+
+    @field_validator("env")
+    @classmethod
+    def _no_secrets(cls, env: dict[str, str]) -> dict[str, str]:
+        if secret := next((name for name, text in env.items() if text and is_secret(name)), None):
+            raise ValueError(
+                f"no secrets, and {secret} looks like one: rights belong to the account of the pods, other "
+                "secrets into a Secret that the image's program reads"
+            )
+        return env
 
     def __init__(self, sources: dict[str, str] | None = None, **values: Any) -> None:
         try:

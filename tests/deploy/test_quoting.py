@@ -67,18 +67,19 @@ def test_a_script_parses_back_to_the_values(
 ) -> None:
     env = {name: text for name, text in env.items() if not set(text) & set('"\\')}
     flags = config(other_keys, **({"run_name": run_name} if _is_run_name(run_name) else {}))
-    for target, script_of, start in (
-        ("xpk", render_xpk, "xpk workload create"),
-        ("gcluster", render_gcluster, "gcluster job submit"),
+    on_xpk = plan("xpk", FOR_XPK, flags, command=command, env=env)
+    on_gcluster = plan("gcluster", FOR_XPK, flags, command=command, env=env)
+    for made, script, start in (
+        (on_xpk, render_xpk(on_xpk), "xpk workload create"),
+        (on_gcluster, render_gcluster(on_gcluster), "gcluster job submit"),
     ):
-        made = plan(target, FOR_XPK, flags, command=command, env=env)
-        options = options_of(script_of(made), start)
+        options = options_of(script, start)
         (line,) = options["--command"]
         assert not refers_to_variables(line)
         assert shlex.split(expanded(line)) == ["exec", *made.run_words]
         assert [expanded(text) for text in options.get("--env", [])] == [f"{k}={v}" for k, v in env.items()]
         # Nothing was added to the other options, nor lost from them.
-        assert len(words_of(script_of(made), start)) == 3 + sum(map(len, options.values()))
+        assert len(words_of(script, start)) == 3 + sum(map(len, options.values()))
 
 
 @given(command=COMMANDS, env=VARIABLES, other_keys=OTHER_KEYS)
