@@ -47,7 +47,7 @@ xpk: $(XPK_VENV)/.installed ## the real XPK, which tests run dry: without it tho
 
 $(XPK_VENV)/.installed: tests/deploy/xpk-requirements.txt
 	@python='$(PYTHON)'; [ -x $(XPK_VENV)/bin/python ] || $$python -m venv $(XPK_VENV)
-	$(XPK_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	$(XPK_VENV)/bin/python -I -m pip install --quiet --disable-pip-version-check --requirement $<
 	@touch $@
 
 demo: $(STAMP) ## train, lose a whole slice, come back (under 3 minutes)
