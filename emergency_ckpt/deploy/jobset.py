@@ -9,9 +9,10 @@ import secrets
 from collections.abc import Iterator
 from typing import Any
 
+from emergency_ckpt.deploy.checks import REPLICATED_JOB
 from emergency_ckpt.deploy.manifest import Document, numbers, text_of
 from emergency_ckpt.deploy.notes import about_recovery
-from emergency_ckpt.deploy.plan import REPLICATED_JOB, Plan
+from emergency_ckpt.deploy.plan import Plan
 from emergency_ckpt.deploy.pods import CSI_DRIVER, PROGRAM, TOKEN_KEY, pod_spec, token_secret
 
 JOBSET_LABEL = "jobset.sigs.k8s.io/jobset-name"
