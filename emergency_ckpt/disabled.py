@@ -57,6 +57,14 @@ class DisabledCheckpointManager(CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
         return False
 
+    @property
+    def should_exit(self) -> bool:
+        return False
+
+    @property
+    def exit_code(self) -> int:
+        return 42
+
     def save(self, step: int, args: Any, **_: Any) -> bool:
         return False
 

@@ -113,6 +113,10 @@ class StoreUnsupportedError(PersistentStoreError):
     """The store does not have an operation that is needed."""
 
 
+class StepOccupiedError(PersistentStoreError):
+    """The number of a step is taken in the persistent tier by another one, which no restore made void."""
+
+
 class StaleGenerationError(PersistentStoreError):
     """A newer generation of this run exists: this process belongs to a job that was replaced."""
 

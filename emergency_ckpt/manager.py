@@ -6,10 +6,11 @@ processes of the job make the same calls in the same order.
 
 from __future__ import annotations
 
+import functools
 import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import jax
 import orbax.checkpoint as ocp
@@ -26,11 +27,11 @@ from emergency_ckpt.errors import (
     NoRestorableStepError,
     PersistentStoreError,
 )
-from emergency_ckpt.jaxio.preemption import PreemptionQuery
 from emergency_ckpt.jaxio.state import without_arrays
 from emergency_ckpt.persistent.files import ObjectFiles
 from emergency_ckpt.persistent.object_store.opening import check_location, open_files
 from emergency_ckpt.preemption.notice import Notice
+from emergency_ckpt.runtime.agreed_steps import AgreedSteps
 from emergency_ckpt.runtime.arguments import plain_metadata, step_number
 from emergency_ckpt.runtime.bucket_datasets import BucketDatasets
 from emergency_ckpt.runtime.datasets import DatasetDirectory
@@ -41,9 +42,11 @@ from emergency_ckpt.runtime.existing import StepAlreadyExistsError
 from emergency_ckpt.runtime.extras import WantedExtras, capture, fits
 from emergency_ckpt.runtime.failures import failures_of, raise_together
 from emergency_ckpt.runtime.items import DATASET, STATE, ItemHandlers, split_items
+from emergency_ckpt.runtime.leaving import Leaving
 from emergency_ckpt.runtime.loading import load_parameters, load_state
 from emergency_ckpt.runtime.notices import Notices
 from emergency_ckpt.runtime.policies import Ranking
+from emergency_ckpt.runtime.progress import ProgressTeller, TrainingProgress
 from emergency_ckpt.runtime.restored_state import RestoredState
 from emergency_ckpt.runtime.restoring import Restored, RestoreReport
 from emergency_ckpt.runtime.saving import SaveContent
@@ -54,6 +57,18 @@ if TYPE_CHECKING:
     from emergency_ckpt.config import Config
 
 PyTree = Any
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _without_progress(method: _Method) -> _Method:
+    """For methods that take their time: no step is expected meanwhile."""
+
+    @functools.wraps(method)
+    def call(self: CheckpointManager, *args: Any, **kwargs: Any) -> Any:
+        with self._progress.paused():
+            return method(self, *args, **kwargs)
+
+    return cast(_Method, call)
 
 
 class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
@@ -169,13 +184,25 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         self._save_on_completion = True
         self._handlers = handlers or ItemHandlers()
         self._datasets: DatasetDirectory | BucketDatasets | None = None
-        self._preemption = PreemptionQuery()
-        self._notices = Notices(self._preemption.announce)
+        self._notices = Notices(settings.signals, settings.preemption_grace)
         listens = settings.save_on_preemption
-        self._engine = Engine(settings, mesh, abstract_state, self._notices.hear if listens else None)
+        self._progress = TrainingProgress(settings.stalls, last_call=listens)
+        self._teller = ProgressTeller(self._progress)
         if listens:
-            self._notices.begin(self._engine.job.peers.host, settings.notice_sources, self._engine.job.log)
+            self._notices.listen()
+        try:
+            self._engine = Engine(settings, mesh, abstract_state, self._notices.hear if listens else None)
+        except BaseException:
+            self._notices.close()
+            raise
+        job = self._engine.job
+        self._steps = AgreedSteps(job.coordinator, settings.coordination_timeout)
+        self._leaving = Leaving(self._engine, self._steps)
+        if listens:
+            self._notices.begin(self._steps, job.process, job.peers.host, settings.notice_sources, job.log)
         self._expect_steps_after(self.latest_step() if self._engine.base is not None else None)
+        self._progress.begin_anew()
+        self._teller.begin(job.peers.host, job.log)
         self._last_restore: RestoreReport | None = None
         self._went_on_from: int | None = None  # restored, and datasets of later steps may still be there
 
@@ -259,19 +286,37 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
 
     def reached_preemption(self, step: int) -> bool:
         """Whether all processes agreed to react to a preemption notice at `step`. Ask at every step."""
-        return self._preemption.reached(step_number(step))
+        step = step_number(step)
+        self._progress.note(step)
+        return self._leaving.reached(step)
+
+    @property
+    def should_exit(self) -> bool:
+        """Whether the job is to leave now, because hosts of it go away. Ask after `save`, on all processes.
+
+        False without a word to the others as long as no step was reached at which all react to such a notice.
+        At that step it waits until what was decided to be saved is durable, or until the time is over that the
+        host has, and is true on all processes. Close the manager then, and end with `exit_code`.
+        """
+        with self._progress.paused():
+            return self._leaving.should_exit()
+
+    @property
+    def exit_code(self) -> int:
+        """With which the program is to end after a preemption, so that it is started again."""
+        return self._settings.exit_code
 
     @property
     def notices(self) -> tuple[Notice, ...]:
         """The notices that this process heard of, oldest first, with their deadlines. Local.
 
-        Signals, which JAX sees, are not among them, nor is what other processes heard.
+        A signal that JAX's own handler takes is not among them, nor is what other processes heard.
         """
         return self._notices.heard
 
     def _expect_steps_after(self, step: int | None) -> None:
         if step is not None:
-            self._preemption.begin_after(step)
+            self._steps.begin_after(step)
 
     # Saving.
 
@@ -326,12 +371,13 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
                 f"step {step} is saved already, on every tier that it would go to; delete({step}) comes first "
                 "where it is to be saved anew. Without force=True such a call returns False"
             )
-        saved = self._engine.save(step, due, prepare, self._settings.slot_wait)
-        self._delete_void_datasets()
-        if due.persistent:
-            self._save_dataset(step, args, custom_metadata, is_new)
-        if saved and due.persistent and not self._settings.asynchronous:
-            raise_together(self._engine.await_drains())
+        with self._progress.paused():
+            saved = self._engine.save(step, due, prepare, self._settings.slot_wait)
+            self._delete_void_datasets()
+            if due.persistent:
+                self._save_dataset(step, args, custom_metadata, is_new)
+            if saved and due.persistent and not self._settings.asynchronous:
+                raise_together(self._engine.await_drains())
         return saved
 
     def _save_dataset(
@@ -363,6 +409,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
             state, capture(extras, written, always=given), plain_metadata(custom_metadata, metrics)
         )
 
+    @_without_progress
     def finish(self, step: int, state: PyTree, *, extras: Mapping[str, Any] | None = None) -> None:
         """Call after the last step: saves it persistently if the flags say so, and waits. Collective.
 
@@ -371,6 +418,9 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         Raises PersistentStoreError on all processes when the step did not reach the persistent tier. What else
         failed in the background, before or meanwhile, `check_for_errors` and `close` raise.
         """
+        self._progress.end()
+        if self._leaving.should_exit():
+            return  # What was to be saved is, as far as there was time for it.
         if not (self._save_on_completion and self._settings.schedule.persistent):
             self._engine.wait()
             if self._datasets is not None:
@@ -389,11 +439,14 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
             self._datasets.wait()
 
     def _due(self, step: int, force: bool) -> Due:
-        preempted = self._settings.save_on_preemption and self._preemption.reached(step)
-        return self._engine.due(step, preempted=preempted, force=force)
+        self._progress.note(step)
+        preempted = self._settings.save_on_preemption and self._leaving.reached(step)
+        due = self._engine.due(step, preempted=preempted, force=force)
+        return self._leaving.narrowed(due) if preempted and not force else due
 
     # Restoring.
 
+    @_without_progress
     def restore(self, step: int | None, args: Any = None) -> ocp.args.Composite:
         """Restores `step`, or the newest restorable step, as `Composite(state=…)`. Collective.
 
@@ -427,6 +480,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
             found[DATASET] = self._datasets.restore(restored.report.step, dataset)
         return ocp.args.Composite(state=restored.state, **found)
 
+    @_without_progress
     def restore_or_init(
         self, init: Callable[[], PyTree], extras: Mapping[str, Any] | None = None
     ) -> RestoredState:
@@ -477,6 +531,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         restored = self._engine.restore(wanted, beside)
         self._last_restore = restored.report
         self._went_on_from = restored.report.step
+        self._progress.begin_anew()
         self._expect_steps_after(restored.report.step)
         self._delete_void_datasets()
         return restored
@@ -489,10 +544,12 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         if self._datasets is not None and any(step > restored for step in self._datasets.steps):
             self._datasets.delete_void(restored, self._engine.persistent_numbers())
 
+    @_without_progress
     def reload(self) -> None:
         """Looks again at what can be restored, on all tiers. Collective."""
         self._engine.reload()
 
+    @_without_progress
     def delete(self, step: int) -> None:
         """Deletes `step` on all tiers. Collective. Raises NoRestorableStepError when it is on none."""
         step = step_number(step)
@@ -544,6 +601,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
 
     # Ending.
 
+    @_without_progress
     def wait_until_finished(self) -> None:
         """Waits until every save has its outcome and every drain has ended, then does as `check_for_errors`.
 
@@ -563,6 +621,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         checks = [] if self._datasets is None else [self._datasets.check_for_errors]
         raise_together([*failures_of(*checks), *self._engine.take_errors()])
 
+    @_without_progress
     def close(self) -> None:
         """Finishes saves and drains and gives back the ramdisk directory. The data stays. Idempotent.
 
@@ -573,7 +632,13 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
             if self._datasets is not None:
                 failures += failures_of(self._datasets.close)
         finally:  # Also when somebody interrupts the waiting.
-            failures += failures_of(self._notices.close, self._engine.close, self._handlers.close)
+            limit = self._leaving.remaining()
+            failures += failures_of(
+                self._teller.close,
+                self._notices.close,
+                lambda: self._engine.close(limit),
+                self._handlers.close,
+            )
         raise_together([*failures, *self._engine.take_errors()])
 
     def __contextmanager__(self) -> Any:

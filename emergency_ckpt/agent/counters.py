@@ -5,6 +5,7 @@ The table in docs/agent-metrics.md has all of them; a test holds it. No label ha
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable
 from typing import Literal, get_args
 
@@ -17,6 +18,8 @@ from prometheus_client import (
     generate_latest,
 )
 
+from emergency_ckpt.core.retrying import StoreReason
+
 _PREFIX = "emergency_ckpt_agent"
 _SECONDS = (0.001, 0.01, 0.05, 0.1, 0.5, 1, 5, 30, 120)
 _LONG_SECONDS = (0.1, 0.5, 1, 5, 30, 120, 600, 1800)
@@ -25,6 +28,9 @@ CountedEnding = Literal[
     "committed", "part_written", "superseded", "abandoned", "corrupt", "store_failed", "failed"
 ]
 CountedFlush = Literal["committed", "nothing_left", "stood_down", "failed"]
+CountedLastCall = CountedFlush
+# The speed of a store changes: only drains of late say how long the next one takes.
+_MOST_RECENT = 5
 
 
 class Counters:
@@ -55,6 +61,12 @@ class Counters:
             "failed",
             "ending",
         )
+        self._store_failures = self._counter(
+            "store_failures",
+            "drains with the ending store_failed by what the store did: throttled, unreachable, permission, "
+            "credentials, missing (the bucket), full, occupied (by another step), unsupported, other",
+            "reason",
+        )
         self._drained_bytes = self._counter("drained_bytes", "bytes of parts that were written")
         self._drain_seconds = self._histogram("drain_seconds", "duration of drains", _LONG_SECONDS)
         self.flushes_begun = self._counter("flushes_begun", "trainers that died, whose newest step is seen to")
@@ -64,10 +76,25 @@ class Counters:
             "another agent, trainer or life of the run), failed",
             "ending",
         )
+        self.last_calls_begun = self._counter(
+            "last_calls_begun", "lives whose newest step is to be persistent before a host goes away"
+        )
+        self._last_calls = self._counter(
+            "last_calls",
+            "such lives by what came of it: committed (led by this agent), nothing_left, stood_down (for "
+            "another agent, or the trainers said goodbye), failed",
+            "ending",
+        )
+        self.stalls = self._counter("trainer_stalls", "steps that took far longer than those before them")
+        self.ended_trainers = self._counter("ended_trainers", "trainers that were ended because of a stall")
+        self._recent: collections.deque[float] = collections.deque(maxlen=_MOST_RECENT)
         for ending in get_args(CountedEnding):
             self._drains.labels(ending)
         for ending in get_args(CountedFlush):
             self._flushes.labels(ending)
+        for reason in get_args(StoreReason):
+            self._store_failures.labels(reason)
+            self._last_calls.labels(ending)
         self.deleted_steps = self._counter("deleted_steps", "persistent steps that were deleted after a flush")
         self.bytes_served_total = 0
 
@@ -95,10 +122,25 @@ class Counters:
         self._drains.labels(ending).inc()
         self._drained_bytes.inc(nbytes)
         self._drain_seconds.observe(seconds)
+        if nbytes and ending in ("committed", "part_written"):
+            self._recent.append(seconds)
+
+    @property
+    def recent_drain_seconds(self) -> tuple[float, ...]:
+        """How long the newest drains took that wrote something and ended well."""
+        return tuple(self._recent)
+
+    def count_store_failure(self, reason: StoreReason) -> None:
+        """Why a drain failed."""
+        self._store_failures.labels(reason).inc()
 
     def count_flush(self, ending: CountedFlush) -> None:
         """One flush that ended."""
         self._flushes.labels(ending).inc()
+
+    def count_last_call(self, ending: CountedLastCall) -> None:
+        """One last call that ended."""
+        self._last_calls.labels(ending).inc()
 
     def text(self) -> bytes:
         """In Prometheus's text format."""

@@ -14,11 +14,19 @@ from typing import Any
 from emergency_ckpt.agent.orders import Destination, Life, Share
 from emergency_ckpt.core.locations import is_url
 from emergency_ckpt.core.upload_assignment import assign_uploads
-from emergency_ckpt.errors import CorruptDataError, EmergencyCheckpointError, PersistentStoreError
+from emergency_ckpt.errors import (
+    CorruptDataError,
+    EmergencyCheckpointError,
+    PersistentStoreError,
+    StoreThrottledError,
+    StoreUnreachableError,
+)
 from emergency_ckpt.local.slot_views import SealedSlot
 from emergency_ckpt.persistent.arrays import WriteOptions
 from emergency_ckpt.persistent.attempts import Attempt, StepNames
 from emergency_ckpt.persistent.committer import StepContent, commit
+from emergency_ckpt.persistent.object_store.operations import Limits
+from emergency_ckpt.persistent.ownership import Ownership
 from emergency_ckpt.persistent.records import Generation
 from emergency_ckpt.persistent.store import PersistentStore
 from emergency_ckpt.persistent.writer import PartReport, read_part, report_failure, wait_for_parts, write_part
@@ -35,6 +43,7 @@ def destination_of(
     options: WriteOptions,
     timeout_seconds: float,
     *,
+    stall_seconds: float = 60.0,
     tidies: bool = False,
     max_to_keep: int | None = None,
     keep_period: int | None = None,
@@ -51,6 +60,7 @@ def destination_of(
         compression=options.compression,
         target_data_file_bytes=options.target_data_file_bytes,
         timeout_seconds=timeout_seconds,
+        stall_seconds=stall_seconds,
         tidies=tidies,
         max_to_keep=max_to_keep,
         keep_period=keep_period,
@@ -63,7 +73,11 @@ def _resolved(location: str) -> str:
 
 def open_store(destination: Destination) -> PersistentStore:
     """The persistent root that a destination names."""
-    return PersistentStore(destination.root, StepNames(destination.prefix, destination.digits))
+    names, limits = (
+        StepNames(destination.prefix, destination.digits),
+        Limits.of_stall(destination.stall_seconds),
+    )
+    return PersistentStore(destination.root, names, limits=limits)
 
 
 def check_life(store: PersistentStore, destination: Destination) -> None:
@@ -99,6 +113,9 @@ def carry_out(
 ) -> int:
     """Writes a part from `slot`, which is pinned, and commits where that is asked for; returns its bytes.
 
+    An attempt that fails is abandoned by whoever it belongs to: where an order was given twice because its
+    answer was lost, two carry out the same share, and what one of them runs into ends only its own.
+
     `waiting` is told when a wait for others begins, and when they are all there. `resumed`: somebody who is
     dead may have written the part already. `resumable`: whether somebody goes on after a failure, so that
     nothing is taken back.
@@ -107,30 +124,40 @@ def carry_out(
     hear of a failure through the store, as far as that still takes anything.
     """
     attempt = _attempt(destination, share)
+    ownership: Ownership | None = None
+    report: PartReport | None = None
     try:
         store.check_generation(attempt)
         if store.committed(attempt):
             return 0  # By an agent that died before it could say so, or by one that took over.
+        if share.commits:
+            ownership = Ownership(store, attempt)
         report = _written(store, share, attempt) if resumed else None
         if report is None and resumed and not share.commits and store.is_claimed(attempt):
             return 0  # All parts were there when the commit began.
         if report is None:
             report = _write(store, destination, share, attempt, slot)
-        if share.commits:
+        if ownership is not None:
             timeout = destination.timeout_seconds
             waiting(True)
-            parts = wait_for_parts(store, attempt, share.holders, timeout, stop=stop)
+            parts = wait_for_parts(store, attempt, share.holders, timeout, stop=stop, own=share.position)
             waiting(False)
-            commit(store, attempt, slot.layout, parts, _content(slot), _options(destination))
+            commit(store, attempt, slot.layout, parts, _content(slot), _options(destination), ownership.claim)
         return report.nbytes
     except EmergencyCheckpointError as error:
+        with contextlib.suppress(PersistentStoreError, OSError):
+            if report is not None and store.committed(attempt):
+                return report.nbytes  # By the other one.
         # What was written so far is invisible and of no use; where even this fails, the next life of the run
         # removes it.
         with contextlib.suppress(PersistentStoreError, OSError):
-            if resumable():
+            # A store that does not answer is not asked more; who tries again tidies up.
+            if resumable() or isinstance(error, StoreUnreachableError | StoreThrottledError):
                 pass
             elif share.commits:
-                store.abandon(attempt)
+                # Whoever was at work before this one, and is known to be dead, has left it to this one.
+                if resumed or (ownership is not None and ownership.is_mine()):
+                    store.abandon(attempt)
             else:
                 report_failure(store, attempt, share.position, str(error))
         raise
@@ -153,7 +180,7 @@ def _write(
     stranger = share.of is None and manifest.nonce != destination.life.nonce
     if stranger or (manifest.step, manifest.layout, manifest.position) != expected:
         raise CorruptDataError(f"the slot of {attempt} holds {manifest.step} of position {manifest.position}")
-    plan = assign_uploads(layout, share.holders)
+    plan = assign_uploads(layout, share.holders, share.leaving)
     if plan.shards is None:
         raise PersistentStoreError(f"{attempt} cannot be drained: {plan.reason}")
     # Where all are there each brings its own; otherwise also those that it keeps for others.
@@ -183,6 +210,7 @@ def _options(destination: Destination) -> WriteOptions:
         compression=destination.compression,
         target_data_file_bytes=destination.target_data_file_bytes,
         timeout_seconds=destination.timeout_seconds,
+        stall_seconds=destination.stall_seconds,
     )
 
 

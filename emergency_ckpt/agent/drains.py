@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import re
 import secrets
 import threading
@@ -24,6 +25,7 @@ from emergency_ckpt.agent.slot_id import SlotId
 from emergency_ckpt.agent.slots_on_disk import SlotsOnDisk
 from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.lineage import StepId
+from emergency_ckpt.core.retrying import StoreReason, store_reason
 from emergency_ckpt.errors import CorruptDataError, EmergencyCheckpointError, StaleGenerationError
 from emergency_ckpt.local.pins import SlotPin, pin_slot
 
@@ -41,16 +43,22 @@ Ending = Literal["done", "superseded", "corrupt", "failed"]
 class DrainState:
     """How far a drain is: `ending` None while it runs, `reason` why it did not end well.
 
-    `waiting`: its part is written, and those of others are not.
+    `waiting`: its part is written, and those of others are not. `cause`: why the store failed, if so. `retry`:
+    the try before this one failed. `asked`: what was asked for; `order`: the same, as long as a trainer's order
+    has not ended.
     """
 
     id: str
     what: str
     life: Life
+    step: StepId
     waiting: bool = False
     ending: Ending | None = None
     nbytes: int = 0
     reason: str = ""
+    cause: StoreReason = "other"
+    retry: bool = False
+    asked: Order | None = None
     order: Order | None = None
     give_up: str | None = None
     begun: float = dataclasses.field(default_factory=time.monotonic)
@@ -79,6 +87,7 @@ class Drains:
         self._states: dict[str, DrainState] = {}
         self._closed: str | None = None
         self._over = False
+        self._newest_commit: float | None = None
         self._layouts: dict[str, Layout] = {}
 
     @property
@@ -86,6 +95,18 @@ class Drains:
         """How many have not ended; those that an agent before this one left are among them."""
         with self._changed:
             return sum(state.ending is None for state in self._states.values()) + len(self._left)
+
+    @property
+    def retries(self) -> int:
+        """How many that run are further tries, after one that failed."""
+        with self._changed:
+            return sum(state.ending is None and state.retry for state in self._states.values())
+
+    @property
+    def seconds_since_commit(self) -> float:
+        """Since this agent has committed a step; not a number where it has not."""
+        newest = self._newest_commit
+        return math.nan if newest is None else time.monotonic() - newest
 
     @property
     def orders(self) -> list[Order]:
@@ -124,6 +145,12 @@ class Drains:
         with self._changed:
             return sum(state.ending is None and not state.waiting for state in self._states.values())
 
+    def of_life(self, life: Life) -> list[tuple[StepId, bool]]:
+        """The steps of the drains of a life that have not ended, and whether they wait for others."""
+        with self._changed:
+            mine = [state for state in self._states.values() if state.life == life and state.ending is None]
+            return [(state.step, state.waiting) for state in mine]
+
     def give_up_waiting(self, life: Life, reason: str) -> None:
         """Lets all drains of a life end that wait for others."""
         with self._changed:
@@ -133,6 +160,8 @@ class Drains:
 
     def begin(self, destination: Destination, share: Share, *, ordered: bool = False) -> str:
         """Pins the slot and begins; returns the id of the drain. `ordered`: by a trainer of this host.
+
+        Asked for again, since the answer was lost, it is the same drain.
 
         Raises SlotNotHereError, TooManyDrainsError, CorruptDataError for a layout that is missing or damaged,
         LocalDirectoryError for files that cannot be read.
@@ -145,6 +174,8 @@ class Drains:
         step = StepId((share.of or life).generation, share.step)
         wanted = SlotId(life.run, step, share.layout, share.position)
         with self._changed:
+            if (begun := self._begun(order)) is not None:
+                return begun
             running = sum(state.ending is None for state in self._states.values())
             if self._closed is not None or running >= MOST_AT_A_TIME:
                 raise TooManyDrainsError(self._closed or f"{running} drains are running here")
@@ -152,8 +183,10 @@ class Drains:
         pin = self._pin(wanted, None if share.of else life.nonce)
         try:
             layout = self._layout(share.layout)
-            state = DrainState(secrets.token_hex(16), f"{step} of run {life.run}, part {share.position}", life)
-            state.order = order if ordered or resumed else None
+            what = f"{step} of run {life.run}, part {share.position}"
+            state = DrainState(secrets.token_hex(16), what, life, step)
+            state.asked, state.order = order, order if ordered or resumed else None
+            state.retry = share.retry
             if resumed and share.holders == (share.position,):
                 # Nobody else knows of the attempt: a new one is not in the way of what is left of it.
                 share = dataclasses.replace(share, ordinal=_FIRST_NEW_ORDINAL + secrets.randbelow(2**32))
@@ -165,6 +198,9 @@ class Drains:
                 daemon=True,
             )
             with self._changed:
+                if (begun := self._begun(order)) is not None:  # By who asked again in the meantime.
+                    pin.close()
+                    return begun
                 self._states[state.id] = state
                 for old in [s.id for s in self._states.values() if s.ending is not None][:-_KEPT]:
                     del self._states[old]
@@ -175,6 +211,13 @@ class Drains:
             pin.close()
             raise
         return state.id
+
+    def _begun(self, order: Order) -> str | None:
+        """The drain that was asked for before, unless it has failed."""
+        for state in self._states.values():
+            if state.asked == order and state.ending in (None, "done"):
+                return state.id
+        return None
 
     def look(self, drain: str, wait_seconds: float = 0.0) -> DrainState | None:
         """How far a drain is, waiting for its end for a while; None for one that is not known."""
@@ -212,11 +255,6 @@ class Drains:
             for state in self._states.values():
                 state.give_up = state.give_up or reason
 
-    def refuse(self, reason: str) -> None:
-        """Takes on nothing more."""
-        with self._changed:
-            self._closed = reason
-
     def _run(
         self,
         state: DrainState,
@@ -247,13 +285,17 @@ class Drains:
                     resumable=lambda: self._over and state.order is not None,
                 )
             ending, counted = "done", "committed" if share.commits else "part_written"
+            if share.commits:
+                self._newest_commit = time.monotonic()
         except StaleGenerationError as error:
             ending, counted, reason = "superseded", "superseded", str(error)
         except CorruptDataError as error:
             ending, counted, reason = "corrupt", "corrupt", str(error)
         except EmergencyCheckpointError as error:
             counted = "abandoned" if state.give_up is not None else "store_failed"
-            reason = str(error)
+            reason, state.cause = str(error), store_reason(error)
+            if counted == "store_failed":
+                self._counters.count_store_failure(state.cause)
         except Exception as error:  # Whoever asked waits for an answer, whatever it was.
             _log.exception("draining %s failed", state.what)
             reason = f"{type(error).__name__}: {error}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Of what agents and their clients say to each other; agents of another one are replaced."""
 
 

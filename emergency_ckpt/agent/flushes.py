@@ -14,6 +14,7 @@ from emergency_ckpt.agent.endpoint import Endpoint
 from emergency_ckpt.agent.flush import FlushSession
 from emergency_ckpt.agent.orders import Registration
 from emergency_ckpt.agent.trainers import Trainers
+from emergency_ckpt.agent.worker import join_all
 from emergency_ckpt.errors import EmergencyCheckpointError
 
 _JOIN_SECONDS = 10.0
@@ -78,8 +79,7 @@ class Flushes:
         """Waits for the threads, not for ever."""
         with self._guard:
             threads = list(self._threads.values())
-        for thread in threads:
-            thread.join(_JOIN_SECONDS / max(1, len(threads)))
+        join_all(threads, _JOIN_SECONDS)
 
     def _run(self, session: FlushSession, trainer: str) -> None:
         assert self._trainers is not None

@@ -7,6 +7,7 @@ struck; what the others gave stays.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import itertools
 import threading
@@ -178,6 +179,7 @@ class _Gathering:
         self._streams = streams
         self._course = course
         self._guard = threading.Lock()
+        self._opened: list[SlotSource] = []
         self._strikes: dict[tuple[int, frozenset[int] | None], Strike] = {}
         self._dead: set[int] = set()
         self._unreachable: dict[int, str] = {}
@@ -186,15 +188,18 @@ class _Gathering:
 
     def run(self, takes: Sequence[Take]) -> Gathered:
         with ThreadPoolExecutor(self._streams, thread_name_prefix="emergency_ckpt gather") as pool:
-            opened = [source for source in pool.map(self._open, takes) if source is not None]
             try:
-                reads = self._plan([(s, take) for s, take in opened])
+                opened = [each for each in pool.map(self._open, takes) if each is not None]
+                reads = self._plan(opened)
                 for _ in pool.map(self._read, _tasks(reads)):
                     pass
+            except BaseException:
+                self._course.stop()
+                raise
             finally:
-                for source, _ in opened:
-                    self._course.closed(source)
-                    source.close()
+                # Others may be opening or reading still; what they have opened is closed as well.
+                pool.shutdown(wait=True, cancel_futures=True)
+                self._close()
         checksums = self._checksums(reads)
         manifests = {take.process: source.manifest for source, take in opened}
         sources = {process: (shards, nbytes) for process, (shards, nbytes) in sorted(self._sources.items())}
@@ -206,11 +211,19 @@ class _Gathering:
             return None
         try:
             source = self._open_source(take)
+            with self._guard:
+                self._opened.append(source)
             self._course.opened(source)
             return source, take
         except (PeerUnavailableError, CorruptDataError) as error:
             self._give_up(take.process, error)
             return None
+
+    def _close(self) -> None:
+        with contextlib.ExitStack() as closing:
+            for source in self._opened:
+                closing.callback(source.close)
+                closing.callback(self._course.closed, source)
 
     def _plan(self, opened: Sequence[tuple[SlotSource, Take]]) -> list[_Read]:
         """What is to be read; shards that the wanted layout has as they are go straight to their places."""

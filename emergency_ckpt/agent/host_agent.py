@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import secrets
 import threading
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 from emergency_ckpt.agent.attachment import Attachment, attach
 from emergency_ckpt.agent.draining import Stop
@@ -21,19 +23,25 @@ from emergency_ckpt.agent.options import AgentOptions
 from emergency_ckpt.agent.order_client import OrderClient
 from emergency_ckpt.agent.orders import Destination, Registration, Share
 from emergency_ckpt.agent.presence import Presence
+from emergency_ckpt.agent.progress import Progress
 from emergency_ckpt.agent.record import AgentRecord, agent_directory, agent_lives, read_record
 from emergency_ckpt.agent.starting import ensure_agent
+from emergency_ckpt.core.retrying import store_error
 from emergency_ckpt.errors import (
     AgentStartError,
     CorruptDataError,
     LocalDirectoryError,
     PeerUnavailableError,
-    PersistentStoreError,
     StaleGenerationError,
 )
 from emergency_ckpt.preemption.notice import Notice
 
 _LOOK = timedelta(seconds=2)
+_TRIES = 3
+_NO_ANSWER = ("unreachable", "timeout")
+_T = TypeVar("_T")
+_TELL = timedelta(seconds=5)
+_HURRIED_SECONDS = 2.0
 
 
 class HostAgent:
@@ -80,17 +88,23 @@ class HostAgent:
             self._registration = registration
             OrderClient.of_this_host(record).register(self._trainer, registration)
 
+    def pass_on(self, notice: Notice, process: int | None) -> None:
+        """Tells the agent that the host of a process goes away, which it cannot know; None: of some process."""
+        with self._guard:
+            client = OrderClient.of_this_host(self._connected())
+        client.pass_on(notice, process)
+
     def drain(self, destination: Destination, share: Share, stop: Stop) -> int:
         """Has the agent carry out a share; returns the bytes of the part. `stop` is asked again and again.
 
+        An answer that got lost is asked for again: the agent knows the order, and is at work on it.
+
         Raises what `draining.carry_out` raises.
         """
-        with self._guard:
-            client = OrderClient.of_this_host(self._connected())
-        drain = client.begin(destination, share)
+        client, drain = _answered(lambda: self._begin(destination, share))
         told = False
         while True:
-            report = client.look(drain, _LOOK)
+            report = _answered(lambda: client.look(drain, _LOOK))
             if report.ending == "done":
                 return report.nbytes
             if report.ending == "superseded":
@@ -98,21 +112,49 @@ class HostAgent:
             if report.ending == "corrupt":
                 raise CorruptDataError(report.reason)
             if report.ending is not None:
-                raise PersistentStoreError(report.reason)
+                raise store_error(report.cause, report.reason)
             if not told and (reason := stop()) is not None:
-                client.give_up(drain, reason)
+                _answered(functools.partial(client.give_up, drain, reason))
                 told = True
 
-    def close(self) -> None:
-        """Says goodbye and lets go. The agent stays as long as somebody needs it. Repeating it is fine."""
+    def _begin(self, destination: Destination, share: Share) -> tuple[OrderClient, str]:
         with self._guard:
-            self._closed = True
+            client = OrderClient.of_this_host(self._connected())
+        return client, client.begin(destination, share)
+
+    def tell_progress(self, progress: Progress) -> None:
+        """Tells the agent how far this trainer is; does nothing where none is attached."""
+        with self._guard:
+            held = self._attachment is not None and self._attachment.lost is None and not self._closed
+            record = self._record if held else None
+        if record is not None:
+            OrderClient.of_this_host(record, _TELL).tell_progress(self._trainer, progress)
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing more is asked of the agent."""
+        return self._closed
+
+    def close(self, *, is_done: bool = True) -> None:
+        """Says goodbye and lets go. The agent stays as long as somebody needs it. Repeating it is fine.
+
+        Not `is_done`: without a word, as one that dies does, so that the agent sees to what is left; where it
+        does not answer just now, the end of this process lets go.
+        """
+        self._closed = True
+        if not self._guard.acquire(timeout=-1 if is_done else _HURRIED_SECONDS):
+            return
+        try:
             attachment, self._attachment = self._attachment, None
-            told = self._registration is None or self._say_goodbye()
+            told = not is_done or self._registration is None or self._say_goodbye()
+            if self._presence is not None and not is_done:
+                self._presence.close()  # First, so that the agent finds nobody when the attachment ends.
             if attachment is not None:
                 attachment.close()
             if self._presence is not None:
                 self._presence.close(told=told)
+        finally:
+            self._guard.release()
 
     def _say_goodbye(self) -> bool:
         """To the agent that runs now, which may be another one; False where none heard it."""
@@ -162,3 +204,14 @@ class HostAgent:
         if self._registration is not None:
             OrderClient.of_this_host(record).register(self._trainer, self._registration)
         return record
+
+
+def _answered(ask: Callable[[], _T]) -> _T:
+    """What an agent says, asked again where nothing tells whether it has heard."""
+    for _ in range(_TRIES - 1):
+        try:
+            return ask()
+        except PeerUnavailableError as error:
+            if error.code not in _NO_ANSWER:
+                raise
+    return ask()

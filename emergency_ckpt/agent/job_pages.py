@@ -1,7 +1,8 @@
 """What an agent answers about its trainers and drains.
 
 Only who has the key of this host, which lies in a file that its owner alone can read, may say where steps are
-drained to. Agents of other hosts may ask for drains of a life that a trainer of this host has told of.
+drained to, and how far it is. Agents of other hosts may ask for drains of a life that a trainer of this host
+has told of.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from aiohttp import web
 
 from emergency_ckpt.agent.door import BY_OWNER, refuse
 from emergency_ckpt.agent.drains import Drains, DrainState, SlotNotHereError, TooManyDrainsError
+from emergency_ckpt.agent.last_calls import LastCalls
+from emergency_ckpt.agent.lives import LifeReport
 from emergency_ckpt.agent.orders import (
     MAX_ORDER_BYTES,
     Destination,
@@ -27,6 +30,7 @@ from emergency_ckpt.agent.orders import (
     registration_from_json,
     share_from_json,
 )
+from emergency_ckpt.agent.progress import MAX_PROGRESS_BYTES, Progress, ProgressBoard
 from emergency_ckpt.agent.trainers import Trainers, is_trainer_id
 from emergency_ckpt.errors import EmergencyCheckpointError
 
@@ -43,10 +47,18 @@ class JobPages:
     """The pages, for one event loop."""
 
     def __init__(
-        self, trainers: Trainers, drains: Drains, request_seconds: float, remember: Callable[[], None]
+        self,
+        trainers: Trainers,
+        drains: Drains,
+        board: ProgressBoard,
+        calls: LastCalls,
+        request_seconds: float,
+        remember: Callable[[], None],
     ) -> None:
         """`remember`: called in a thread before a trainer hears that what it said was taken."""
         self._remember = remember
+        self._board = board
+        self._calls = calls
         self._trainers = trainers
         self._drains = drains
         self._request_seconds = request_seconds
@@ -57,6 +69,7 @@ class JobPages:
         return [
             web.put("/v1/trainers/{trainer}", self._register),
             web.delete("/v1/trainers/{trainer}", self._say_goodbye),
+            web.put("/v1/trainers/{trainer}/progress", self._take_progress),
             web.post("/v1/drains", self._drain),
             web.get("/v1/drains/{drain}", self._look),
             web.delete("/v1/drains/{drain}", self._give_up),
@@ -92,6 +105,19 @@ class JobPages:
         await self._on_disk(self._remember)
         return web.json_response({"left": True})
 
+    async def _take_progress(self, request: web.Request) -> web.Response:
+        trainer = request.match_info["trainer"]
+        if (refusal := _only_owner(request)) is not None:
+            return refusal
+        try:
+            progress = await self._parsed(request, Progress.from_json, MAX_PROGRESS_BYTES)
+        except ValueError as error:
+            return refuse(400, "malformed", str(error))
+        if not self._trainers.knows(trainer):
+            return refuse(409, "not_attached", "only a trainer that is attached can say how far it is")
+        self._board.note(trainer, progress)
+        return web.json_response({"noted": True})
+
     async def _drain(self, request: web.Request) -> web.Response:
         if (refusal := _only_owner(request)) is not None:
             return refusal
@@ -124,32 +150,41 @@ class JobPages:
             return refuse(404, "no_such_drain", "this drain is not known here")
         return web.json_response({"given_up": True})
 
-    # Of the agents of other hosts, in the name of a life whose trainers are gone.
+    # Of the agents of other hosts, in the name of a life whose trainers are gone, or have no time left.
 
     async def _look_at_life(self, request: web.Request) -> web.Response:
         try:
             life = await self._parsed(request, life_from_json, _MAX_LIFE_BYTES)
         except ValueError as error:
             return refuse(400, "malformed", str(error))
-        states = self._trainers.states(life)
-        return web.json_response(
-            {
-                "processes": {str(p): state for p, state in states.items()},
-                "drains": self._drains.running,
-                "writing": self._drains.writing,
-            }
+        return web.json_response(self._report(life).to_json())
+
+    def _report(self, life: Life) -> LifeReport:
+        known = {
+            id_: each for id_, each in self._trainers.registered().items() if each.registration.life == life
+        }
+        told = {each.registration.process: self._board.of(id_) for id_, each in known.items()}
+        return LifeReport(
+            {each.registration.process: each.state for each in known.values()},
+            self._drains.running,
+            self._drains.writing,
+            tuple(self._drains.of_life(life)),
+            self._calls.report(life),
+            self._calls.leaving,
+            {process: (said.progress.step, said.age_seconds) for process, said in told.items() if said},
         )
 
     async def _drain_of_life(self, request: web.Request) -> web.Response:
         try:
-            life, share = await self._parsed(request, _order_of_life, _MAX_SHARE_BYTES)
+            life, share, urgent = await self._parsed(request, _order_of_life, _MAX_SHARE_BYTES)
         except ValueError as error:
             return refuse(400, "malformed", str(error))
         registration = self._trainers.find(life)
-        if registration is None or not registration.flush:
+        if registration is None or not (registration.flush or (urgent and self._calls.allows(life))):
             return refuse(404, "no_such_life", "no trainer of this host has told of this life of the run")
-        # What waits for parts of this life by now waits in vain: this attempt takes its place.
-        self._drains.give_up_waiting(life, "its trainers are gone, and the agents begin anew")
+        if not urgent:
+            # What waits for parts of this life by now waits in vain: this attempt takes its place.
+            self._drains.give_up_waiting(life, "its trainers are gone, and the agents begin anew")
         return await self._begin(registration.destination, share)
 
     # Of both.
@@ -190,12 +225,13 @@ def _order(raw: Any) -> tuple[Destination, Share]:
     return destination_from_json(raw.get("destination")), share_from_json(raw.get("share"))
 
 
-def _order_of_life(raw: Any) -> tuple[Life, Share]:
-    return life_from_json(raw.get("life")), share_from_json(raw.get("share"))
+def _order_of_life(raw: Any) -> tuple[Life, Share, bool]:
+    return life_from_json(raw.get("life")), share_from_json(raw.get("share")), raw.get("urgent") is True
 
 
 def _told(state: DrainState) -> web.Response:
-    return web.json_response({"ending": state.ending, "bytes": state.nbytes, "reason": state.reason})
+    said = {"ending": state.ending, "bytes": state.nbytes, "reason": state.reason, "cause": state.cause}
+    return web.json_response(said)
 
 
 def _only_owner(request: web.Request) -> web.Response | None:

@@ -34,7 +34,7 @@ from emergency_ckpt.agent.trainers import Registered, State
 from emergency_ckpt.errors import CorruptDataError, EmergencyCheckpointError
 
 MEMORY = "agent.memory"
-_FORMAT = b"emergency_ckpt agent memory 1"
+_FORMAT = b"emergency_ckpt agent memory 2"
 _MAX_BYTES = 64 * 1024 * 1024
 _MOST_DRAINS = 1024
 _UNFINISHED: tuple[State, ...] = ("alive", "gone")

@@ -1,6 +1,7 @@
 """The notices of an agent: what its sources say, and what people ask for, told to the trainers that listen.
 
 They hear of it on the request that they hold open (`attachment`), as a line of JSON between the heartbeats.
+What trainers pass on, which other hosts heard, is told to no trainer: they all know.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from aiohttp import web
 
 from emergency_ckpt.agent.door import BY_OWNER, refuse
+from emergency_ckpt.agent.orders import MAX_PROCESSES
 from emergency_ckpt.preemption.notice import MAX_LINE_BYTES, Notice, parse_json
 
 REQUEST = "request"
@@ -26,9 +28,20 @@ _log = logging.getLogger("emergency_ckpt.agent")
 
 
 class Notices:
-    """What there is to hear. Of one event loop, but for `tell_from_thread`."""
+    """What there is to hear. Of one event loop, but for `tell_from_thread`.
 
-    def __init__(self) -> None:
+    Args:
+      here: hears of each notice that is of this host. elsewhere: hears of those that trainers pass on, and of
+        which process's host they are, where that is known.
+    """
+
+    def __init__(
+        self,
+        here: Callable[[Notice], None] = lambda _: None,
+        elsewhere: Callable[[Notice, int | None], None] = lambda _, __: None,
+    ) -> None:
+        self._here = here
+        self._elsewhere = elsewhere
         self._listeners: set[asyncio.Queue[Notice | None]] = set()
         self._kept: list[Notice] = []
         self._loop = asyncio.get_running_loop()
@@ -44,6 +57,7 @@ class Notices:
                 listener.put_nowait(notice)
                 told += 1
         _log.warning("notice from %s; told to %d trainer(s)", notice, told)
+        self._here(notice)
         return told
 
     def tell_from_thread(self, notice: Notice) -> None:
@@ -61,6 +75,11 @@ class Notices:
             yield queue
         finally:
             self._listeners.discard(queue)
+
+    @property
+    def listeners(self) -> int:
+        """How many trainers listen: those that save when they hear that their host goes away."""
+        return len(self._listeners)
 
     def end(self) -> None:
         """Whoever listens hears that there will be no more."""
@@ -80,7 +99,7 @@ class Notices:
         return web.json_response([dataclasses.asdict(notice) for notice in self.standing()])
 
     async def _take(self, request: web.Request) -> web.Response:
-        """Somebody on this host asks for a save, or says that the host goes away."""
+        """Somebody on this host asks for a save, or says that the host goes away; or a trainer passes on."""
         if not request.get(BY_OWNER):
             return refuse(403, "not_of_this_host", "only who has the key of this host may ask for a save")
         data = bytearray()
@@ -90,12 +109,33 @@ class Notices:
                     data += chunk
                     if len(data) > MAX_LINE_BYTES:
                         return refuse(413, "too_large", "the request is too long")
-            notice = _asked(parse_json(bytes(data)))
+            raw = parse_json(bytes(data))
+            passed_on = _passed_on(raw)
+            notice = passed_on[0] if passed_on else _asked(raw)
         except TimeoutError:
             return refuse(408, "too_slow", "the request did not arrive in time")
         except ValueError as error:
             return refuse(400, "malformed", str(error))
-        return web.json_response({"told": self.tell(notice)})
+        if passed_on is None:
+            return web.json_response({"told": self.tell(notice)})
+        self._elsewhere(*passed_on)
+        return web.json_response({"told": 0})
+
+
+def _passed_on(raw: Any) -> tuple[Notice, int | None] | None:
+    """A notice with its source, and the process whose host goes away; None for what is no such thing.
+
+    Raises ValueError for one that cannot be.
+    """
+    if not isinstance(raw, dict) or "source" not in raw:
+        return None
+    process = raw.pop("process", None)
+    notice = Notice.from_json(raw)
+    if notice.kind != "terminate":
+        raise ValueError(f"only the end of a host is passed on, not {notice.kind!r}")
+    if process is not None and (type(process) is not int or not 0 <= process < MAX_PROCESSES):
+        raise ValueError(f"no process: {process!r:.40}")
+    return notice, process
 
 
 def _asked(raw: Any) -> Notice:

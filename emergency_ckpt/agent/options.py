@@ -29,7 +29,8 @@ class AgentOptions:
       idle_seconds: how long the agent stays when no trainer is attached and nobody was served; None: for ever.
       connections: open at a time.
       stall_seconds: for which a client may read nothing before it is cut.
-      finish_seconds: for drains that are running when a signal ends the agent.
+      finish_seconds: for drains that are running when a signal ends the agent, and for those that trainers, or
+        agents without them, begin then.
       preemption_sources: the sources of notices to watch, separated by commas (`preemption.choosing`).
       preemption_file: a file whose appearance is a notice.
       preemption_imds_v1: `allowed` where version 1 of Amazon's metadata service may be spoken, else `never`.
@@ -147,7 +148,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=25.0,
         metavar="S",
-        help="after SIGTERM, let drains that are running end for S seconds (default: %(default)s)",
+        help="after SIGTERM, which trainers are told of, serve on for S seconds at most, for the drains that "
+        "run and those that follow from it; less than the grace period of the container (default: %(default)s)",
     )
     parser.add_argument(
         "--preemption-sources",

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 from emergency_ckpt.agent.connection import PeerConnection
 from emergency_ckpt.agent.drains import Ending
 from emergency_ckpt.agent.endpoint import Endpoint
+from emergency_ckpt.agent.lives import LifeReport
 from emergency_ckpt.agent.orders import (
     Destination,
     Life,
@@ -23,32 +23,23 @@ from emergency_ckpt.agent.orders import (
     registration_to_json,
     share_to_json,
 )
+from emergency_ckpt.agent.progress import Progress
 from emergency_ckpt.agent.record import AgentRecord
-from emergency_ckpt.agent.trainers import State
+from emergency_ckpt.core.retrying import StoreReason, parse_reason
 from emergency_ckpt.errors import PeerUnavailableError
+from emergency_ckpt.preemption.notice import Notice
 
 TIMEOUT = timedelta(seconds=20)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DrainReport:
-    """How far a drain is: `ending` None while it runs."""
+    """How far a drain is: `ending` None while it runs. `cause`: why the store failed, if so."""
 
     ending: Ending | None
     nbytes: int
     reason: str
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class LifeReport:
-    """What an agent knows of a life: the states of its trainers by process, and how its drains are.
-
-    `drains` of them run there; `writing` do not wait for the parts of others.
-    """
-
-    processes: Mapping[int, State]
-    drains: int
-    writing: int
+    cause: StoreReason = "other"
 
 
 class OrderClient:
@@ -87,6 +78,14 @@ class OrderClient:
             raise self._nonsense("what is no number of trainers")
         return told
 
+    def pass_on(self, notice: Notice, process: int | None = None) -> None:
+        """Tells of a notice that another host of the job heard; `process`: of the host that goes away."""
+        self._ask("POST", "/v1/notices", {**dataclasses.asdict(notice), "process": process})
+
+    def tell_progress(self, trainer: str, progress: Progress) -> None:
+        """How far the attached trainer is."""
+        self._ask("PUT", f"/v1/trainers/{trainer}/progress", progress.to_json())
+
     # With the token.
 
     def look(self, drain: str, wait: timedelta = timedelta(0)) -> DrainReport:
@@ -96,7 +95,7 @@ class OrderClient:
             ending, nbytes, reason = said["ending"], said["bytes"], said["reason"]
             if not (ending is None or ending in get_args(Ending)) or type(nbytes) is not int:
                 raise ValueError(f"{ending!r:.40}, {nbytes!r:.40}")
-            return DrainReport(ending, nbytes, str(reason))
+            return DrainReport(ending, nbytes, str(reason), parse_reason(said["cause"]))
         except (TypeError, KeyError, ValueError) as error:
             raise self._nonsense(f"the state of a drain ({error})") from error
 
@@ -108,17 +107,16 @@ class OrderClient:
         """What the agent knows of the trainers of a life."""
         said = self._ask("POST", "/v1/lives", dataclasses.asdict(life))
         try:
-            states = {int(p): state for p, state in said["processes"].items()}
-            drains, writing = said["drains"], said["writing"]
-            if not set(states.values()) <= set(get_args(State)) or {type(drains), type(writing)} != {int}:
-                raise ValueError(f"{said!r:.120}")
-            return LifeReport(cast(Mapping[int, State], states), drains, writing)
+            return LifeReport.from_json(said)
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise self._nonsense(f"the state of a life ({error})") from error
 
-    def begin_of_life(self, life: Life, share: Share) -> str:
-        """Begins a drain of a life that a trainer there has told of; returns the id of the drain."""
-        order = {"life": dataclasses.asdict(life), "share": share_to_json(share)}
+    def begin_of_life(self, life: Life, share: Share, *, urgent: bool = False) -> str:
+        """Begins a drain of a life that a trainer there has told of; returns the id of the drain.
+
+        `urgent`: its trainers may live, and their drains go on.
+        """
+        order = {"life": dataclasses.asdict(life), "share": share_to_json(share), "urgent": urgent}
         return self._drain_id(self._ask("POST", "/v1/lives/drains", order))
 
     def _drain_id(self, said: Any) -> str:

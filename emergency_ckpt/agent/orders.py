@@ -53,6 +53,7 @@ class Destination:
       prefix, digits: how steps are called (`persistent.store.StepNames`).
       concurrent_bytes, max_chunk_bytes, compression, target_data_file_bytes: as in `WriteOptions`.
       timeout_seconds: for each wait of a drain: for the store, and for the parts of others.
+      stall_seconds: a request of which nothing moves for so long is cut and repeated.
       tidies: whether agents delete older steps when no trainer is left to do it; False where a policy of the
         trainer decides. max_to_keep, keep_period: which ones stay (`core.retention.superseded_steps`).
     """
@@ -70,6 +71,7 @@ class Destination:
     tidies: bool = False
     max_to_keep: int | None = None
     keep_period: int | None = None
+    stall_seconds: float = 60.0
 
     def __post_init__(self) -> None:
         root = _typed(self.root, str)
@@ -88,8 +90,9 @@ class Destination:
         _number(self.max_chunk_bytes)
         _typed(self.compression, str)
         _typed(self.tidies, bool)
-        if type(self.timeout_seconds) not in (int, float) or not 0 < self.timeout_seconds < 1e9:
-            raise ValueError(f"no time limit: {self.timeout_seconds!r:.40}")
+        for seconds in (self.timeout_seconds, self.stall_seconds):
+            if type(seconds) not in (int, float) or not 0 < seconds < 1e9:
+                raise ValueError(f"no time limit: {seconds!r:.40}")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -102,6 +105,8 @@ class Share:
       holders: the positions that write a part, ascending: the whole step, each shard once.
       commits: whether this one commits.
       of: the life that saved the step, where that is an earlier one than the one that drains it.
+      retry: whether the try before this one failed.
+      leaving: those of the holders that write only what no other one has, because their hosts go away.
     """
 
     step: int
@@ -111,16 +116,21 @@ class Share:
     holders: tuple[int, ...]
     commits: bool
     of: Life | None = None
+    retry: bool = False
+    leaving: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         SlotId("r", StepId(0, _number(self.step)), _typed(self.layout, str), _number(self.position))
         _number(self.ordinal)
         _typed(self.commits, bool)
+        _typed(self.retry, bool)
         holders = [_number(holder) for holder in self.holders]
         if holders != sorted(set(holders)) or not 0 < len(holders) <= MAX_PROCESSES:
             raise ValueError("the holders of a drain are not ascending, or none, or too many")
         if self.position not in holders:
             raise ValueError(f"position {self.position} is none of those that write a part")
+        if not {_number(position) for position in self.leaving} <= set(holders):
+            raise ValueError("more positions are leaving than write a part")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -168,7 +178,8 @@ def share_to_json(share: Share) -> dict[str, Any]:
 def share_from_json(raw: Any) -> Share:
     fields = _fields(Share, raw)
     of = None if fields["of"] is None else life_from_json(fields["of"])
-    return Share(**{**fields, "holders": tuple(_typed(fields["holders"], list)), "of": of})
+    holders, leaving = (tuple(_typed(fields[name], list)) for name in ("holders", "leaving"))
+    return Share(**{**fields, "holders": holders, "leaving": leaving, "of": of})
 
 
 def registration_to_json(registration: Registration) -> dict[str, Any]:

@@ -33,10 +33,12 @@ from emergency_ckpt.agent.options import TOKEN_VARIABLE, AgentOptions
 from emergency_ckpt.agent.presence import condition_of, sweep, trainer_lives
 from emergency_ckpt.agent.record import AgentLock, AgentRecord, agent_directory, read_record
 from emergency_ckpt.agent.server import ServerLimits, ShardServer
+from emergency_ckpt.agent.stalls import Stalls
 from emergency_ckpt.agent.trainers import Registered
 from emergency_ckpt.errors import AgentStartError, ConfigError, EmergencyCheckpointError
 from emergency_ckpt.local.claim import check_root
 from emergency_ckpt.preemption.choosing import choose_sources
+from emergency_ckpt.preemption.notice import Notice
 from emergency_ckpt.preemption.watch import Watch
 
 _TOKEN = re.compile(r"[0-9A-Za-z._~+/=-]{16,512}")
@@ -47,6 +49,8 @@ _REQUEST_SECONDS = 10.0
 _LINGER_SECONDS = 5.0
 _FINISH_POLL_SECONDS = 0.1
 _SPARE_DESCRIPTORS = 256
+AGENT = "agent"
+"""The source of the notice that an agent is itself told to leave."""
 _log = logging.getLogger("emergency_ckpt.agent")
 
 
@@ -57,7 +61,8 @@ def run_agent(
 ) -> None:
     """Serves `root` until it is asked to leave (SIGTERM, SIGINT, SIGHUP, `POST /v1/leave`) or nobody needs it.
 
-    A signal lets drains that are running end, for a while; a second one, and being asked, does not.
+    After a signal it serves on for a while, as long as there are drains, or trainers that save now; a second
+    one, and being asked, ends it at once. SIGTERM and SIGHUP are told to the trainers as the end of the host.
 
     Args:
       ready: called once it serves and its record is in place.
@@ -120,6 +125,9 @@ class _Life:
 
         server.remember = remember
         flushes.begin(server.trainers, endpoint, addresses.dial, server.counters, remember)
+        server.last_calls.begin(endpoint, addresses.dial)
+        stalls = Stalls(server.trainers, server.board, server.last_calls, server.counters)
+        server.stalled = stalls.told
         try:
             record.write(self._directory)
             if before is not None:
@@ -139,19 +147,21 @@ class _Life:
             )
             ready()
             watch = Watch(choose_sources(options.sources), server.notices.tell_from_thread)
+            stalls.begin(endpoint, addresses.dial)
             why = await self._watch(server, record, flushes)
             _log.info("the agent leaves: %s", why)
-            flushes.stop()
             if self._signalled:
-                await self._finish_drains(server)
+                await self._finish(server)
         finally:
             record.remove(self._directory)
-            flushes.stop()
+            for each in (stalls, server.last_calls, flushes):
+                each.stop()
             server.drains.close("the agent leaves")
             await server.stop()
             if watch is not None:
                 await asyncio.to_thread(watch.close)
-            flushes.join()
+            for each in (stalls, server.last_calls, flushes):
+                each.join()
 
     async def _listen(
         self, server: ShardServer, bind: str, earlier: int, context: ssl.SSLContext | None
@@ -196,15 +206,30 @@ class _Life:
                 "the agent before left %d trainers (%s) and %d drains", len(known), told or "none", len(orders)
             )
 
-    async def _finish_drains(self, server: ShardServer) -> None:
-        """Lets drains end that are running, for a while or until the second signal."""
-        server.drains.refuse("the agent leaves")
-        deadline = time.monotonic() + self._options.finish_seconds
-        if server.drains.running:
-            _log.info(
-                "%d drains are running: %g s for them", server.drains.running, self._options.finish_seconds
-            )
-        while server.drains.running and time.monotonic() < deadline and not self._hurry.is_set():
+    async def _finish(self, server: ShardServer) -> None:
+        """Serves on for a while, or until the second signal: drains that run may end, and others may come.
+
+        Trainers that hear of notices save now, and ask for the drain of that.
+        """
+        seconds = self._options.finish_seconds
+        deadline = time.monotonic() + seconds
+        said = ""
+        while time.monotonic() < deadline and not self._hurry.is_set():
+            await server.look_around()
+            left = [
+                what
+                for what, there in (
+                    (f"{server.drains.running} drains are running", server.drains.running > 0),
+                    ("the newest step is being seen to", server.last_calls.pending > 0),
+                    ("trainers listen that save now", server.notices.listeners > 0),
+                )
+                if there
+            ]
+            if not left:
+                return
+            if not said:
+                said = ", ".join(left)
+                _log.info("%s: %g s for them", said, seconds)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_FINISH_POLL_SECONDS):
                     await self._hurry.wait()
@@ -225,7 +250,8 @@ class _Life:
             if not self._lock.is_current():
                 return f"{self._directory} was emptied or replaced, and what is there now is not this agent's"
             self._keep_record(record)
-            busy = server.drains.running > 0 or flushes.pending > 0 or server.trainers.apart > 0
+            busy = server.drains.running > 0 or flushes.pending > 0 or server.last_calls.pending > 0
+            busy = busy or server.trainers.apart > 0
             quiet = server.trainers.idle_seconds()
             if idle is not None and not busy and server.trainers.over and quiet >= min(idle, _LINGER_SECONDS):
                 return "its trainer said goodbye, and there are no other hosts"
@@ -248,12 +274,20 @@ class _Life:
         def leave(name: str) -> None:
             if self._signalled:
                 self._hurry.set()
+            elif name != signal.SIGINT.name:  # That is somebody at a terminal, who wants to see it end.
+                self._tell_of_signal(server, name)
             self._signalled = name
             server.left.set()
 
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.add_signal_handler(number, leave, number.name)
+
+    def _tell_of_signal(self, server: ShardServer, name: str) -> None:
+        """Whoever ends the agent of a host ends the host, as a container of its pod does."""
+        now, seconds = time.time(), self._options.finish_seconds
+        detail = f"its agent got {name}, and stays at most {seconds:g} s"
+        server.notices.tell(Notice(AGENT, "terminate", now, now + seconds, detail))
 
 
 def _what_to_do(error: OSError, port: int) -> str:

@@ -31,10 +31,12 @@ from emergency_ckpt.agent.door import BY_OWNER, REFUSAL, Door, MalformedRequests
 from emergency_ckpt.agent.drains import Drains
 from emergency_ckpt.agent.endpoint import FORMAT_VERSION
 from emergency_ckpt.agent.job_pages import JobPages
+from emergency_ckpt.agent.last_calls import LastCalls
 from emergency_ckpt.agent.memory import Order
 from emergency_ckpt.agent.notices import Notices
 from emergency_ckpt.agent.orders import Registration
 from emergency_ckpt.agent.presence import Condition
+from emergency_ckpt.agent.progress import ProgressBoard
 from emergency_ckpt.agent.sending import Body, Ending, Sender
 from emergency_ckpt.agent.slot_id import SlotId, is_layout_hash
 from emergency_ckpt.agent.slots_on_disk import SlotOnDisk, SlotsOnDisk
@@ -72,8 +74,8 @@ class ShardServer:
     """Serves the slots below one ramdisk directory. All methods are of one event loop.
 
     `left` is set when somebody asked this agent to leave; `flushes` counts what is left of dead trainers,
-    `is_current` says whether its directory is still there, `remember` puts down what is left to do (in any
-    thread).
+    `stalled` tells of those that hang, `is_current` says whether its directory is still there, `remember` puts
+    down what is left to do (in any thread).
     """
 
     def __init__(
@@ -89,16 +91,26 @@ class ShardServer:
         self.counters = Counters()
         self.trainers = Trainers(on_death, condition)
         self.left = asyncio.Event()
-        self.notices = Notices()
         self._root = root
         self._limits = limits
         self._slots = SlotsOnDisk(root)
+        self.board = ProgressBoard()
+        self.last_calls = LastCalls(self.trainers, self.board, self.counters, self._largest_slot)
+        self.notices = Notices(self.last_calls.hear_here, self.last_calls.hear_of_other)
         self.drains = Drains(self._slots, self.counters)
         self.drains.orders_changed = lambda: self.remember()
         self.remember: Callable[[], None] = lambda: None
         self.flushes: Callable[[], int] = lambda: 0
         self.is_current: Callable[[], bool] = lambda: True
-        self._pages = JobPages(self.trainers, self.drains, limits.request_seconds, lambda: self.remember())
+        self.stalled: Callable[[], list[dict[str, Any]]] = list
+        self._pages = JobPages(
+            self.trainers,
+            self.drains,
+            self.board,
+            self.last_calls,
+            limits.request_seconds,
+            lambda: self.remember(),
+        )
         self._started = time.time()
         self._sender = Sender(limits.answers, limits.stall_seconds)
         self._places = asyncio.Semaphore(limits.answers)
@@ -146,7 +158,21 @@ class ShardServer:
         self._door = Door(self._runner.server, self._limits.connections, self._limits.request_seconds)
         self.counters.watch("trainers", "trainers that live", lambda: self.trainers.count)
         self.counters.watch("running_drains", "drains that have not ended", lambda: self.drains.running)
+        self.counters.watch(
+            "running_retries", "those that are tried again after a failure", lambda: self.drains.retries
+        )
+        self.counters.watch(
+            "persistent_step_age_seconds",
+            "since this agent committed a step last; NaN where it has committed none",
+            lambda: self.drains.seconds_since_commit,
+        )
         self.counters.watch("running_flushes", "flushes that have not ended", lambda: self.flushes())
+        self.counters.watch(
+            "running_last_calls", "last calls that have not ended", lambda: self.last_calls.pending
+        )
+        self.counters.watch(
+            "stalled_trainers", "trainers whose step takes too long", lambda: len(self.stalled())
+        )
         self.counters.watch("notices", "notices that were heard", lambda: self.notices.heard)
         self.counters.watch("connections", "open connections", lambda: self._connections.connections)
         self._door.refused = self.counters.refused_connections.inc
@@ -156,14 +182,22 @@ class ShardServer:
         return await self._door.open(host, ports[-1], context)
 
     async def look_around(self) -> None:
-        """Deals with trainers that died unattached, and with what an agent before this one was asked for."""
+        """Deals with trainers that died unattached, and with what an agent before this one was asked for.
+
+        Notices that stand concern trainers that came after them, too.
+        """
         self.trainers.look()
+        self.last_calls.look()
 
         def is_left_alone(order: Order) -> bool:
             """A trainer that lives does it itself, or asks again."""
             return self.trainers.states(order.destination.life).get(order.share.position) != "alive"
 
         await self._on_disk(lambda: self.drains.resume(is_left_alone))
+
+    def _largest_slot(self) -> int:
+        """Reads the disk."""
+        return max((slot.bytes for slot in self._slots.all()), default=0)
 
     def slot_runs(self) -> set[str]:
         """The runs whose slots lie here. Reads the disk."""
@@ -210,6 +244,8 @@ class ShardServer:
                 "trainers": self.trainers.count,
                 "drains": self.drains.running,
                 "flushes": self.flushes(),
+                "last_calls": self.last_calls.pending,
+                "stalled": self.stalled(),
                 "connections": self._connections.connections,
                 "bytes_served": self.counters.bytes_served_total,
                 "leaving": self.left.is_set() or not self.is_current(),

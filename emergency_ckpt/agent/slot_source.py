@@ -18,7 +18,7 @@ from emergency_ckpt.agent.slot_id import SlotId
 from emergency_ckpt.core.checksums import copy_and_checksum
 from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.shards import BLOCK_BYTES
-from emergency_ckpt.errors import CorruptShardsError
+from emergency_ckpt.errors import CorruptDataError, CorruptShardsError
 from emergency_ckpt.local.manifest import Manifest
 from emergency_ckpt.local.slot_views import SealedSlot
 
@@ -122,7 +122,11 @@ class PeerSlot:
         with self._client() as client:
             self.layout = layout if layout is not None else client.layout(slot.layout)
             self.manifest = client.manifest(slot)
-        self.manifest.check_against(self.layout, self.layout.data_bytes(slot.position))
+        try:
+            self.manifest.check_against(self.layout, self.layout.data_bytes(slot.position))
+        except CorruptDataError:
+            self.close()  # Nobody else can.
+            raise
         self._place = {shard: i for i, shard in enumerate(self.layout.process_shards[slot.position])}
 
     def checksums(self, shard: int) -> tuple[int, ...]:

@@ -130,6 +130,16 @@ class Trainers:
             self._registered[trainer] = Registered(registration, "alive")
         return True
 
+    def knows(self, trainer: str) -> bool:
+        """Whether a trainer is attached."""
+        return trainer in self._attached
+
+    def lives(self, trainer: str) -> bool:
+        """Whether a trainer lives, as far as its lock tells, and is expected to. From any thread."""
+        with self._guard:
+            known = self._registered.get(trainer)
+        return known is not None and known.state == "alive" and self._condition(trainer) == "alive"
+
     def leave(self, trainer: str) -> None:
         """A trainer says goodbye: nothing is left to do for it."""
         self._note(trainer, "left")

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import timedelta
 from typing import Generic, TypeVar
 
 from emergency_ckpt.errors import EmergencyCheckpointError
 
 Request = TypeVar("Request")
+
+
+def join_all(threads: Collection[threading.Thread], seconds: float) -> None:
+    """Waits for the ends of all of them, so long in all at most."""
+    for thread in threads:
+        thread.join(seconds / len(threads))
 
 
 class Worker(Generic[Request]):

@@ -17,8 +17,8 @@ _ASK = timedelta(seconds=10)
 
 _DESCRIPTION = """\
 Asks the job on this host to save at the next step that its processes agree on, and to make that step persistent
-(enable_autocheckpoint). The train loop learns of it as of a preemption: one that ends when
-`manager.reached_preemption(step)` is true ends there. Once in the life of a job, as every notice."""
+(enable_autocheckpoint). The job goes on; a train loop that asks
+`manager.reached_preemption(step)`, and not `manager.should_exit`, learns of it as of a preemption."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -35,6 +35,9 @@ _NEED_LOCAL_TIER = (
     "agent_flush_on_trainer_exit",
     "multi_tier_checkpointing_backup_interval_minutes",
     "multi_tier_checkpointing_backup_interval_steps",
+    "trainer_stall_factor",
+    "trainer_stall_floor_seconds",
+    "trainer_stall_restart_seconds",
 )
 
 _STORES = ("s3://", "gs://")
@@ -196,16 +199,18 @@ def _inactive(config: Config) -> Iterator[str]:
     for flag in ("checkpoint_storage_use_ocdbt", "checkpoint_storage_use_zarr3"):
         if not getattr(config, flag):
             yield f"{_said(config, flag)} does nothing: checkpoints are always written as zarr3 in OCDBT."
-    if config.enable_autocheckpoint:
+    if config.enable_autocheckpoint and not config.enable_checkpointing:
         on = _said(config, "enable_autocheckpoint")
-        if config.enable_checkpointing:
-            yield (
-                f"{on} is active in part: the job saves at the step that JAX's preemption sync point names "
-                "after a SIGTERM or another notice; deadlines are not weighed yet."
-            )
-        else:
-            yield f"{on} does nothing while {_said(config, 'enable_checkpointing')}."
+        yield f"{on} does nothing while {_said(config, 'enable_checkpointing')}."
     if not config.enable_autocheckpoint:
+        for flag in (
+            "preemption_signals",
+            "preemption_grace_seconds",
+            "preemption_exit_code",
+            "autocheckpoint_skip_if_replicated",
+        ):
+            if getattr(config, flag) != type(config).model_fields[flag].default:
+                yield f"{_said(config, flag)} does nothing while {_said(config, 'enable_autocheckpoint')}."
         for flag in ("preemption_sources", "preemption_notice_file", "preemption_allow_imds_v1"):
             if getattr(config, flag) != type(config).model_fields[flag].default:
                 yield (

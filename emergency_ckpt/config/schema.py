@@ -240,6 +240,18 @@ class Config(BaseModel):
     enable_autocheckpoint: bool = Field(
         False, description="Save to the persistent tier when the job is told that it will be preempted."
     )
+    preemption_exit_code: Whole = Field(
+        42,
+        ge=1,
+        le=255,
+        description="manager.exit_code, with which the program is to end after a preemption, so that it is "
+        "started again. XPK's job sets restart 42 and 127 to 255, and fail with others.",
+    )
+    autocheckpoint_skip_if_replicated: bool = Field(
+        False,
+        description="After a notice, save to the ramdisks only, where the hosts that do not go away hold every "
+        "shard of the step.",
+    )
     preemption_sources: str = Field(
         "auto",
         description="What the agent of each host watches for notices: aws and gce (the metadata services of "
@@ -255,6 +267,38 @@ class Config(BaseModel):
         False,
         description="Speak version 1 of Amazon's instance metadata service where it gives no token for "
         "version 2.",
+    )
+    preemption_signals: str = Field(
+        "SIGTERM",
+        description="Which signals to a trainer are notices, separated by commas: SIGTERM and SIGINT say that "
+        "the process is to end, SIGUSR1 and SIGUSR2 ask for a save; off: none but the SIGTERM that JAX's "
+        "preemption service hears by itself.",
+    )
+    preemption_grace_seconds: Seconds = Field(
+        30.0,
+        ge=0,
+        description="How long after SIGTERM or SIGINT a process is killed. Set it to what the pod has as "
+        "terminationGracePeriodSeconds (30 where it says nothing).",
+    )
+
+    # Watching the trainers.
+    trainer_stall_factor: Seconds = Field(
+        10.0,
+        ge=1,
+        description="A step that takes so many times the median of recent steps, and longer than "
+        "trainer_stall_floor_seconds, is reported by the agent of the host, and which processes are behind.",
+    )
+    trainer_stall_floor_seconds: Seconds = Field(
+        300.0,
+        ge=0,
+        description="No step that is shorter is reported, and the first one after a start, which is compiled, "
+        "has twice this. Longer than any evaluation between two steps. 0 reports none.",
+    )
+    trainer_stall_restart_seconds: Seconds = Field(
+        0.0,
+        ge=0,
+        description="When a step is reported and takes so much longer still, the agents drain the newest "
+        "complete step and end their trainers, so that the job restarts. 0: never.",
     )
 
     # The format of the persistent tier.
@@ -288,7 +332,19 @@ class Config(BaseModel):
     checkpoint_drain_timeout_seconds: Seconds = Field(
         1800.0,
         gt=0,
-        description="Longest time for copying one step to the persistent tier; after that it has failed.",
+        description="Longest time for copying one step to the persistent tier; after that this try has failed.",
+    )
+    checkpoint_drain_retry_seconds: Seconds = Field(
+        300.0,
+        gt=0,
+        description="Longest mean pause between a copy to the persistent tier that failed and its next try. "
+        "The first is a sixtieth of it, or a fifth where rights, credentials or room are missing.",
+    )
+    checkpoint_storage_stall_seconds: Seconds = Field(
+        60.0,
+        gt=0,
+        description="A request to the persistent tier of which nothing moves for so long is cut and repeated, "
+        "for up to ten times as long. All other limits of requests follow from it.",
     )
     checkpoint_log_format: Literal["text", "json"] = Field(
         "text", description="Log lines as text, or as one JSON object per line."

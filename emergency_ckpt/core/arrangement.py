@@ -105,7 +105,10 @@ def arrange(standing: Standing, held: Sequence[Sequence[HeldStep]], *, move_host
     hosts hold, of several the newest. `move_hosts`: hosts may change places within their slice, too.
     """
     step = _step_that_counts(held)
-    found = [next((each for each in of if each.step == step), None) for of in held]
+    found = [
+        min((each for each in of if each.step == step), key=lambda each: each.place is None, default=None)
+        for of in held
+    ]
     known = {p: each for p, each in enumerate(found) if each is not None and each.place is not None}
     if step is None or not known:
         why = "no ramdisk holds a step" if step is None else "no ramdisk tells of a place in such a mesh"

@@ -7,7 +7,7 @@ serves, plans or drains works from it, and knows nothing of copies.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -47,6 +47,14 @@ def survivable(storage: Layout) -> Survivable:
     slices = _times_held(storage, storage.process_slice)
     weakest = int(hosts.argmin())
     return Survivable(int(hosts[weakest]) - 1, int(slices.min()) - 1, str(storage.shards[weakest]))
+
+
+def covers(storage: Layout, lost: Collection[int]) -> bool:
+    """Whether a step that lies on the ramdisks as `storage` says is whole without those of the `lost`."""
+    gone = frozenset(lost)
+    if not storage.shards:
+        return len(gone) < storage.process_count
+    return all(not gone.issuperset(held_by) for held_by in storage.shard_holders.processes)
 
 
 def _times_held(layout: Layout, domains: Sequence[int]) -> np.ndarray:

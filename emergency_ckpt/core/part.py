@@ -43,6 +43,8 @@ class Part:
         runs: list[tuple[int, int]] = []
         joins = False
         for entry in self.layout.slot_entries(process):
+            if not entry.nbytes and entry not in wanted:
+                continue  # It has no byte that could lie between its neighbours.
             if entry in wanted and joins:
                 runs[-1] = runs[-1][0], entry.offset + entry.nbytes - runs[-1][0]
             elif entry in wanted:

@@ -160,6 +160,11 @@ class Planner:
             notes.append(f"extras of {processes_named(lost_extras)} have no survivor")
             extras_from, extras_kept = (None,) * self.layout.process_count, ()
             needs = self._needs(step, survivors.none(), strikes)
+        elif self._mixes(step, needs):
+            # Whose version a drain wrote is not known: some would get that, and others that of the majority.
+            notes.append("all comes from the persistent tier: some need it for what replicas differ in")
+            extras_from, extras_kept = (None,) * self.layout.process_count, ()
+            needs = self._needs(step, survivors.none(), strikes)
         if needs.lost:
             tier = [] if dropped else [self._tier_lacks(step)]
             lost = describe_lost(needs, self.layout)
@@ -180,7 +185,10 @@ class Planner:
         if self._extras(step, survivors, strikes)[-1]:
             survivors = survivors.none()
         if struck or step in self.persistent:
-            return not self._needs(step, survivors, strikes).lost
+            needs = self._needs(step, survivors, strikes)
+            if self._mixes(step, needs):
+                needs = self._needs(step, survivors.none(), strikes)
+            return not needs.lost
         if survivors.slots not in known:
             known[survivors.slots] = not self._needs(step, survivors, strikes).lost
         return known[survivors.slots]
@@ -200,6 +208,16 @@ class Planner:
             self.single_replica,
             frozenset(lacking) if self._has_persistent(step, strikes) else None,
         )
+
+    def _mixes(self, step: StepId, needs: StepNeeds) -> bool:
+        """Whether the persistent tier would give some processes what ramdisks hold in several versions."""
+        if needs.lost or needs.lacking is None or not (outvoted := self._outvoted(step)):
+            return False
+        layouts = dict(zip(self._universe.hashes, self._universe.layouts, strict=True))
+        shards = {
+            layouts[slot.layout].shards[shard] for slot, each in outvoted.items() for shard in each.shards
+        }
+        return needs.reads(shards, any(each.values for each in outvoted.values()))
 
     def _survivors(self, step: StepId, strikes: Collection[Strike]) -> Survivors:
         strikes = [strike for strike in strikes if strike.step == step]

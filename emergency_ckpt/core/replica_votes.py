@@ -230,10 +230,11 @@ class _Ballots:
         versions: Sequence[Sequence[Replica]],
         process_slice: Sequence[int],
     ) -> None:
-        self._weights = [len(version) for version in versions]
+        # A process that holds the step in two cuts has one vote.
+        self._voters = [frozenset(each.slot.process for each in version) for version in versions]
         self._lowest = [min(_rank(each, process_slice) for each in version) for version in versions]
         numbers = range(len(versions))
-        self.best = min(numbers, key=lambda v: (-self._weights[v], self._lowest[v]))
+        self.best = min(numbers, key=lambda v: (-len(self._voters[v]), self._lowest[v]))
         # Of each column, per version the first one of the same fingerprint: very few patterns occur.
         same = _first_alike(table)
         patterns = np.concatenate([same, (table == NOT_THERE).astype(np.int8), good.astype(np.int8)])
@@ -254,7 +255,7 @@ class _Ballots:
 
         def standing(leader: int) -> tuple[int, bool, tuple[int, int]]:
             members = parties[leader]
-            weight = sum(self._weights[v] for v in members)
+            weight = len(frozenset[int]().union(*(self._voters[v] for v in members)))
             return -weight, not any(good[v] for v in members), min(self._lowest[v] for v in members)
 
         return min(parties, key=standing)

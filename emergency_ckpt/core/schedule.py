@@ -26,6 +26,11 @@ class Due:
         """Whether somebody asked for this very step: that it is not saved must not go unsaid."""
         return self.reason in (_FORCED, _PREEMPTION)
 
+    @property
+    def before_end(self) -> bool:
+        """Whether the step is saved because the job ends: there is nothing else to wait for."""
+        return self.reason == _PREEMPTION
+
 
 _FORCED, _PREEMPTION, _FIRST, _PERIOD = "forced", "preemption", "first step", "period"
 NOTHING_DUE = Due()

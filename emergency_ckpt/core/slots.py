@@ -84,17 +84,35 @@ class SlotTable:
 
     def sealed_steps(self) -> tuple[StepId, ...]:
         """Steps in sealed slots that are neither void nor abandoned, oldest first."""
-        return tuple(sorted(s.step for s in self.slots if s.step and s.sealed and not self._given_up(s.step)))
+        return tuple(sorted({s.step for s in self.slots if s.step and s.sealed and not self._given_up(s.step)}))
+
+    def find_all(self, step: StepId) -> tuple[int, ...]:
+        """The slots in which `step` is sealed; several where a restore sealed it anew in another cut."""
+        return tuple(i for i, s in enumerate(self.slots) if s.step == step and s.sealed)
 
     def find(self, step: StepId) -> int | None:
-        """The slot in which `step` is sealed, if any."""
-        return next((i for i, s in enumerate(self.slots) if s.step == step and s.sealed), None)
+        """The first slot in which `step` is sealed, if any."""
+        return next(iter(self.find_all(step)), None)
 
     def newest_complete(self) -> StepId | None:
         return max((s for s in self.complete if not is_void(s, self.activations)), default=None)
 
     def protection(self, index: int) -> str | None:
-        """Why this slot must not be overwritten, in words; None where it may be."""
+        """Why this slot must not be overwritten, in words; None where it may be.
+
+        Of several slots that hold one complete step each may be, but for the last: the caller says which stays
+        (see `crowded`).
+        """
+        slot = self.slots[index]
+        gives_way = slot.sealed and not slot.in_use and slot.step in self.complete
+        return None if gives_way and self._is_elsewhere(index) else self._reason_to_keep(index)
+
+    def crowded(self) -> tuple[StepId, ...]:
+        """The steps that must stay, and that several slots hold."""
+        kept = [slot.step for i, slot in enumerate(self.slots) if slot.sealed and self._reason_to_keep(i)]
+        return tuple(sorted({step for step in kept if step is not None and kept.count(step) > 1}))
+
+    def _reason_to_keep(self, index: int) -> str | None:
         slot = self.slots[index]
         if slot.step is None:
             return None
@@ -135,11 +153,19 @@ class SlotTable:
         return best, f"slot {best} takes {step}"
 
     def _reluctance(self, index: int) -> tuple[int, int, int]:
-        """Sort key: empty slots first, given-up steps, superseded ones (oldest first), another run's last."""
+        """Sort key: empty slots first, given-up steps, superseded ones (oldest first), other cuts of a newest
+        step, another run's last.
+        """
         step = self.slots[index].step
         if step is None:
-            return (3 if self.slots[index].foreign else 0, 0, 0)
-        return (1 if self._given_up(step) else 2, step.generation, step.step)
+            return (4 if self.slots[index].foreign else 0, 0, 0)
+        newest = step == self.newest_complete() and not self._given_up(step)
+        return (1 if self._given_up(step) else 3 if newest else 2, step.generation, step.step)
+
+    def _is_elsewhere(self, index: int) -> bool:
+        """Whether another slot holds the same step."""
+        step = self.slots[index].step
+        return step is not None and any(i != index for i in self.find_all(step))
 
     def _given_up(self, step: StepId) -> bool:
         return step in self.abandoned or is_void(step, self.activations)
@@ -170,35 +196,37 @@ class SlotTable:
     ) -> tuple[SlotTable, int | None, str]:
         """Like `begin`, for a step that may be sealed here in another cut: takes another slot than that one.
 
-        The old slot stays until the new one is sealed, which empties it. Where somebody works on it, none is
-        taken.
+        Other processes may need what is in the old slot until all have sealed the step anew. Where somebody
+        works on it, none is taken.
         """
-        held = self.find(step)
-        if held is None or self._given_up(step):
+        held = self.find_all(step)
+        if not held or self._given_up(step):
             return self.begin(step, unusable=unusable)
-        if self.slots[held].in_use:
-            return self, None, f"slot {held} holds {step}, and somebody works on it"
+        if used := [index for index in held if self.slots[index].in_use]:
+            return self, None, f"slot {used[0]} holds {step}, and somebody works on it"
         if any(slot.step == step and not slot.sealed for slot in self.slots):
             return self, None, f"{step} is being written already"
-        index, reason = self._choose_free(
-            step, {**unusable, held: f"slot {held} holds {step} until it is sealed"}
-        )
+        kept = {index: f"slot {index} holds {step} in another cut" for index in held}
+        index, reason = self._choose_free(step, {**unusable, **kept})
         if index is None:
             return self, None, reason
         return self._with_slot(index, Slot(step, sealed=False)), index, reason
 
-    def replaced_by(self, index: int) -> tuple[int, ...]:
-        """The slots that hold the same step as this one, and that nobody works on: its seal empties them."""
+    def replaced_by(self, index: int, kept: Collection[int] = ()) -> tuple[int, ...]:
+        """The slots that hold the same step as this one, and that nobody works on: its seal empties them.
+
+        `kept`: those of them that stay, because they hold it in another cut.
+        """
         step = self.slots[index].step
         return tuple(
             i
             for i, slot in enumerate(self.slots)
-            if i != index and slot.step == step and slot.sealed and not slot.in_use
+            if i != index and i not in kept and slot.step == step and slot.sealed and not slot.in_use
         )
 
-    def seal(self, index: int) -> SlotTable:
-        """The slot's manifest is in place; it may say that shards are missing."""
-        slot, replaced = self._writing(index), self.replaced_by(index)
+    def seal(self, index: int, kept: Collection[int] = ()) -> SlotTable:
+        """The slot's manifest is in place; it may say that shards are missing. `kept`: see `replaced_by`."""
+        slot, replaced = self._writing(index), self.replaced_by(index, kept)
         slots = [Slot() if i in replaced else each for i, each in enumerate(self.slots)]
         slots[index] = dataclasses.replace(slot, sealed=True)
         return dataclasses.replace(self, slots=tuple(slots))._pruned()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from emergency_ckpt.core.cover import Cover, Flags, find_cover
 from emergency_ckpt.core.restore_plan import IN_PLACE, ProcessPlan, Take
 from emergency_ckpt.core.shards import Shard
 from emergency_ckpt.core.sources import Givers
-from emergency_ckpt.core.survivors import Survivors
+from emergency_ckpt.core.survivors import Kind, Survivors
 from emergency_ckpt.core.universe import Universe, among, distinct, joined, without
 
 
@@ -82,6 +82,19 @@ class StepNeeds:
         assert not self.lost
         return tuple(self._process(process) for process in range(len(self._needs)))
 
+    def reads(self, shards: Iterable[Shard], values: bool) -> bool:
+        """Whether anybody reads some of these from the persistent tier; `values`: or what is no array."""
+        contested = self._meeting(shards)
+        for process, need in enumerate(self._needs):
+            if process in self._senders:
+                continue
+            persistent = self._cover_for(process)[1] if len(need.far) else need.far
+            if contested[persistent].any():
+                return True
+            if values and not need.in_place and not len(need.near) and len(persistent) == len(need.far):
+                return True
+        return False
+
     def _process(self, process: int) -> ProcessPlan:
         need = self._needs[process]
         if process in self._senders:
@@ -120,7 +133,7 @@ class StepNeeds:
             own = self.survivors.of_process.get(process, ())
             slots = [self.survivors.kinds[k] for k, _ in own]
             kept = [each for each in slots if each.shards == kind and not each.is_outvoted]
-            best = max(kept, key=lambda each: len(each.good), default=None)
+            best = min(kept, key=self._rank, default=None)
             held = layout.held.lists[kind]
             if best is not None and len(best.good) == len(held):
                 need = whole
@@ -134,6 +147,10 @@ class StepNeeds:
                 )
             found.append(need)
         return found
+
+    def _rank(self, kept: Kind) -> tuple[int, str]:
+        """The slot with most good shards is kept; its process chooses alike (see `runtime.filling`)."""
+        return -len(kept.good), self.universe.hashes[kept.layout]
 
     def _need(self, process: int, in_place: bool, left: Numbers) -> _Need:
         left = left[self.universe.nbytes[left] > 0]
@@ -186,9 +203,13 @@ class StepNeeds:
     @functools.cached_property
     def _damaged(self) -> Flags:
         """Per wanted shard, whether the persistent tier lacks some of it."""
+        return self._meeting(self.lacking or ())
+
+    def _meeting(self, shards: Iterable[Shard]) -> Flags:
+        """Per wanted shard, whether any of these has some of it."""
         table = self.universe.wanted.table
         found = np.zeros(len(table), np.bool_)
-        for shard in self.lacking or ():
+        for shard in shards:
             leaf = table.leaf_number.get(shard.leaf)
             if leaf is not None:
                 found[table.first[leaf] + table.boxes[leaf].meeting(shard.box)] = True

@@ -34,16 +34,19 @@ class UploadPlan:
     reason: str
 
 
-def assign_uploads(layout: Layout, holders: Collection[int]) -> UploadPlan:
+def assign_uploads(layout: Layout, holders: Collection[int], leaving: Collection[int] = ()) -> UploadPlan:
     """Spreads the shards of `layout` over the processes `holders`, which hold what the layout says.
 
     Shards that fewest processes can upload come first, and among those the largest; each goes to the least
-    loaded of them. Replicas make every slice take part.
+    loaded of them. Replicas make every slice take part. Those that are `leaving` upload what no other holder
+    has, and nothing else.
     """
     live = {process for process in holders if 0 <= process < layout.process_count}
+    staying = live.difference(leaving)
     by_uploaders: dict[tuple[int, ...], list[int]] = collections.defaultdict(list)
     for block, held_by in enumerate(layout.shard_holders.processes):
-        by_uploaders[tuple(process for process in held_by if process in live)].append(block)
+        able = tuple(process for process in held_by if process in live)
+        by_uploaders[tuple(process for process in able if process in staying) or able].append(block)
     missing: list[int] = _shards_of(layout, by_uploaders.pop((), [])).tolist()
     if missing:
         named = ", ".join(str(layout.shards[i]) for i in missing[:3])

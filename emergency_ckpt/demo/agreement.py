@@ -9,6 +9,7 @@ import dataclasses
 import json
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import xxhash
 
@@ -26,6 +27,9 @@ class Check:
     @property
     def agrees(self) -> bool:
         return self.expected == self.found
+
+    def to_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "agrees": self.agrees}
 
 
 def compare_runs(reference: Sequence[Life], interrupted: Sequence[Life], steps: int) -> tuple[Check, ...]:

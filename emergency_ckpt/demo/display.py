@@ -12,6 +12,7 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from emergency_ckpt.demo.agreement import Check
 from emergency_ckpt.demo.summary import Summary
 
 _LINE_EVERY_STEPS = 10
@@ -67,7 +68,7 @@ def show_summary(console: Console, summary: Summary) -> None:
     """The end of the demo: what was lost, what came back, and whether everything agrees."""
     console.print()
     console.print(Panel(_story(summary), title="What happened", box=box.ROUNDED, expand=False))
-    console.print(_agreement(summary))
+    show_checks(console, summary.checks)
     if summary.agrees:
         console.print(
             "[bold green]The interrupted run came to the same end as the uninterrupted one, bit for bit.[/]"
@@ -120,17 +121,18 @@ def story(summary: Summary) -> list[tuple[str, str]]:
     ]
 
 
-def _agreement(summary: Summary) -> Table:
+def show_checks(console: Console, checks: Sequence[Check]) -> None:
+    """In what a run that something happened to agrees with the one in peace."""
     table = Table(box=box.SIMPLE_HEAD)
     for column in ("compared with the uninterrupted run", "", "value"):
         table.add_column(column)
-    for check in summary.checks:
+    for check in checks:
         if check.agrees:
             table.add_row(check.name, "[green]equal[/]", escape(check.found))
         else:
             values = f"uninterrupted: {check.expected}\ninterrupted: {check.found}"
             table.add_row(check.name, "[bold red]DIFFERENT[/]", escape(values))
-    return table
+    console.print(table)
 
 
 def _sources(sources: Sequence[str]) -> str:

@@ -27,9 +27,9 @@ from emergency_ckpt.persistent.store import PersistentStore
 
 RUN_LIMIT_SECONDS = 900
 
-_INTERRUPTED = 128 + signal.SIGINT
+INTERRUPTED = 128 + signal.SIGINT
 
-_ENVIRONMENT = {
+ENVIRONMENT = {
     # The demo compiles longer than it computes; the next level takes a third longer and makes no step faster.
     "XLA_FLAGS": "--xla_backend_optimization_level=1",
 }
@@ -135,11 +135,11 @@ class _Run:
             # Survivors of a lost slice wait in a collective that cannot end, so there is nothing to wait for.
             grace_seconds=0.5,
             time_limit_seconds=RUN_LIMIT_SECONDS,
-            environment=_ENVIRONMENT,
+            environment=ENVIRONMENT,
         )
         with run_display(console, self._name, self._plan.steps) as display:
             result = run_job(spec, lambda event: self._note(event, display))
-        if result.exit_code == _INTERRUPTED:
+        if result.exit_code == INTERRUPTED:
             raise KeyboardInterrupt
         if result.exit_code != 0:
             failures = "; ".join(attempt.failure for attempt in result.attempts if attempt.failure)

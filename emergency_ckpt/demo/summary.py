@@ -121,7 +121,7 @@ class Summary:
             "agrees": self.agrees,
             **dataclasses.asdict(self),
             "time_lost": {**dataclasses.asdict(self.time_lost), "total": self.time_lost.total},
-            "checks": [{**dataclasses.asdict(check), "agrees": check.agrees} for check in self.checks],
+            "checks": [check.to_json() for check in self.checks],
         }
 
 

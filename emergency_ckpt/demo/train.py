@@ -26,9 +26,6 @@ from emergency_ckpt.demo.model import ModelOptions, build_trainer
 from emergency_ckpt.demo.options import DemoOptions
 from emergency_ckpt.jaxio.launch import initialize_from_launcher, report_step
 
-EXIT_PREEMPTED = 42
-"""Left early, with everything saved: start again. (XPK's job sets restart this code and not every other.)"""
-
 
 def main(argv: Sequence[str]) -> int:
     """Runs this process of the job; returns its exit code."""
@@ -43,7 +40,8 @@ def main(argv: Sequence[str]) -> int:
     slices = launched.slices if launched else 1
     mesh = Mesh(np.array(jax.devices()).reshape(slices, -1), ("replica", "fsdp"))
     last_step = train(config, options, mesh, journal)
-    return 0 if last_step == options.steps else EXIT_PREEMPTED
+    # Left early, with everything saved: an exit code after which the job is started again.
+    return 0 if last_step == options.steps else config.preemption_exit_code
 
 
 def train(config: Config, options: DemoOptions, mesh: Mesh, journal: Journal) -> int:
@@ -70,13 +68,14 @@ def train(config: Config, options: DemoOptions, mesh: Mesh, journal: Journal) ->
         journal.write(Trained(time.time(), step, float(loss)))
         manager.save(step, state, extras={"data": data})
         report_step(step)
-        if manager.reached_preemption(step):
+        if manager.should_exit:
             break
     manager.finish(step, state, extras={"data": data})
     manager.check_for_errors()
     manager.close()
 
-    journal.write(Finished(time.time(), step, shard_checksums(state), data.get_state()))
+    if step == options.steps:
+        journal.write(Finished(time.time(), step, shard_checksums(state), data.get_state()))
     return step
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -78,6 +78,7 @@ class HeldSlots:
         self.layouts = LayoutFiles(self.directory, layout)
         self.gone: set[StepId] = set()
         self.doubted: set[StepId] = set()
+        self._place = layout.hash, process
         slot_bytes = layout.data_bytes(process)
         try:
             found, self.numbers = self._find(options, run, slot_bytes)
@@ -146,6 +147,29 @@ class HeldSlots:
             return None
         return SealedSlot(index, manifest, self.layouts.get(manifest.layout), self.files[index].data)
 
+    def find_all(self, step: StepId) -> tuple[int, ...]:
+        """The slots in which `step` is sealed: as this job cuts it first, then those that lack least."""
+
+        def order(index: int) -> tuple[bool, int, int]:
+            manifest = self.manifests[index]
+            if manifest is None:
+                return True, 0, index
+            other_cut = (manifest.layout, manifest.position) != self._place
+            return other_cut, len(manifest.missing), index
+
+        return tuple(sorted(self.table.find_all(step), key=order))
+
+    def find(self, step: StepId) -> int | None:
+        """The first of them, if any."""
+        return next(iter(self.find_all(step)), None)
+
+    def standing(self) -> dict[int, str]:
+        """Where several slots hold a step that must stay: the one of them that does, and why."""
+        stays = {self.find_all(step)[0]: step for step in self.table.crowded()}
+        return {
+            index: f"slot {index} holds {step}, and stays of those that do" for index, step in stays.items()
+        }
+
     def sealed_steps(self, listed_only: bool = True) -> tuple[StepId, ...]:
         """Sealed steps that are neither void nor abandoned, oldest first."""
         listed = {m.step for m in self.manifests if m and (m.listed or not listed_only)} - self.gone
@@ -161,12 +185,12 @@ class HeldSlots:
         else:
             self.changed.notify_all()
 
-    def seal(self, index: int, step: StepId, manifest: Manifest) -> None:
-        """Puts the manifest of a slot that was written in place, and then gives up the slot that it replaces.
+    def seal(self, index: int, step: StepId, manifest: Manifest, kept: Collection[int] = ()) -> None:
+        """Puts the manifest of a slot that was written in place, and then gives up the slots that it replaces.
 
-        Raises LocalDirectoryError.
+        `kept`: slots that hold the same step and are not replaced. Raises LocalDirectoryError.
         """
-        table, replaced = self.table.seal(index), self.table.replaced_by(index)
+        table, replaced = self.table.seal(index, kept), self.table.replaced_by(index, kept)
         path = self.manifest_path(index)
         if path:
             if not self.is_in_place(index):
@@ -187,10 +211,10 @@ class HeldSlots:
             self.update(self.table.forget(step))
 
     def give_up(self, step: StepId) -> None:
-        """Empties the slot of `step`, if it is sealed here and nobody works on it."""
-        index = self.table.find(step)
-        if index is not None and not self.table.slots[index].in_use:
-            self.give_up_slot(index)
+        """Empties the slots of `step`, if it is sealed here and nobody works on them."""
+        for index in self.table.find_all(step):
+            if not self.table.slots[index].in_use:
+                self.give_up_slot(index)
 
     def give_up_slot(self, index: int) -> None:
         self.remove_manifest(index)

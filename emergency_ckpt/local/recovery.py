@@ -207,15 +207,25 @@ def newest_of_run(directory: Path, run: str) -> Manifest | None:
 
 
 def sealed_of_run(directory: Path, run: str) -> list[tuple[Manifest, int]]:
-    """Every readable manifest of this run in a directory, and the bytes of its slot. Nothing is verified."""
+    """Every readable manifest of this run in a directory, and the bytes of its slot. Nothing is verified.
+
+    Those that were written last come first: of a step in two cuts, that of the last job.
+    """
     found: list[tuple[Manifest, int]] = []
-    for path in sorted(directory.glob("slot_*.manifest")):
+    for path in sorted(directory.glob("slot_*.manifest"), key=_written, reverse=True):
         with contextlib.suppress(CorruptDataError, LocalDirectoryError):
             manifest = read_manifest(path)
             data = path.with_suffix(".data")
             if manifest and manifest.run == run:
                 found.append((manifest, data.stat().st_size if data.exists() else 0))
     return found
+
+
+def _written(path: Path) -> tuple[int, str]:
+    try:
+        return path.stat().st_mtime_ns, path.name
+    except OSError:  # It went at this moment.
+        return 0, path.name
 
 
 def _occupied(path: Path) -> int:

@@ -80,11 +80,12 @@ class RepairSlot:
             ) from None
 
 
-def begin_repair(held: HeldSlots, step: StepId) -> RepairSlot | None:
+def begin_repair(held: HeldSlots, step: StepId, index: int | None = None) -> RepairSlot | None:
     """Takes the slot of `step` for a repair; see `LocalStore.begin_repair`. The caller holds `changed`."""
     held.check_usable()
-    index = held.table.find(step)
-    if index is None or step in held.gone or held.table.slots[index].repairing:
+    sealed = held.find_all(step)
+    index = next(iter(sealed), None) if index is None else index
+    if index is None or index not in sealed or step in held.gone or held.table.slots[index].repairing:
         return None
     slot = held.view(index)
     if slot is None or not slot.manifest.missing:

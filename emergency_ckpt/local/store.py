@@ -102,10 +102,14 @@ class LocalStore:
         return holdings
 
     def verify_step(self, step: StepId) -> Holding | None:
-        """Verifies one sealed step as `verify` does, when a reader found damage; None where nothing is good."""
+        """Verifies one sealed step as `verify` does, when a reader found damage; None where nothing is good.
+
+        Of several slots it tells of that which `sealed` gives.
+        """
         with self._changed:
-            index = self._held.table.find(step)
-        return None if index is None else verify_slot(self._held, index)
+            indices = self._held.find_all(step)
+        found = [verify_slot(self._held, index) for index in indices]
+        return next((holding for holding in found if holding is not None), None)
 
     def learn_restorable(self, restorable: Collection[StepId]) -> None:
         """Learns from all processes' verified holdings together which steps can be restored.
@@ -125,15 +129,27 @@ class LocalStore:
     def complete_steps(self) -> tuple[StepId, ...]:
         """Local steps that are known to be complete and not void, all shards here, oldest first."""
         with self._changed:
-            lacking = {m.step for m in self._held.manifests if m and m.missing}
-            complete = self._held.table.complete - lacking
-            return tuple(step for step in self._held.sealed_steps() if step in complete)
+            complete = self._held.table.complete
+            return tuple(s for s in self._held.sealed_steps() if s in complete and not self._lacks_some(s))
 
     def sealed(self, step: StepId) -> SealedSlot | None:
-        """The sealed slot of `step`, if it is here and its layout is known."""
+        """The sealed slot of `step`, if it is here and its layout is known; of several the job's own cut."""
+        return next(iter(self.sealed_slots(step)), None)
+
+    def sealed_slots(self, step: StepId) -> tuple[SealedSlot, ...]:
+        """All sealed slots of `step`: as this job cuts it first, then those that lack least.
+
+        There are several where a restore sealed the step anew in another cut, until a newer one is complete or
+        needs the room.
+        """
         with self._changed:
-            index = self._held.table.find(step)
-            return None if index is None else self._held.view(index)
+            views = [self._held.view(index) for index in self._held.find_all(step)]
+            return tuple(view for view in views if view is not None)
+
+    def _lacks_some(self, step: StepId) -> bool:
+        index = self._held.find(step)
+        manifest = None if index is None else self._held.manifests[index]
+        return manifest is not None and bool(manifest.missing)
 
     def saved_layout(self, layout_hash: str) -> Layout:
         """The layout that a holding names. Raises CorruptDataError for one that is not here."""
@@ -153,7 +169,7 @@ class LocalStore:
     def begin_anew(self, step: StepId, timeout: timedelta) -> tuple[OpenSlot | None, str]:
         """Like `begin`, for a step that may be sealed here in another cut or in part.
 
-        Takes another slot than that one, which stays until the new one is sealed: no instant is without either.
+        Takes another slot than that one, which stays: no instant is without either. See `seal_beside`.
         """
         return self._begin(step, timeout, lambda unusable: self._held.table.begin_anew(step, unusable))
 
@@ -187,7 +203,7 @@ class LocalStore:
             while True:
                 held.check_usable()
                 failures = held.files.failures()
-                drained: dict[int, str] = {}
+                drained: dict[int, str] = held.standing()
                 while True:
                     table, index, reason = choose(failures | drained)
                     if index is None:
@@ -236,6 +252,29 @@ class LocalStore:
             self._held.check_open()
             self._held.seal(slot.index, slot.step, manifest)
 
+    def seal_beside(self, slot: OpenSlot, manifest: Manifest) -> None:
+        """Like `seal`, where slots hold the same step in another cut: those stay, for other hosts need them.
+
+        They make room for a save that finds no other slot, and go when a newer step is complete.
+        """
+        held, cut = self._held, (manifest.layout, manifest.position)
+        with self._changed:
+            held.check_open()
+            manifests = {index: held.manifests[index] for index in held.table.find_all(slot.step)}
+            kept = [i for i, m in manifests.items() if m is not None and (m.layout, m.position) != cut]
+            held.seal(slot.index, slot.step, manifest, kept)
+
+    def keep_own(self, step: StepId) -> None:
+        """Gives up the other slots of `step` where one holds it as this job cuts it: they are no sources."""
+        held = self._held
+        with self._changed:
+            indices = held.find_all(step)
+            first = held.manifests[indices[0]] if indices else None
+            if first is not None and (first.layout, first.position) == (self.layout.hash, self.process):
+                for index in indices[1:]:
+                    if not held.table.slots[index].in_use:
+                        held.give_up_slot(index)
+
     def discard(self, slot: OpenSlot, *, still_written: bool = False) -> None:
         """Gives up a slot that was begun and not sealed.
 
@@ -249,15 +288,17 @@ class LocalStore:
 
     # Completing a step that lacks shards.
 
-    def begin_repair(self, step: StepId) -> RepairSlot | None:
+    def begin_repair(self, step: StepId, index: int | None = None) -> RepairSlot | None:
         """Takes the slot of `step` for writing its missing shards in place; call `end_repair` in the end.
+
+        `index`: which of its slots, where there may be several; by default that which `sealed` gives.
 
         None where the step is not sealed here, lacks nothing, or is being repaired already. Until the end the
         slot is not overwritten, neither here nor by a later owner of the directory. Raises LocalDirectoryError
         when the directory cannot be used, or this store is closed or was taken over.
         """
         with self._changed:
-            return begin_repair(self._held, step)
+            return begin_repair(self._held, step, index)
 
     def repaired(
         self,
@@ -332,7 +373,7 @@ class LocalStore:
         held = self._held
         with self._changed:
             held.check_usable()
-            index = held.table.find(step)
+            index = held.find(step)
             if index is None or step in held.gone:
                 return None
             slot = held.view(index)

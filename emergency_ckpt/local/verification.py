@@ -27,18 +27,20 @@ def verify_slots(held: HeldSlots) -> tuple[Holding, ...]:
     for index, holding in list(found.items()):
         if index not in found:
             continue
-        twins = [i for i, other in found.items() if other.step == holding.step and i >= index]
+        # In another cut it is no twin: the hosts may be at sealing a step anew, and each cut is needed then.
+        twins = [i for i, other in found.items() if _cut(other) == _cut(holding) and i >= index]
         whole = [dataclasses.replace(found[i], missing=()) for i in twins]
-        # One that was sealed in place of another, and a crash before that was emptied: both are what they say.
-        other_cut = any((t.layout, t.position) != (whole[0].layout, whole[0].position) for t in whole)
-        differ = any(twin != whole[0] for twin in whole) and not other_cut
-        fullest = min(twins, key=lambda i: (found[i].layout != held.layouts.own, len(found[i].missing)))
+        differ = any(twin != whole[0] for twin in whole)
+        fullest = min(twins, key=lambda i: len(found[i].missing))
         for twin in twins:
             if differ or twin != fullest:
-                why = "another slot holds the same step" + (" as this job cuts it" if other_cut else "")
-                _give_up(held, twin, holding.step, why)
+                _give_up(held, twin, holding.step, "another slot holds the same step")
                 del found[twin]
     return tuple(found.values())
+
+
+def _cut(holding: Holding) -> tuple[StepId, str, int]:
+    return holding.step, holding.layout, holding.position
 
 
 def verify_slot(held: HeldSlots, index: int) -> Holding | None:

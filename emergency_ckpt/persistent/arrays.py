@@ -20,6 +20,7 @@ from emergency_ckpt.errors import (
     CorruptDataError,
     EmergencyCheckpointError,
     PersistentStoreError,
+    StoreUnreachableError,
     UnsupportedStateError,
 )
 from emergency_ckpt.persistent.chunks import chunk_shape
@@ -54,6 +55,7 @@ class WriteOptions:
       target_data_file_bytes: size at which OCDBT starts another data file; None for TensorStore's default. In
         buckets 32 MiB at most.
       timeout_seconds: limit for each single wait for the store.
+      stall_seconds: and for how long nothing of it may come to an end (see `uploads`).
     """
 
     concurrent_bytes: int = 1024**3
@@ -61,9 +63,11 @@ class WriteOptions:
     compression: str = "none"
     target_data_file_bytes: int | None = None
     timeout_seconds: float = 1800.0
+    stall_seconds: float = 60.0
 
     def __post_init__(self) -> None:
-        if self.concurrent_bytes <= 0 or self.max_chunk_bytes <= 0 or self.timeout_seconds <= 0:
+        limits = (self.concurrent_bytes, self.max_chunk_bytes, self.timeout_seconds, self.stall_seconds)
+        if min(limits) <= 0:
             raise ValueError(f"sizes and time limits must be positive: {self}")
         if self.compression not in COMPRESSIONS:
             raise ValueError(f"compression must be one of {COMPRESSIONS}, not {self.compression!r}")
@@ -220,7 +224,7 @@ def _settle(
             results.append(future.result(timeout=max(deadline - time.monotonic(), 0.001)))
         except TimeoutError:
             future.cancel()
-            failure = failure or PersistentStoreError(
+            failure = failure or StoreUnreachableError(
                 f"{what}: no answer from the store within {timeout_seconds:g} s. Check that it is reachable,"
                 " or raise the time limit."
             )

@@ -26,7 +26,6 @@ from emergency_ckpt.persistent.arrays import (
     new_arrays,
     new_context,
     ocdbt,
-    settle,
 )
 from emergency_ckpt.persistent.attempts import Attempt, PersistentStep, part_store_name
 from emergency_ckpt.persistent.chunks import chunk_count
@@ -54,6 +53,7 @@ from emergency_ckpt.persistent.step_files import (
     side_file_name,
 )
 from emergency_ckpt.persistent.store import PersistentStore
+from emergency_ckpt.persistent.uploads import settle_upload
 from emergency_ckpt.persistent.writer import PartReport
 
 
@@ -80,8 +80,11 @@ def commit(
     parts: Sequence[PartReport],
     content: StepContent | None = None,
     options: WriteOptions | None = None,
+    claim: bytes | None = None,
 ) -> PersistentStep:
     """Makes a step of the parts. One process calls this, once per attempt.
+
+    `claim`: bytes by which the caller knows his claim from any other's.
 
     Raises PersistentStoreError when the parts are not every shard exactly once or another committer is at work
     on the attempt, StaleGenerationError when a newer generation exists. After any error write the step again
@@ -90,7 +93,7 @@ def commit(
     if held := store.committed(attempt):
         store.abandon(attempt)
         return held
-    stages = commit_stages(store, attempt, layout, parts, content, options)
+    stages = commit_stages(store, attempt, layout, parts, content, options, claim)
     while True:
         try:
             next(stages)
@@ -112,6 +115,7 @@ def commit_stages(
     parts: Sequence[PartReport],
     content: StepContent | None = None,
     options: WriteOptions | None = None,
+    claim: bytes | None = None,
 ) -> Generator[str, None, PersistentStep]:
     """What `commit` does; yields the name of each stage when it is done."""
     content = content or StepContent()
@@ -122,7 +126,7 @@ def commit_stages(
     _check_parts(attempt, layout, parts)
     _check_values(attempt, layout, content)
     # Bytes of its own: where conditions do not count, two claims are told apart by them.
-    if not records.create(CLAIM_FILE, uuid.uuid4().hex.encode()):
+    if not records.create(CLAIM_FILE, claim or uuid.uuid4().hex.encode()):
         raise PersistentStoreError(
             f"{attempt}: another committer is, or was, at work in {files.locate()}."
             " If it is not alive, write the step again with another attempt."
@@ -211,12 +215,15 @@ def _write_numbers(
     transaction = ts.Transaction()
     leaves = [(LeafSpec(name, (), number.dtype.name), ()) for name, number in numbers.items()]
     opened = new_arrays(kvstore, leaves, "none", context, transaction, what, options.timeout_seconds)
-    settle(
+    nbytes = sum(number.nbytes for number in numbers.values())
+    settle_upload(
         [array.write(data).copy for array, data in zip(opened, numbers.values(), strict=True)],
         what,
-        options.timeout_seconds,
+        options,
+        nbytes,
+        in_bucket=files.is_bucket,
     )
-    settle([transaction.commit_async()], what, options.timeout_seconds)
+    settle_upload([transaction.commit_async()], what, options, nbytes, in_bucket=files.is_bucket)
 
 
 def _joined_extras(attempt: Attempt, parts: Sequence[PartReport]) -> dict[str, bytes]:

@@ -11,11 +11,11 @@ committer that finds that it came over another one's objects takes the marker aw
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from absl import logging
 
-from emergency_ckpt.errors import PersistentStoreError
+from emergency_ckpt.errors import CorruptDataError, PersistentStoreError
 from emergency_ckpt.persistent.attempts import (
     Attempt,
     StepNames,
@@ -25,7 +25,9 @@ from emergency_ckpt.persistent.attempts import (
 )
 from emergency_ckpt.persistent.files import Entry, VersionedFiles
 from emergency_ckpt.persistent.placing import Placement, StepCommittedError
+from emergency_ckpt.persistent.records import Generation
 from emergency_ckpt.persistent.step_files import (
+    CLAIM_FILE,
     ITEM_NAMES,
     ORBAX_COMMIT_FILE,
     OUR_FILES,
@@ -36,7 +38,8 @@ from emergency_ckpt.persistent.turns import Turn, interfered, put_over
 
 _DELETED_AT_A_TIME = 4000  # objects: four requests at the same time
 # The records of an attempt, and without an ordinal whose turn it is at a step.
-_RECORD = re.compile(r"(.+)-g(\d+)-[0-9a-f]+(?:-\d+)?")
+_RECORD = re.compile(r"(.+)-g(\d+)-([0-9a-f]+)(?:-(\d+))?")
+_ABANDONED = b"abandoned"  # in a claim
 
 
 class MarkedSteps:
@@ -68,6 +71,7 @@ class MarkedSteps:
         if (mark := turn.take(lambda mark: mark.speaks_of(files))) is not None:
             # Its committer is dead, or about to put it itself.
             files.create(ORBAX_COMMIT_FILE, mark.to_bytes())
+        self._end_attempts(attempt.generation.number - 1, self.directory(attempt))
         item_marker = f"{attempt.item}/{ORBAX_COMMIT_FILE}"
         if files.version(ORBAX_COMMIT_FILE) is not None:
             try:
@@ -81,6 +85,7 @@ class MarkedSteps:
         if files.version(ORBAX_COMMIT_FILE) is not None:
             turn.give_up()
             raise StepCommittedError(f"{attempt}: another attempt has just committed the step")
+        self._check_claimed(attempt)  # After the turn was taken: see `abandon`.
         turn.check()  # Or some of these versions may be of what somebody else has written since.
         return _Marked(files, turn, attempt, versions, lambda: self._tidy(attempt, turn))
 
@@ -88,6 +93,18 @@ class MarkedSteps:
         generation = attempt.generation
         name = f"{self._names.name(attempt.step)}-g{generation.number}-{generation.nonce}"
         return Turn(self._files.below(f"{self._records}/{name}"), attempt)
+
+    def _check_claimed(self, attempt: Attempt) -> None:
+        path = f"{self.records(attempt)}/{CLAIM_FILE}"
+        try:
+            if self._files.read(path) != _ABANDONED:
+                return
+        except FileNotFoundError:
+            pass
+        raise PersistentStoreError(
+            f"{attempt} was abandoned, or removed as a leftover, before its committer was done:"
+            f" {self._files.locate(path)} is no claim any more. Write the step again with another attempt."
+        )
 
     def _tidy(self, attempt: Attempt, turn: Turn) -> None:
         """After a commit: whatever fails here, the step stands, and `sweep` finds what is left."""
@@ -100,11 +117,22 @@ class MarkedSteps:
             logging.warning("%s is committed; what it needs no more could not be deleted: %s", attempt, error)
 
     def abandon(self, attempt: Attempt) -> None:
-        if self._turn(attempt).is_publishing():
+        # In this order: its committer takes the turn and then looks at its claim, so that it loses one of them.
+        # The claim goes last, when there is nothing left that could be claimed.
+        self._files.write(f"{self.records(attempt)}/{CLAIM_FILE}", _ABANDONED)
+        if not self._turn(attempt).revoke():
             return  # Its marker may be there, or may yet arrive. `sweep` takes what is of no use.
-        owner = owner_of(attempt)
-        self._delete_stores(f"{self.directory(attempt)}/{attempt.item}", lambda found: found == owner)
+        if not self._may_be_committed(attempt):
+            owner = owner_of(attempt)
+            self._delete_stores(f"{self.directory(attempt)}/{attempt.item}", lambda found: found == owner)
         self._files.delete_tree(self.records(attempt))
+
+    def _may_be_committed(self, attempt: Attempt) -> bool:
+        try:
+            mark = Mark.read(self._files.below(self.directory(attempt)))
+        except CorruptDataError:
+            return True  # Nothing tells whose step it was.
+        return mark is not None and _owner_of_step(mark) == owner_of(attempt)
 
     def _vacate(self, attempt: Attempt, turn: Turn, paths: Collection[str]) -> None:
         """Removes a void step. Nothing deletes on condition: whoever has the turn does, and looks each time.
@@ -112,11 +140,22 @@ class MarkedSteps:
         What the attempt itself writes is put on condition, over objects of the void step that have the names.
         """
         name, generation = self.directory(attempt), attempt.generation.number - 1
-        self._delete_records(generation, name)
         turn.check()
         self._files.delete(f"{name}/{ORBAX_COMMIT_FILE}")
+        if not turn.is_mine():
+            self._put_back(attempt, turn)
+            raise turn.lost()
         if not self.clear(name, generation, lambda: not turn.is_mine(), paths):
             raise turn.lost()
+
+    def _put_back(self, attempt: Attempt, turn: Turn) -> None:
+        """The marker that was deleted may have been that of the attempt which has taken the turn."""
+        files = self._files.below(self.directory(attempt))
+        mark = turn.publishing()
+        if mark is None and turn.is_over():
+            mark = Mark.read(files.below(attempt.item))  # Which says the same, and stays.
+        if mark is not None and mark.nonce == attempt.generation.nonce and mark.speaks_of(files):
+            files.create(ORBAX_COMMIT_FILE, mark.to_bytes())
 
     def hide(self, name: str, generation: int) -> str | None:
         # First of all, or somebody would end what it says was begun.
@@ -159,18 +198,58 @@ class MarkedSteps:
 
     def sweep(self, directory: str, generation: int) -> list[str]:
         if directory == self._records:
-            return self._delete_records(generation - 1)
+            return self._sweep_records(generation - 1)
         return self._sweep_step(directory, generation)
 
-    def _delete_records(self, generation: int, step: str | None = None) -> list[str]:
-        """Those of attempts of generations up to this one, at one step or at all."""
+    def _end_attempts(self, generation: int, step: str) -> None:
+        """Sees to it that no attempt of generations up to this one at a step is committed from now on.
+
+        What is past the point of no return is committed here. Only for who sweeps this step, or has his turn.
+        """
+        files = self._files.below(step)
+        for record, _, mark in self._ended(generation, step):
+            if mark is not None:
+                files.create(ORBAX_COMMIT_FILE, mark.to_bytes())
+            self._files.delete_tree(record)
+
+    def _sweep_records(self, generation: int) -> list[str]:
+        """Of attempts of generations up to this one; what is about to be committed is for whoever ends it."""
         removed: list[str] = []
-        for entry in self._files.entries(self._records):
-            match = _RECORD.fullmatch(entry.name)
-            if match and int(match[2]) <= generation and step in (None, match[1]):
-                self._files.delete_tree(f"{self._records}/{entry.name}")
-                removed.append(f"{self._records}/{entry.name}")
+        for record, step, mark in self._ended(generation):
+            if mark is None or self._files.version(f"{step}/{ORBAX_COMMIT_FILE}") is not None:
+                self._files.delete_tree(record)
+                removed.append(record)
         return removed
+
+    def _ended(self, generation: int, step: str | None = None) -> Iterator[tuple[str, str, Mark | None]]:
+        """Records of attempts that cannot be committed any more, their step, the marker that may yet arrive.
+
+        Claims are deleted first: who takes the turn after this finds that he has none.
+        """
+        found = self._records_of(generation, step)
+        for record in found:
+            if record[4] is not None:
+                yield f"{self._records}/{record[0]}", record[1], None
+        for record in found:
+            if record[4] is None:
+                number = self._names.step(record[1])
+                mark = None if number is None else self._taken(record, number)
+                yield f"{self._records}/{record[0]}", record[1], mark
+
+    def _taken(self, record: re.Match[str], step: int) -> Mark | None:
+        # In the name of an attempt that nobody makes: a turn is told from others by its holder.
+        turn = self._turn(Attempt(Generation(int(record[2]), record[3]), step, ""))
+        files = self._files.below(record[1])
+        return turn.take(lambda mark: mark.speaks_of(files))
+
+    def _delete_records(self, generation: int, step: str) -> None:
+        """Those of attempts of generations up to this one at a step that is there, and goes."""
+        for record in self._records_of(generation, step):
+            self._files.delete_tree(f"{self._records}/{record[0]}")
+
+    def _records_of(self, generation: int, step: str | None) -> list[re.Match[str]]:
+        matches = [_RECORD.fullmatch(entry.name) for entry in self._files.entries(self._records)]
+        return [m for m in matches if m and int(m[2]) <= generation and step in (None, m[1])]
 
     def sweep_foreign(self) -> list[str]:
         removed: list[str] = []
@@ -185,19 +264,37 @@ class MarkedSteps:
 
     def _sweep_step(self, name: str, generation: int) -> list[str]:
         """What earlier generations left in one step's directory."""
+        if not self._may_hold_leftovers(name, generation):
+            return []
+        # Only now it stays as it is found.
+        self._end_attempts(generation - 1, name)
         entries = self._files.entries(name)
         if self.is_committed(entries):
             mark = Mark.read(self._files.below(name))
-            if mark is None:  # Another program's.
+            if mark is None:
                 return []
-            owner = StoreOwner(mark.step_id.generation, mark.nonce, mark.ordinal)
+            owner = _owner_of_step(mark)
             return [f for item in _items(entries) for f in self._sweep_others(name, item, owner, generation)]
-        if not self._is_ours(name, entries) or any(
-            owner.generation >= generation for owner in self._owners(name, entries)
-        ):
-            return []  # Another program's, or being written; what is old in it goes with the commit.
+        if not self._is_left(name, entries, generation):
+            return []
         self.clear(name, generation - 1)
         return [name]
+
+    def _may_hold_leftovers(self, name: str, generation: int) -> bool:
+        entries = self._files.entries(name)
+        if not self.is_committed(entries):
+            return self._is_left(name, entries, generation)
+        mark = Mark.read(self._files.below(name))
+        if mark is None:  # Another program's.
+            return False
+        sides = [entry for entry in entries if parse_side_file_name(entry.name)]
+        return len(sides) > 1 or bool(self._owners(name, entries) - {_owner_of_step(mark)})
+
+    def _is_left(self, name: str, entries: Collection[Entry], generation: int) -> bool:
+        """False for what is another program's, or being written; what is old in that goes with the commit."""
+        if not self._is_ours(name, entries):
+            return False
+        return all(owner.generation < generation for owner in self._owners(name, entries))
 
     def _sweep_others(self, name: str, item: str, committed: StoreOwner, below: int | None = None) -> list[str]:
         """Removes stores of attempts that did not become this step: of earlier generations and attempts."""
@@ -286,6 +383,11 @@ class _Marked:
             raise interfered(self._files, ORBAX_COMMIT_FILE, attempt)
         if not self._is_alone:
             self._check_unmixed()
+        if not self._turn.is_mine():
+            # Deleted as a committed step, or not found whole: a marker that came after that is of nothing.
+            if Mark.read(self._files) == mark:
+                raise self._withdrawn(ORBAX_COMMIT_FILE)
+            raise interfered(self._files, ORBAX_COMMIT_FILE, attempt)
         self._tidy()
         return True
 
@@ -325,6 +427,10 @@ def _rank(path: str, generation: int) -> int | None:
     if owner is not None:
         return 2 if owner.generation <= generation else None
     return 0 if rest == ORBAX_COMMIT_FILE else 1
+
+
+def _owner_of_step(mark: Mark) -> StoreOwner:
+    return StoreOwner(mark.step_id.generation, mark.nonce, mark.ordinal)
 
 
 def _items(entries: Collection[Entry]) -> list[str]:

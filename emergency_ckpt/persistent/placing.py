@@ -14,7 +14,7 @@ from typing import Protocol
 from emergency_ckpt.errors import PersistentStoreError
 from emergency_ckpt.persistent.attempts import TEMPORARY, Attempt, StepNames
 from emergency_ckpt.persistent.files import Entry, RenamingFiles
-from emergency_ckpt.persistent.step_files import ORBAX_COMMIT_FILE, commit_text
+from emergency_ckpt.persistent.step_files import CLAIM_FILE, ORBAX_COMMIT_FILE, commit_text
 
 _ATTEMPT = re.compile(r".+\.orbax-checkpoint-tmp-(?:g(\d+)-[0-9a-f]+-\d+|removed-[0-9a-f]+)")
 # What was in the way of an attempt, and the generation of that.
@@ -39,7 +39,7 @@ class Placement(Protocol):
     def publish(self, digests: Mapping[str, str]) -> bool:
         """Makes the step visible; False where another step is in the way. `digests`: of its chief files.
 
-        Raises FileNotFoundError when what the attempt wrote is gone.
+        Raises FileNotFoundError when what the attempt wrote is gone: abandoned, or removed as a leftover.
         """
         ...
 
@@ -71,14 +71,19 @@ class Placing(Protocol):
         ...
 
     def place(self, attempt: Attempt, paths: Sequence[str], check: Callable[[], object]) -> Placement:
-        """For the committer, before it writes anything; `paths`: all that it is going to write, in order.
+        """For the committer, when it has its claim and before it writes anything else.
+
+        `paths`: all that it is going to write, in order.
 
         `check` raises where the committed step that is in the way may not be removed.
         """
         ...
 
     def abandon(self, attempt: Attempt) -> None:
-        """Removes what an attempt that is not committed has written so far."""
+        """Removes what an attempt that is not committed has written so far.
+
+        Its committer may be at work, or be done: then it is told, or the step stays.
+        """
         ...
 
     def hide(self, name: str, generation: int) -> str | None:
@@ -215,18 +220,30 @@ class _Renamed:
         self._attempt = attempt
         self._source = source
         self._target = target
+        self._claim = self._claimed_by()
 
     def write(self, path: str, data: bytes) -> None:
         self._files.write(f"{self._source}/{path}", data)
 
     def publish(self, digests: Mapping[str, str]) -> bool:
-        if not self._files.entries(self._source):
-            raise FileNotFoundError(self._source)
+        self._check_claimed()
         marker = commit_text(self._attempt.step_id)
         for path in f"{self._attempt.item}/{ORBAX_COMMIT_FILE}", ORBAX_COMMIT_FILE:
             self.write(path, marker)
+        self._check_claimed()  # What was written last may have made anew what somebody has taken away.
         try:
             self._files.rename(self._source, self._target)
         except FileExistsError:
             return False
         return True
+
+    def _check_claimed(self) -> None:
+        if self._claim is None or self._claimed_by() != self._claim:
+            raise FileNotFoundError(self._source)
+
+    def _claimed_by(self) -> bytes | None:
+        """What tells this committer from any other; None where somebody has taken the attempt away."""
+        try:
+            return self._files.read(f"{self._source}/{CLAIM_FILE}")
+        except FileNotFoundError:
+            return None

@@ -15,13 +15,19 @@ from typing import Any, cast
 from absl import logging
 
 from emergency_ckpt.core.lineage import Activation, Deletion, StepId, is_void
-from emergency_ckpt.errors import CorruptDataError, PersistentStoreError, StaleGenerationError
+from emergency_ckpt.errors import (
+    CorruptDataError,
+    PersistentStoreError,
+    StaleGenerationError,
+    StepOccupiedError,
+)
 from emergency_ckpt.persistent.attempts import Attempt, HiddenStep, PersistentStep, StepNames
 from emergency_ckpt.persistent.conditions import with_recorded_conditions
 from emergency_ckpt.persistent.files import Entry, Files, RenamingFiles, VersionedFiles
 from emergency_ckpt.persistent.latest import read_latest, write_latest
 from emergency_ckpt.persistent.marked_steps import MarkedSteps
 from emergency_ckpt.persistent.object_store.opening import open_files
+from emergency_ckpt.persistent.object_store.operations import Limits
 from emergency_ckpt.persistent.origins import Origins
 from emergency_ckpt.persistent.placing import Placement, Placing, RenamedSteps, StepCommittedError
 from emergency_ckpt.persistent.reader import StepReader
@@ -67,10 +73,14 @@ class PersistentStore:
     """
 
     def __init__(
-        self, root: str | os.PathLike[str], names: StepNames | None = None, files: Files | None = None
+        self,
+        root: str | os.PathLike[str],
+        names: StepNames | None = None,
+        files: Files | None = None,
+        limits: Limits | None = None,
     ):
         self.names = names or StepNames()
-        self.files: Files = with_recorded_conditions(files or open_files(root))
+        self.files: Files = with_recorded_conditions(files or open_files(root, limits))
         self._placing: Placing = (
             RenamedSteps(self.files, self.names, _REMOVED)
             if isinstance(self.files, RenamingFiles)
@@ -324,8 +334,8 @@ class PersistentStore:
         """Makes a written attempt a step. One process calls this, after everything is in place.
 
         A void step in the way is replaced. If the same attempt's step is there already, nothing happens.
-        Raises StaleGenerationError when a newer generation exists, PersistentStoreError when a step that is
-        not void is in the way.
+        Raises StaleGenerationError when a newer generation exists, StepOccupiedError when a step that is not
+        void is in the way.
         """
         self.check_generation(attempt)
         aside: list[HiddenStep] = []
@@ -356,8 +366,7 @@ class PersistentStore:
                 if placement.publish(digests):
                     return self._committed(attempt)
             except FileNotFoundError as error:
-                held = self._step_in(name, attempt.step)
-                if held and self._is_of(held, attempt):
+                if held := self.committed(attempt):
                     return held
                 raise PersistentStoreError(
                     f"{attempt} has lost its directory {self.files.locate(self._placing.directory(attempt))}:"
@@ -399,7 +408,7 @@ class PersistentStore:
 
     def _check_is_void(self, held: PersistentStep | None, attempt: Attempt) -> None:
         if held and not is_void(held.step_id, self.activations()):
-            raise PersistentStoreError(
+            raise StepOccupiedError(
                 f"{held.location} holds {held.step_id}, which no restore made void, so"
                 f" {attempt} cannot take its place. Delete that step, or save under another number."
             )
@@ -525,6 +534,11 @@ class PersistentStore:
             return None
         where = self.files.locate(name)
         saved_by = self._saved_by(name, entries)
+        if saved_by is None:
+            # One that is taken away while it is listed has lost some of its files, and is no more at that name.
+            if not (again := self.files.entries(name)):
+                return None
+            saved_by = self._saved_by(name, again)
         if saved_by is None or self._origins.is_foreign(name, *saved_by):
             return PersistentStep(StepId(0, step), name, where, items[0], None)
         generation, nonce = saved_by

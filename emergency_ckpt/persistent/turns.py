@@ -1,19 +1,21 @@
 """Whose turn it is to commit a step of an object store: one object for all attempts of one generation at it.
 
 It changes only on condition that it is what its writer saw. Until a committer publishes, another one may take
-its turn, and the first finds that out before it changes anything that the other has written. From then on it is
-nobody else's: the record says which marker is to be put, and whoever comes puts it.
+its turn, and the first finds that out before it changes anything that the other has written; whoever gives an
+attempt up takes the turn from it likewise. From then on it is nobody else's: the record says which marker is to
+be put, and whoever comes puts it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import uuid
 from collections.abc import Callable
 from typing import Any
 
 from emergency_ckpt.errors import CorruptDataError, PersistentStoreError
 from emergency_ckpt.persistent.attempts import Attempt
-from emergency_ckpt.persistent.fields import parsed, whole_number
+from emergency_ckpt.persistent.fields import parsed, typed, whole_number
 from emergency_ckpt.persistent.files import VersionedFiles
 from emergency_ckpt.persistent.step_files import Mark, seal, unseal
 
@@ -24,14 +26,18 @@ _ADVICE = "It says who commits a step. Delete it if no job is writing, and write
 
 @dataclasses.dataclass(frozen=True)
 class _Record:
-    """`publishing`: the marker that is being put, None before that."""
+    """`holder` tells all who ever take a turn apart; `publishing`: the marker that is being put, if any."""
 
-    ordinal: int
+    ordinal: int | None
+    holder: str
     publishing: Mark | None
 
     def to_bytes(self) -> bytes:
         mark = None if self.publishing is None else self.publishing.to_json()
-        return seal({"ordinal": self.ordinal, "publishing": mark})
+        return seal({"ordinal": self.ordinal, "holder": self.holder, "publishing": mark})
+
+
+_DAMAGED = _Record(None, "", None)  # Whose turn it was is not known.
 
 
 class Turn:
@@ -40,6 +46,7 @@ class Turn:
     def __init__(self, files: VersionedFiles, attempt: Attempt) -> None:
         self._files = files
         self._attempt = attempt
+        self._holder = uuid.uuid4().hex
         self._version: str | None = None
 
     def take(self, is_whole: Callable[[Mark], bool]) -> Mark | None:
@@ -47,12 +54,34 @@ class Turn:
 
         `is_whole`: whether what a marker speaks of is there. On a store without conditional puts it may not be.
         """
+
+        def is_free(found: _Record | None) -> bool:
+            return found is None or found.publishing is None or not is_whole(found.publishing)
+
+        found = self._take_if(is_free)
+        return found.publishing if found else None
+
+    def revoke(self) -> bool:
+        """Takes the turn from the committer of this attempt, if it is his; False where he is publishing.
+
+        Then this attempt's marker may be there, or may yet arrive.
+        """
+        ordinal = self._attempt.ordinal
+
+        def is_revocable(found: _Record | None) -> bool:
+            return found is not None and found.publishing is None and found.ordinal in (ordinal, None)
+
+        found = self._take_if(is_revocable)
+        return found is None or found.publishing is None or found.ordinal != ordinal
+
+    def _take_if(self, is_free: Callable[[_Record | None], bool]) -> _Record | None:
+        """Takes the turn from who has it (None: nobody) where `is_free` says so; else returns his record."""
         for _ in range(_TRIES):
             version = self._files.version(_FILE)
             found = self._read() if version is not None else None
-            if found is not None and found.publishing is not None and is_whole(found.publishing):
-                return found.publishing
-            record = _Record(self._attempt.ordinal, None)
+            if not is_free(found):
+                return found
+            record = _Record(self._attempt.ordinal, self._holder, None)
             self._version = self._files.replace(_FILE, record.to_bytes(), version)
             if self._version is not None:
                 return None
@@ -71,13 +100,17 @@ class Turn:
         """From here on nobody else may take it."""
         if self._version is None:
             raise self.lost()
-        data = _Record(self._attempt.ordinal, mark).to_bytes()
+        data = _Record(self._attempt.ordinal, self._holder, mark).to_bytes()
         self._version = put_over(self._files, _FILE, data, self._version, self._attempt)
 
-    def is_publishing(self) -> bool:
-        """Whether this attempt's marker may be there, or may yet arrive."""
+    def is_over(self) -> bool:
+        """Whether nobody has it: who had it last has ended it."""
+        return self._files.version(_FILE) is None
+
+    def publishing(self) -> Mark | None:
+        """The marker that is being put by whoever has the turn."""
         found = self._read()
-        return found is not None and found.publishing is not None and found.ordinal == self._attempt.ordinal
+        return found.publishing if found else None
 
     def give_up(self) -> None:
         """Nothing was written in this turn, and nothing will be."""
@@ -92,12 +125,14 @@ class Turn:
         return interfered(self._files, _FILE, self._attempt)
 
     def _read(self) -> _Record | None:
-        """None where there is none, or one that is damaged and may be replaced."""
+        """None where there is none. One that is damaged may be replaced."""
         where = self._files.locate(_FILE)
         try:
             return parsed(unseal(self._files.read(_FILE), where, _ADVICE), _parse, where, _ADVICE)
-        except (FileNotFoundError, CorruptDataError):
+        except FileNotFoundError:
             return None
+        except CorruptDataError:
+            return _DAMAGED
 
 
 def put_over(files: VersionedFiles, path: str, data: bytes, version: str | None, attempt: Attempt) -> str:
@@ -130,4 +165,6 @@ def _holds(files: VersionedFiles, path: str, data: bytes) -> bool:
 
 def _parse(raw: Any) -> _Record:
     mark = raw["publishing"]
-    return _Record(whole_number(raw["ordinal"]), None if mark is None else Mark.from_json(mark))
+    # Versions before this one had no holder.
+    holder = typed(raw.get("holder", ""), str)
+    return _Record(whole_number(raw["ordinal"]), holder, None if mark is None else Mark.from_json(mark))

@@ -23,7 +23,6 @@ from emergency_ckpt.persistent.arrays import (
     new_arrays,
     new_context,
     ocdbt,
-    settle,
     storage_dtype,
 )
 from emergency_ckpt.persistent.attempts import Attempt, part_store_name
@@ -36,6 +35,7 @@ from emergency_ckpt.persistent.step_files import (
     unseal,
 )
 from emergency_ckpt.persistent.store import PersistentStore
+from emergency_ckpt.persistent.uploads import check_cut, settle_upload
 
 _POLL_SECONDS = (0.02, 1.0)
 _MAX_REASON = 4000
@@ -89,6 +89,7 @@ def write_part(
     """
     options = options or WriteOptions()
     shards = tuple(sorted(set(shards)))
+    check_cut()
     store.begin(attempt)
     files = store.attempt_files(attempt)
     found = {shard: tuple(checksums(shard)) for shard in shards}
@@ -119,8 +120,9 @@ def write_part(
             .copy
             for array, index, data in zip(opened, batch, given, strict=True)
         ]
-        settle(writes, what, options.timeout_seconds)
-        settle([transaction.commit_async()], what, options.timeout_seconds)
+        nbytes = sum(data.nbytes for data in given)
+        settle_upload(writes, what, options, nbytes, in_bucket=files.is_bucket)
+        settle_upload([transaction.commit_async()], what, options, nbytes, in_bucket=files.is_bucket)
         # TensorStore reads the memory until here: checked any earlier, it could have changed under it.
         for index, data in zip(batch, given, strict=True):
             _verify(layout, index, data, found[index], attempt)
@@ -145,12 +147,13 @@ def wait_for_parts(
     expected: Collection[int],
     timeout_seconds: float,
     stop: Callable[[], str | None] = lambda: None,
+    own: int | None = None,
 ) -> list[PartReport]:
     """The reports of the expected parts, once all their markers are there.
 
-    `stop` is asked between two looks; a reason that it returns ends the wait.
+    `stop` is asked between two looks; a reason that it returns ends the wait. `own`: a part that is written.
     Raises PersistentStoreError after `timeout_seconds`, naming the parts that are missing, or when stopped, or
-    when the writer of a part reported that it failed.
+    when the writer of a part reported that it failed, or when a part that was there is gone.
     """
     files = store.attempt_records(attempt)
     deadline = time.monotonic() + timeout_seconds
@@ -159,7 +162,12 @@ def wait_for_parts(
         there = {entry.name for entry in files.entries(PARTS_DIRECTORY)}
         missing = [part for part in sorted(expected) if _marker_name(part) not in there]
         if not missing:
-            return [read_part(store, attempt, part) for part in sorted(expected)]
+            try:
+                return [read_part(store, attempt, part) for part in sorted(expected)]
+            except FileNotFoundError as error:
+                raise _taken_away(attempt) from error
+        if own in missing:
+            raise _taken_away(attempt)
         if failed := [part for part in missing if _failure_name(part) in there]:
             why = files.read(f"{PARTS_DIRECTORY}/{_failure_name(failed[0])}").decode(errors="replace")
             raise PersistentStoreError(f"{attempt} was given up by the writers of parts {failed[:20]}: {why}")
@@ -175,6 +183,13 @@ def wait_for_parts(
             )
         time.sleep(min(pause, max(deadline - time.monotonic(), 0)))
         pause = min(2 * pause, _POLL_SECONDS[1])
+
+
+def _taken_away(attempt: Attempt) -> PersistentStoreError:
+    return PersistentStoreError(
+        f"{attempt}: parts that were written are gone: somebody else has committed or abandoned it. If there is"
+        " no such step, write it again with another attempt."
+    )
 
 
 def report_failure(store: PersistentStore, attempt: Attempt, part: int, reason: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from emergency_ckpt.agent.drain import DrainWorker
+from emergency_ckpt.agent.drain_worker import DrainWorker
 from emergency_ckpt.core.backups import BackupRule, LastBackup
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.jaxio.coordination import Coordinator
@@ -45,14 +45,14 @@ class Backups:
     def choose(self, prefix: str, step: StepId, is_persistent: bool) -> None:
         """Called by process 0 for each step that it has sealed, before its seal counts; `prefix` of its keys.
 
-        While a drain is on its way there is no other one: a store that is slow, or fails, gets the newest step
-        as soon as it takes one again.
+        While a drain is on its way there is no other one. A step whose drain failed gives way to a newer one:
+        a store that failed gets the newest step as soon as it takes one again.
         """
         now = self._clock()
         if is_persistent:
             self._chosen[step] = now
             return
-        if self._drain.busy:
+        if self._drain.busy and not self._drain.retries:
             return
         self._learn(now)
         if why := self._rule.why(step.step, now, self._last):

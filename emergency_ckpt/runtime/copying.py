@@ -6,6 +6,10 @@ state is replicated over enough slices by nature there are none, and nothing is 
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterable
+from datetime import timedelta
+
 from emergency_ckpt.agent.gather import Target, gather
 from emergency_ckpt.core.copies import copies_from, gives_copies
 from emergency_ckpt.core.lineage import StepId
@@ -16,10 +20,12 @@ from emergency_ckpt.errors import (
     PeerFailedError,
     PeerUnavailableError,
 )
+from emergency_ckpt.jaxio.coordination import Coordinator
 from emergency_ckpt.runtime.job import Job, open_peer_slot
 from emergency_ckpt.telemetry.metrics import Metric
 
 _WITHHELD = b"withheld"
+_THERE = "there"
 
 
 class Copying:
@@ -50,10 +56,11 @@ class Copying:
         cannot be had; the save is then to be abandoned.
         """
         job = self._job
-        for source in self._sources:
-            self._await(prefix, source, step)
         if not self._sources:
             return
+        await_sources(
+            job.coordinator, f"{prefix}/{_THERE}", self._sources, step, job.settings.coordination_timeout
+        )
         slot = job.local.begin_repair(step)
         if slot is None:
             raise LocalDirectoryError(f"{step} is not on this ramdisk any more and takes no copies")
@@ -77,16 +84,27 @@ class Copying:
         finally:
             job.local.end_repair(slot)
 
-    def _await(self, prefix: str, source: int, step: StepId) -> None:
-        job = self._job
+    def _key(self, prefix: str, process: int) -> str:
+        return f"{prefix}/{_THERE}/{process}"
+
+
+def await_sources(
+    coordinator: Coordinator, prefix: str, sources: Iterable[int], step: StepId, timeout: timedelta
+) -> None:
+    """Waits until all of these processes have sealed what others keep copies of, the time limit being for all.
+
+    One after the other, since the service has no wait for any of several; who has abandoned the save already is
+    not found out behind one who is silent. Raises CoordinationTimeoutError, PeerFailedError.
+    """
+    deadline = time.monotonic() + timeout.total_seconds()
+    said = coordinator.entries(prefix)
+    for source in sorted(sources, key=lambda source: said.get(str(source)) != _WITHHELD):
+        left = timedelta(seconds=max(deadline - time.monotonic(), 0.0))
         try:
-            said = job.coordinator.get(self._key(prefix, source), job.settings.coordination_timeout)
+            found = coordinator.get(f"{prefix}/{source}", left)
         except CoordinationTimeoutError as error:
             raise CoordinationTimeoutError(
                 f"process {source} did not seal {step}, of which this process keeps a copy: {error}"
             ) from error
-        if said == _WITHHELD:
+        if found == _WITHHELD:
             raise PeerFailedError(f"process {source} abandoned {step} and gives no copy")
-
-    def _key(self, prefix: str, process: int) -> str:
-        return f"{prefix}/there/{process}"

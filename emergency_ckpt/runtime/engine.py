@@ -7,15 +7,18 @@ order, and every answer on which a later collective call depends is the same on 
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import jax
 
 from emergency_ckpt.core.lineage import Activation, Deletion, StepId, is_void
+from emergency_ckpt.core.retrying import Pauses
 from emergency_ckpt.core.schedule import NOTHING_DUE, Due
 from emergency_ckpt.core.slots import Outcome
 from emergency_ckpt.errors import (
@@ -112,6 +115,24 @@ class Engine:
             found = [self.base, *(s for s in committed if s.generation == self.job.generation.number)]
         return max((step for step in found if step is not None), default=None)
 
+    @property
+    def newest_on_ramdisks(self) -> StepId | None:
+        """The newest complete step of this life that this process has in a slot."""
+        found = self.job.local.complete_steps()
+        return max((step for step in found if step.generation == self.job.generation.number), default=None)
+
+    @property
+    def newest_persistent(self) -> StepId | None:
+        """The newest committed step as far as this process knows, without asking the store."""
+        drain = self._workers.drain
+        known = [self._newest_persistent(), drain.newest_committed if drain is not None else None]
+        return max((step for step in known if step is not None), default=None)
+
+    @property
+    def underway(self) -> tuple[StepId, float] | None:
+        """The newest step that is being drained, or waits for it, and for how many seconds it has been run."""
+        return None if self._workers.drain is None else self._workers.drain.underway
+
     def is_old(self, step: int) -> bool:
         """Whether `step` is not newer than every step that is there or was asked for."""
         return any(known is not None and step <= known.step for known in (self._base, self._requested))
@@ -188,10 +209,10 @@ class Engine:
         """
         self._check_open()
         key = self._call("saved")
-        self._wait_together(key)
-        if self._settings.schedule.persistent is not None:
-            return self._is_persistent(step, key)
-        return self._tell(f"{key}/local", lambda: step in self.step_numbers())
+        with self._quiet(key):
+            if self._settings.schedule.persistent is not None:
+                return self._is_persistent(step, key)
+            return self._tell(f"{key}/local", lambda: step in self.step_numbers())
 
     def finish(self, step: int, due: Due, prepare: Prepare) -> None:
         """Saves the last step to the persistent tier, with all the patience that a drain may need. Collective.
@@ -199,15 +220,56 @@ class Engine:
         Raises PersistentStoreError on all processes when it did not get there.
         """
         call = self._call("finish")
-        for attempt in range(_FINISH_TRIES):
-            key = f"{call}/{attempt}"
-            self.save(step, due, prepare, self._settings.drain_timeout)
-            self._wait_together(key)
-            if self._is_persistent(step, key):
-                return
-        causes = "; ".join(map(str, self.take_errors()))
-        why = causes or "its save was abandoned, or its drain failed on another process"
-        raise PersistentStoreError(f"the last step {step} did not reach the persistent tier: {why}")
+        deadline = time.monotonic() + self._settings.drain_timeout.total_seconds()
+        for tries in itertools.count(1):
+            current = StepId(self.job.generation.number, step)
+            if tries == 1 or self.newest_complete != current:
+                self.save(step, due, prepare, self._settings.drain_timeout)
+            else:
+                self._drain_again(current)
+            key = f"{call}/{tries}"
+            with self._quiet(key):
+                if self._is_committed(step, key):
+                    return
+                if not self._tell(f"{key}/again", lambda tries=tries: self._goes_on(tries, deadline)):
+                    self._workers.give_up_drains(f"{step} is the last one, and could not be drained")
+                    break
+        raise PersistentStoreError(
+            f"the last step {step} did not reach the persistent tier: {self._why_not_committed()}"
+        )
+
+    def _why_not_committed(self) -> str:
+        drain = self._workers.drain
+        failure = drain.last_failure if drain is not None else None
+        causes = "; ".join(map(str, self.take_errors())) or (failure.reason if failure is not None else "")
+        return causes or "its save was abandoned, or its drain failed on another process"
+
+    def _is_committed(self, step: int, key: str) -> bool:
+        """As `_is_persistent`, False where the store does not say so. Collective."""
+
+        def find() -> bool:
+            drain = self._workers.drain
+            if drain is not None and (newest := drain.newest_committed) is not None and newest.step == step:
+                return True
+            try:
+                return self._lists(step)
+            except PersistentStoreError as error:
+                self.job.log.warning("save", step, f"whether it is persistent cannot be found out: {error}")
+                return False
+
+        limit = self._settings.coordination_timeout + self._settings.drain_timeout
+        return tell(self.job.coordinator, f"{key}/committed", find, limit)
+
+    def _goes_on(self, tries: int, deadline: float) -> bool:
+        """Whether the last step is to be drained once more, after a pause: a store may be away for a while."""
+        drain = self._workers.drain
+        failure = drain.last_failure if drain is not None else None
+        passing = failure is not None and failure.cause in ("unreachable", "throttled")
+        if not passing or time.monotonic() > deadline:
+            return tries < _FINISH_TRIES
+        pause = Pauses(self._settings.drain_retry.total_seconds()).before(tries, "unreachable", 0.5)
+        time.sleep(min(pause, self._settings.coordination_timeout.total_seconds() / 2))
+        return True
 
     def _may_save_again(self, step: int, due: Due) -> bool:
         """Whether a step that is not newer than all others still has something to be saved.
@@ -226,8 +288,8 @@ class Engine:
         if not due.persistent:
             return False
         key = self._call("persistent")
-        self._wait_together(key)
-        return not self._is_persistent(step, key)
+        with self._quiet(key):
+            return not self._is_committed(step, key)
 
     def _agree_to_repeat(self, step: StepId) -> bool:
         """Whether all processes repeat an abandoned save. One that repeats it alone would be out of step."""
@@ -259,11 +321,11 @@ class Engine:
 
     def _is_persistent(self, step: int, key: str) -> bool:
         """Whether `step` is committed, as process 0 finds it. Collective."""
+        return self._tell(f"{key}/persistent", lambda: self._lists(step))
 
-        def find() -> bool:
-            return any(held.step_id.step == step for held in self.catalog.persistent())
-
-        return self._tell(f"{key}/persistent", find)
+    def _lists(self, step: int) -> bool:
+        """Whether the store lists `step` as committed. Raises PersistentStoreError."""
+        return any(held.step_id.step == step for held in self.catalog.persistent())
 
     def persistent_numbers(self) -> list[int]:
         """Numbers of the committed steps as process 0 knows them; empty where it cannot know. Collective."""
@@ -326,6 +388,33 @@ class Engine:
             self.job.log.warning("backup", step.step, f"when it was committed is not known: {error}")
             return 0.0
         return 0.0 if committed is None else max(time.time() - committed / 1e9, 0.0)
+
+    # Leaving.
+
+    def tell_all(self, kind: str, make: Callable[[], Any]) -> Any:
+        """What `make` gives on process 0, on all processes. Collective."""
+        return self._tell(self._call(kind), make)
+
+    def spare(self, step: int, leaving: tuple[int, ...]) -> None:
+        """These processes write of `step`, which is not saved yet, as little as they can. All call it."""
+        if self._workers.drain is not None:
+            self._workers.drain.spare(StepId(self.job.generation.number, step), leaving)
+
+    def drain_complete(self, step: int, limit: timedelta) -> None:
+        """A step of this life that is complete goes to the persistent tier as it is. All processes call it."""
+        self._workers.pipeline.wait(limit)  # Drains begin in the order of their saves.
+        current = StepId(self.job.generation.number, step)
+        if self._workers.drain is not None and self._workers.drain.newest_committed != current:
+            self._drain_again(current)
+
+    def wait_a_while(self, limit: timedelta) -> bool:
+        """Waits until saves and drains have ended; False where the limit came first. Local."""
+        deadline = time.monotonic() + limit.total_seconds()
+        if not self._workers.pipeline.wait(limit):
+            return False
+        drain = self._workers.drain
+        left = timedelta(seconds=max(deadline - time.monotonic(), 0.0))
+        return drain is None or (drain.wait(left) and not drain.busy)
 
     def on_all(self, here: bool) -> bool:
         """Whether something holds on all processes. Collective."""
@@ -416,16 +505,16 @@ class Engine:
         self._agree(f"{key}/wanted", mine, decide)
         assert wanted is not None
         # A save or a drain in the background could take a slot, or delete a step, that is being read.
-        self._wait_together(key)
-        survey = self.survey if self._survey_is_fresh else self._restorer.survey(key)
-        return self._restorer.restore_part(survey, step, wanted, key)
+        with self._quiet(key):
+            survey = self.survey if self._survey_is_fresh else self._restorer.survey(key)
+            return self._restorer.restore_part(survey, step, wanted, key)
 
     def reload(self) -> None:
         """Looks again at what can be restored. Collective."""
         self._check_open()
         key = self._call("reload")
-        self._wait_together(key)
-        self._look_again(key)
+        with self._quiet(key):
+            self._look_again(key)
         if self._survey_is_fresh:
             self._restorer.begin_early(self.survey, key)
 
@@ -434,8 +523,10 @@ class Engine:
         self._check_open()
         self._restorer.end_early()
         key = self._call("delete")
-        self._wait_together(key)
+        with self._quiet(key):
+            self._delete(step, key)
 
+    def _delete(self, step: int, key: str) -> None:
         def remove() -> list[int] | None:
             """Deletes the step if it is there; otherwise says which steps are."""
             numbers = self.step_numbers()
@@ -445,10 +536,14 @@ class Engine:
             self._workers.retention.forget_steps()
             return None
 
+        def remove_here() -> None:
+            self._workers.give_up_drains("it is deleted", step)
+            self.job.local.delete(step)
+
         numbers = self._tell(f"{key}/persistent", remove)
         if numbers is not None:
             raise NoRestorableStepError(f"step {step} is on no tier; the steps that are: {numbers}")
-        self._agree(f"{key}/local", lambda: self.job.local.delete(step))
+        self._agree(f"{key}/local", remove_here)
         before = self.newest
         self._look_again(key)
         self._workers.pipeline.forget(step, self.survey.newest)
@@ -483,8 +578,11 @@ class Engine:
 
     def _begin_generation(self, key: str) -> None:
         """Finishes all saves and begins a new generation, for a restore in the middle of a run. Collective."""
+        with self._quiet(key):
+            self._end_generation(key)
+
+    def _end_generation(self, key: str) -> None:
         job = self.job
-        self._wait_together(key)
         # Nothing is given up until the new generation exists: if this fails, the old one goes on.
         survey = self._restorer.survey(key)
         generation = mint_generation(job, key, survey.highest_generation, survey.newest)
@@ -530,18 +628,25 @@ class Engine:
         errors, self._errors = self._errors, []
         return errors
 
-    def close(self) -> None:
-        """Finishes saves and drains and gives back the ramdisk directory. Idempotent."""
+    def close(self, limit: timedelta | None = None) -> None:
+        """Finishes saves and drains and gives back the ramdisk directory. Idempotent.
+
+        With a limit, what is not done by then is left to the agents of the hosts.
+        """
         if self._closed:
             return
         self._closed = True
+        done = limit is None
         try:
             self._restorer.end_early()
-            self.wait()
+            if limit is None:
+                self.wait()
+            else:
+                done = self.wait_a_while(limit)
         finally:
             self._workers.close()
-            self.job.deletions.close(_DELETION_PATIENCE)
-            self.job.peers.close()
+            self.job.deletions.close(_DELETION_PATIENCE if limit is None else min(limit, _DELETION_PATIENCE))
+            self.job.peers.close(is_done=done)
             self.job.local.close()
 
     def _call(self, kind: str) -> str:
@@ -553,14 +658,34 @@ class Engine:
         self._calls[kind] += 1
         return f"{kind}/{self._calls[kind]}"
 
-    def _wait_together(self, key: str) -> None:
-        """Waits on all processes; where one of them waits in vain, all raise, and none goes on without it.
+    @contextlib.contextmanager
+    def _quiet(self, key: str) -> Iterator[None]:
+        """Waits on all processes, and lets no drain begin until the block ends; what failed is tried again.
 
-        All say first that they are here, so that nobody waits for a silent process as long as for a drain.
+        Where one of them waits in vain, all raise, and none goes on without it. All say first that they are
+        here, so that nobody waits for a silent process as long as for a drain. Collective. Process 0 ends the
+        quiet: where others need it, the block ends with something that all do together.
         """
         self._agree(f"{key}/here", lambda: None)
-        limit = self._workers.patience + self._settings.coordination_timeout
-        self._agree(f"{key}/waited", self.wait, limit=limit)
+        workers = self._workers
+        limit = workers.patience + self._settings.coordination_timeout
+
+        def lead() -> int:
+            workers.wait_for_saves()
+            return workers.hold_drains()
+
+        def wait() -> None:
+            if not self.job.leads:
+                workers.wait_for_saves()
+            ended = tell(self.job.coordinator, f"{key}/drains", lead, limit)
+            if not self.job.leads:
+                workers.await_held_drains(ended)
+
+        try:
+            self._agree(f"{key}/waited", wait, limit=limit)
+            yield
+        finally:
+            workers.release_drains()
 
     def _agree(
         self,

@@ -51,20 +51,24 @@ class ExtrasExchange:
     def give(self, key: str) -> None:
         """Sends the extras that this process keeps for those that lost theirs."""
         job, step = self._job, self._plan.step
-        wards = self._plan.wards(job.process)
-        slot = job.local.sealed(step) if wards else None
-        for ward in wards:
-            text = slot.manifest.extras.get(ward) if slot else None
+        for ward in self._plan.wards(job.process):
+            text = self._kept_here(ward, job.topology.process_count)
             if text is None:
                 raise CorruptDataError(
                     f"process {job.process} no longer has the extras of process {ward} for {step}"
                 )
             job.coordinator.put(f"{key}/extras/{ward}", text.encode())
         asked = [owner for owner in self._asked_owners if self._plan.extras_kept[owner] == job.process]
-        slot = job.local.sealed(step) if asked else None
         for owner in asked:
-            text = slot.manifest.extras.get(owner) if slot else None
+            text = self._kept_here(owner, len(self._plan.extras_kept))
             job.coordinator.put(f"{key}/kept/{owner}", (text or "").encode())
+
+    def _kept_here(self, owner: int, saved_by: int) -> str | None:
+        """The extras of a process of a job of this size, in the slots of this one."""
+        for slot in self._job.local.sealed_slots(self._plan.step):
+            if slot.layout.process_count == saved_by and owner in slot.manifest.extras:
+                return slot.manifest.extras[owner]
+        return None
 
     def collect(self, key: str) -> None:
         """This process's extras from whoever keeps them; after a renumbering that may be another process."""
@@ -79,8 +83,7 @@ class ExtrasExchange:
             found = job.coordinator.get(f"{key}/extras/{job.process}", job.settings.coordination_timeout)
             self._text = found.decode()
             return
-        slot = job.local.sealed(self._plan.step)
-        self._text = slot.manifest.extras.get(job.process) if slot else None
+        self._text = self._kept_here(job.process, job.topology.process_count)
 
     def take_persistent(self, reader: StepReader) -> None:
         """Takes those of this process from the persistent step, or what can be made of those that are there."""

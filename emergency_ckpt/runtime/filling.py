@@ -19,6 +19,7 @@ from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.core.part import Part
 from emergency_ckpt.core.placement import extras_keepers
 from emergency_ckpt.core.restore_plan import ProcessPlan, Strike, Take
+from emergency_ckpt.core.shards import Shard
 from emergency_ckpt.core.values import Value
 from emergency_ckpt.errors import CorruptDataError, LocalDirectoryError
 from emergency_ckpt.local.manifest import Manifest
@@ -55,6 +56,7 @@ class Filling:
         # Block checksums by shard. Of shards without elements there is nothing to get.
         nbytes = job.needed_layout.shard_nbytes
         self._done: dict[int, tuple[int, ...]] = {shard: () for shard in self._needed if not nbytes[shard]}
+        self._from_slots: set[int] = set()  # those of them that came from slots
         self._kept: SealedSlot | None = None  # the own slot, where it has all that is needed
         self._own: OwnPart | None = None  # the same where it has this process's part of what slices share
         self._described: _Described | None = None
@@ -88,10 +90,12 @@ class Filling:
         Raises PersistentStoreError, StateMismatchError; CorruptDataError of the persistent tier is a strike.
         """
         takes = list(plan.takes)
+        if not plan.in_place and not takes and self._from_slots:
+            self.forget()  # Nothing that slots gave is to meet what the persistent tier gives.
         if self._stream is not None and (streams is None or plan.in_place):
             self.forget()
         if plan.in_place:
-            slot = self._job.local.sealed(self.step)
+            slot = self._whole_cut()
             if slot is None:
                 return Setbacks.of(self.step, self._job.process, "it was given up meanwhile")
             self._described = _Described.by(slot.manifest)
@@ -100,7 +104,7 @@ class Filling:
                 self._kept = slot
                 self._count(OWN, self._needed)
                 return NONE
-            if not self._repairs():
+            if not self._repairs(slot):
                 takes.append(self._own_take(slot, missing))
         elif isinstance(self._room, Repair):
             self.give_back()  # Its own slot is no source any more.
@@ -125,8 +129,8 @@ class Filling:
         if not self._job.stores_all:
             return False
         if plan.in_place:
-            slot = self._job.local.sealed(self.step)
-            if slot is None or not self._missing_in(slot) or not self._repairs():
+            slot = self._whole_cut()
+            if slot is None or not self._missing_in(slot) or not self._repairs(slot):
                 return False
             self._described = _Described.by(slot.manifest)
         else:
@@ -192,8 +196,9 @@ class Filling:
         """
         job, layout, process = self._job, self._job.needed_layout, self._job.process
         if isinstance(self._room, Repair):
+            index = self._room.index
             self._room.end()
-            self._kept = job.local.sealed(self.step)
+            self._kept = next((s for s in job.local.sealed_slots(self.step) if s.index == index), None)
         if self._stream is not None:
             return Streamed(job, self._stream, self._manifest(extras))
         if self._kept is not None:
@@ -228,6 +233,7 @@ class Filling:
         self._stream = None
         self._done = {shard: checksums for shard, checksums in self._done.items() if not checksums}
         self._kept = self._described = self._own = None
+        self._from_slots.clear()
 
     def close(self) -> None:
         """Gives back the memory of what was not finished. Repeating it is fine."""
@@ -348,6 +354,7 @@ class Filling:
         gathered = gather(target, takes, self._open_source, course=course)
         self._job.peers.forget(gathered.unreachable)
         self._done.update(gathered.checksums)
+        self._from_slots.update(gathered.checksums)
         for process, manifest in sorted(gathered.manifests.items()):
             if describing is None or process == describing.process:
                 self._described = self._described or _Described.by(manifest)
@@ -369,10 +376,10 @@ class Filling:
     def _open_source(self, take: Take) -> SlotSource:
         job = self._job
         if take.process == job.process:
-            slot = job.local.sealed(self.step)
-            if slot is None or (slot.manifest.layout, slot.manifest.position) != (take.layout, take.position):
-                raise CorruptDataError(f"{self.step} is not on this ramdisk any more")
-            return OwnSlot(job.process, slot)
+            for slot in job.local.sealed_slots(self.step):
+                if (slot.manifest.layout, slot.manifest.position) == (take.layout, take.position):
+                    return OwnSlot(job.process, slot)
+            raise CorruptDataError(f"{self.step} is not on this ramdisk any more")
         return open_peer_slot(job, self.step, take)
 
     def _read_persistent(
@@ -415,13 +422,27 @@ class Filling:
         self._room = None
         return self._unusable_own(useless)
 
-    def _repairs(self) -> bool:
+    def _whole_cut(self) -> SealedSlot | None:
+        """The own slot that holds what this process needs, no more and no less; of several the planner's."""
+        job = self._job
+        slots = job.local.sealed_slots(self.step)
+        if len(slots) < 2:
+            return next(iter(slots), None)
+        needed = {job.needed_layout.shards[shard] for shard in job.needed_layout.process_shards[job.process]}
+
+        def held(slot: SealedSlot) -> set[Shard]:
+            return {slot.layout.shards[shard] for shard in slot.layout.process_shards[slot.manifest.position]}
+
+        alike = [slot for slot in slots if held(slot) == needed]
+        return min(alike, key=lambda slot: (len(slot.missing), slot.manifest.layout), default=None)
+
+    def _repairs(self, own: SealedSlot) -> bool:
         """Whether what is missing goes into the own slot itself."""
         if isinstance(self._room, Repair):
             return True
         if self._room is not None or not self._part.is_whole:
             return False
-        slot = self._job.local.begin_repair(self.step)
+        slot = self._job.local.begin_repair(self.step, own.index)
         if slot is None:
             return False
         self._room = Repair(self._job, slot)

@@ -181,6 +181,11 @@ class Repair:
         self._slot = slot
 
     @property
+    def index(self) -> int:
+        """Which slot of the process it is."""
+        return self._slot.index
+
+    @property
     def missing(self) -> tuple[int, ...]:
         """What the slot still lacks, as indices into the shards of the job's layout."""
         theirs, ours = self._slot.layout, self._job.layout
@@ -289,7 +294,7 @@ class Hydrated:
             for entry in entries:
                 data = slot.data[entry.offset : entry.offset + entry.nbytes]
                 np.copyto(data, self.slot.shard(entry.shard))
-            self.local.seal(slot, manifest)
+            self.local.seal_beside(slot, manifest)
         except BaseException:
             self.local.discard(slot)
             raise

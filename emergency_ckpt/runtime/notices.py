@@ -1,85 +1,175 @@
-"""What this process hears of preemption: from the agent of its host, or, without one, from the sources.
+"""What this process hears of preemption: by signals, from the agent of its host, or, without one, from sources.
 
-A notice that asks for a save is told to all processes of the job, once; each is one log line.
+A notice that asks for a save is told to all processes of the job, once, and is one log line; that a host goes
+away is passed on to the agent that does not know of it.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from datetime import timedelta
 
 from emergency_ckpt.agent.host_agent import HostAgent
 from emergency_ckpt.errors import EmergencyCheckpointError
+from emergency_ckpt.jaxio.preemption import service_runs
 from emergency_ckpt.preemption.choosing import SourceOptions, choose_sources
+from emergency_ckpt.preemption.command_form import shell_in_the_way
 from emergency_ckpt.preemption.notice import Notice
+from emergency_ckpt.preemption.signals import SignalOptions, Signals
 from emergency_ckpt.preemption.watch import Watch
+from emergency_ckpt.runtime.agreed_steps import LEADER, AgreedSteps, JobNotice
+from emergency_ckpt.runtime.jax_signal import JaxSignal
+from emergency_ckpt.telemetry.leaving_events import NoticeEvent
 from emergency_ckpt.telemetry.log import CheckpointLogger
 
-_LOOK_SECONDS = 2.0
+_HOLD_SECONDS = 2.0
+# All processes ask process 0: so many of them once a second, and more often while a step is being agreed on.
+_LOOK_SECONDS = 1.0
+_SOON_SECONDS = 0.1
+_PROCESSES_PER_SECOND = 1000
+_PASS_ON_TRIES = 10
 _CLOSE_SECONDS = 60.0
 
 
 class Notices:
     """The notices of one process, from the start of its manager on. Safe to use from any thread.
 
-    `announce` tells all processes of a notice, and returns what comes of it.
+    `listen` and `begin` are called once each, in this order, where notices are wanted.
     """
 
-    def __init__(self, announce: Callable[[], str]) -> None:
-        self._announce = announce
+    def __init__(self, signals: SignalOptions | None, grace: timedelta) -> None:
+        """`signals`: which are notices; None: none but those of JAX. `grace`: from these to the end."""
+        self._signal_options = signals
+        self._jax = JaxSignal(grace.total_seconds())
         self._guard = threading.Lock()
         self._heard: list[Notice] = []
+        self._keys: set[tuple[str, str, float | None, str]] = set()
+        self._early: list[Notice] = []
         self._unlogged: list[str] = []
+        self._unpassed: list[JobNotice] = []
+        self._seen: set[JobNotice] = set()  # of the looking thread
+        self._steps: AgreedSteps | None = None
         self._log: CheckpointLogger | None = None
+        self._host: HostAgent | None = None
+        self._process = 0
         self._stop = threading.Event()
+        self._fresh = threading.Event()
+        self._signals: Signals | None = None
         self._watch: Watch | None = None
-        self._keeper: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
 
     @property
     def heard(self) -> tuple[Notice, ...]:
-        """Oldest first, each once."""
+        """Of this process, oldest first, each once."""
         with self._guard:
             return tuple(self._heard)
 
     def hear(self, notice: Notice) -> None:
-        """A notice has come."""
-        with self._guard:
-            if self._stop.is_set() or any(notice.key == known.key for known in self._heard):
-                return
-            self._heard.append(notice)
-        what = self._announce() if notice.asks_for_save else "training goes on"
-        with self._guard:
-            self._unlogged.append(f"notice from {notice}; {what}")
-            self._write()
+        """A notice has come from the agent of this host."""
+        self._take(notice)
 
-    def begin(self, host: HostAgent | None, alone: SourceOptions | None, log: CheckpointLogger) -> None:
-        """From now on lines are logged, and the agent is held.
+    def hear_alone(self, notice: Notice) -> None:
+        """A notice has come that the agent does not know of."""
+        if self._take(notice):
+            self._to_agent(JobNotice(self._process, notice))
+
+    def listen(self) -> None:
+        """Hears signals from now on; in the main thread only."""
+        if self._signal_options is not None and self._signal_options.numbers:
+            if (line := shell_in_the_way()) is not None:
+                self._say(line)
+            self._signals = Signals(
+                self._signal_options, self.hear_alone, self._say, library_hears=service_runs()
+            )
+
+    def begin(
+        self,
+        steps: AgreedSteps,
+        process: int,
+        host: HostAgent | None,
+        alone: SourceOptions | None,
+        log: CheckpointLogger,
+    ) -> None:
+        """From now on all processes are told, lines are logged, and the agent is held.
 
         Args:
+          steps: where all agree on the step to react at. process: the index of this one.
           host: the agent of this host. alone: the sources to watch here where there is none, and a sign that an
             agent is started for notices alone; None: neither.
         """
         with self._guard:
-            self._log = log
+            self._process, self._host = process, host
+            self._log, self._steps = log, steps
             self._write()
+            early, self._early = self._early, []
+        for notice in early:
+            self._tell(steps, log, notice)
+        self._run("looking", self._look, steps, log)
         if host is not None:
-            self._keeper = threading.Thread(
-                target=self._keep,
-                args=(host, alone is not None, log),
-                name="emergency_ckpt notices",
-                daemon=True,
-            )
-            self._keeper.start()
+            self._run("notices", self._keep, host, alone is not None, log)
         elif alone is not None:
             self._watch = Watch(choose_sources(alone), self.hear)
 
     def close(self) -> None:
-        """Hears no more. Idempotent."""
+        """Hears no more, and nobody waits for this process at another step. Idempotent."""
         self._stop.set()
+        self._fresh.set()
+        if self._signals is not None:
+            self._signals.close()
         if self._watch is not None:
             self._watch.close()
-        if self._keeper is not None:
-            self._keeper.join(_CLOSE_SECONDS)
+        for thread in self._threads:
+            thread.join(_CLOSE_SECONDS)
+        if self._steps is not None:
+            self._steps.close()
+
+    def _take(self, notice: Notice) -> bool:
+        """False for one that is known."""
+        with self._guard:
+            if self._stop.is_set() or notice.key in self._keys:
+                return False
+            self._keys.add(notice.key)
+            steps, log = self._steps, self._log
+            if steps is None or log is None:
+                self._early.append(notice)
+                return True
+        self._tell(steps, log, notice)
+        return True
+
+    def _tell(self, steps: AgreedSteps, log: CheckpointLogger, notice: Notice) -> None:
+        follows = "training goes on"
+        if notice.asks_for_save:
+            try:
+                follows = steps.post(notice, self._process)
+            except EmergencyCheckpointError as error:
+                follows = f"no step is agreed on: {error}"
+        with self._guard:
+            self._heard.append(notice)
+        log.emit(
+            NoticeEvent(
+                step=None,
+                source=notice.source,
+                kind=notice.kind,
+                deadline=notice.deadline,
+                said=str(notice),
+                follows=follows,
+            )
+        )
+        self._fresh.set()
+
+    def _to_agent(self, notice: JobNotice) -> None:
+        if notice.notice.kind == "terminate":
+            with self._guard:
+                self._unpassed.append(notice)
+            self._fresh.set()
+
+    # Threads.
+
+    def _run(self, name: str, work: Callable[..., None], *args: object) -> None:
+        thread = threading.Thread(target=work, args=args, name=f"emergency_ckpt {name}", daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     def _keep(self, host: HostAgent, starts: bool, log: CheckpointLogger) -> None:
         """Holds on to the agent: to the next one, where the first was lost."""
@@ -92,8 +182,65 @@ class Notices:
                 if str(error) != said and not self._stop.is_set():
                     log.warning("preemption", None, f"no notices are heard for now: {error}")
                 said = str(error)
-            if self._stop.wait(_LOOK_SECONDS):
+            if self._stop.wait(_HOLD_SECONDS):
                 return
+
+    def _look(self, steps: AgreedSteps, log: CheckpointLogger) -> None:
+        """Looks for what other processes heard, does this one's part of agreeing on a step, tells the agent."""
+        share = steps.process_count / _PROCESSES_PER_SECOND
+        failures, said = 0, ""
+        while not self._stop.is_set():
+            pause = max(_LOOK_SECONDS, share)
+            if self._signals is not None:
+                self._signals.look()
+            try:
+                if self._process == LEADER and (signal := self._jax.look()) is not None:
+                    steps.post(signal, None)
+                if steps.look():
+                    pause = max(_SOON_SECONDS, share / 10)
+                said = ""
+                if trouble := steps.take_trouble():
+                    log.error("preemption", None, trouble)
+            except EmergencyCheckpointError as error:
+                if str(error) != said and not self._stop.is_set():
+                    log.warning("preemption", None, f"what others hear of is not known for now: {error}")
+                said = str(error)
+            self._note_those_of_others(steps, log)
+            self._fresh.clear()
+            failures = failures + 1 if self._pass_on(is_last=failures + 1 >= _PASS_ON_TRIES) else 0
+            if not self._stop.is_set():
+                self._fresh.wait(pause)
+
+    def _note_those_of_others(self, steps: AgreedSteps, log: CheckpointLogger) -> None:
+        for found in steps.notices:
+            if found in self._seen:
+                continue
+            self._seen.add(found)
+            if found.process != self._process:
+                who = "some process" if found.process is None else f"process {found.process}"
+                log.warning("preemption", None, f"{who} of the job heard from {found.notice}")
+                self._to_agent(found)
+
+    def _pass_on(self, is_last: bool) -> bool:
+        """Tells the agent of this host what it does not know; whether it could not be told."""
+        with self._guard:
+            host, waiting = self._host, tuple(self._unpassed)
+        for notice in waiting:
+            try:
+                if host is not None:
+                    host.pass_on(notice.notice, notice.process)
+            except EmergencyCheckpointError as error:
+                if not is_last:
+                    return True
+                self._say(f"the agent of this host was not told of a notice: {error}")
+            with self._guard:
+                self._unpassed.remove(notice)
+        return False
+
+    def _say(self, line: str) -> None:
+        with self._guard:
+            self._unlogged.append(line)
+            self._write()
 
     def _write(self) -> None:
         if self._log is not None:

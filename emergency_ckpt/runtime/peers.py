@@ -104,12 +104,15 @@ class Peers:
             self._telling = Worker("agent", self._tell)
         self._telling.submit((destination, flush))
 
-    def close(self) -> None:
-        """Says goodbye to the agent of this host, which stays as long as somebody needs it."""
+    def close(self, *, is_done: bool = True) -> None:
+        """Says goodbye to the agent of this host, which stays as long as somebody needs it.
+
+        Not `is_done`: it sees to what is left, as if this process had died.
+        """
         if self._telling is not None:
             self._telling.close(_CLOSE)
         if self.host is not None:
-            self.host.close()
+            self.host.close(is_done=is_done)
 
     def _tell(self, work: tuple[Destination, bool]) -> None:
         destination, flush = work

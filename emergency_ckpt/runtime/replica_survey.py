@@ -81,8 +81,10 @@ def compare_replicas(
 def _own_numbers(job: Job, asked: Sequence[SlotOf]) -> dict[str, str]:
     found: dict[str, str] = {}
     for place, slot in enumerate(asked):
-        sealed = job.local.sealed(slot.step) if slot.process == job.process else None
-        if sealed is None or (sealed.manifest.layout, sealed.manifest.position) != (slot.layout, slot.position):
+        slots = job.local.sealed_slots(slot.step) if slot.process == job.process else ()
+        cut = slot.layout, slot.position
+        sealed = next((s for s in slots if (s.manifest.layout, s.manifest.position) == cut), None)
+        if sealed is None:
             continue  # Not this process's, or given up meanwhile: then these replicas are not compared.
         manifest = sealed.manifest
         numbers = slot_fingerprints(sealed.layout, slot.position, manifest.checksums, manifest.values)

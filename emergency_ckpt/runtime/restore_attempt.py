@@ -63,8 +63,12 @@ class Attempt:
         begun: EarlyHydration | None,
         mesh: jax.sharding.Mesh,
         replica_axis: str,
+        is_trusted: bool,
     ) -> None:
-        """`filling`: what the rounds before have of this step; `begun`: what may still be filling it."""
+        """`filling`: what the rounds before have of this step; `begun`: what may still be filling it.
+
+        `is_trusted`: whether what this process had of the step before may be a source at the next restore.
+        """
         self._job = job
         self._plan = plan
         self._wanted = wanted
@@ -72,6 +76,7 @@ class Attempt:
         self._begun = begun
         self._mesh = mesh
         self._replica_axis = replica_axis
+        self._is_trusted = is_trusted
         self._whole: Hydrated | Streamed | None = None
         self._receiving: Hydration | None = None
         self._boxes: Mapping[str, Any] = {}
@@ -123,6 +128,8 @@ class Attempt:
         assert self._whole is not None
         try:
             self._whole.settle({name: leaves[name] for name in self._wanted.slots})
+            if not self._is_trusted:
+                self._job.local.keep_own(self._plan.step)
         except (EmergencyCheckpointError, OSError) as error:
             self._job.log.warning(
                 "restore", self._plan.step.step, f"not on this ramdisk until the next save: {error}"

@@ -215,7 +215,7 @@ class Restorer:
         try:
             for round_number in itertools.count():
                 key = f"{call}/{round_number}"
-                plan = self._plan(f"{key}/plan", survey, step, wanted, strikes, unreachable)
+                plan, differing = self._plan(f"{key}/plan", survey, step, wanted, strikes, unreachable)
                 if filling is None or filling.step != plan.step:
                     if filling is not None:
                         filling.close()
@@ -224,7 +224,12 @@ class Restorer:
                     else:
                         begun = _ended(begun)
                         filling = Filling(job, plan.step, wanted.part)
-                attempt = Attempt(job, plan, wanted, filling, begun, self._mesh, self._replica_axis)
+                is_trusted = (
+                    job.process not in differing
+                    and Strike(plan.step, job.process) not in strikes
+                    and (plan.own.in_place or bool(plan.own.takes) or plan.own.sender is not None)
+                )
+                attempt = Attempt(job, plan, wanted, filling, begun, self._mesh, self._replica_axis, is_trusted)
                 try:
                     found = attempt.run(key)
                     if not found:
@@ -272,7 +277,8 @@ class Restorer:
         wanted: Wanted,
         strikes: set[Strike],
         unreachable: Mapping[int, str],
-    ) -> PlanOfOne:
+    ) -> tuple[PlanOfOne, Sequence[int]]:
+        """The plan, and the processes whose copies of the step differ from those that are taken."""
         job = self._job
         count = job.topology.process_count
 
@@ -314,7 +320,7 @@ class Restorer:
             raise NoRestorableStepError(f"{asked}: {answer['reason']}.{other}")
         self._tell_differing(survey, StepId(*answer["plan"]["step"]), answer["differing"])
         own = json.loads(job.coordinator.get(f"{key}/own/{job.process}", timeout))
-        return PlanOfOne.from_json(job.process, answer["plan"], own)
+        return PlanOfOne.from_json(job.process, answer["plan"], own), answer["differing"]
 
     def _tell_differing(self, survey: Survey, step: StepId, processes: list[int]) -> None:
         """Copies that differ are counted on all processes, once per leaf, step and manager."""

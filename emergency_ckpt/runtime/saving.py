@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
-from emergency_ckpt.agent.drain import DrainWorker
+from emergency_ckpt.agent.drain_worker import DrainWorker
 from emergency_ckpt.agent.worker import Worker
 from emergency_ckpt.core.checksums import ShardWriter, shard_seed
 from emergency_ckpt.core.lineage import StepId
@@ -42,6 +42,9 @@ from emergency_ckpt.runtime.job import Job
 from emergency_ckpt.runtime.replicas import Published, ReplicaComparison
 from emergency_ckpt.telemetry.events import SaveEvent, SkippedSaveEvent
 from emergency_ckpt.telemetry.metrics import Metric
+
+# How often a save that waits long looks whether steps have come to wait for their drains, which make room.
+_LOOK_SECONDS = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +158,7 @@ class SavePipeline(Worker[_Task]):
             task.snapshot = take_snapshot(self._binder, task.content.state)
             # The pin keeps the slot for the drain, which begins when the outcome is known.
             pins = 1 if due.persistent else 0
-            task.slot, task.abandon_reason = job.local.begin(task.step, slot_wait, pins)
+            task.slot, task.abandon_reason = self._take_slot(task, slot_wait, pins)
             if task.slot is not None:
                 job.log.metrics.add(Metric.SAVES_STARTED)
                 task.devices = self._device_copies.ask(task.step, task.content.state)
@@ -179,6 +182,25 @@ class SavePipeline(Worker[_Task]):
             self._await_end(task)
             return task.outcome is Outcome.COMPLETE
         return task.slot is not None
+
+    def _take_slot(self, task: _Task, slot_wait: timedelta, pins: int) -> tuple[OpenSlot | None, str]:
+        """A slot, for which steps that wait to be drained make room if need be.
+
+        The step of a preemption is the last one: it is worth a longer wait, for a drain that runs, or for the
+        outcome of the save before. Others wait for its outcome longer than that. `finish` says how long itself.
+        """
+        local, drain, settings = self._job.local, self._drain, self._job.settings
+        first = min(slot_wait, settings.slot_wait)
+        slot, reason = local.begin(task.step, first, pins)
+        patience = max(slot_wait - first, settings.coordination_timeout / 2 * task.due.before_end)
+        deadline = time.monotonic() + patience.total_seconds()
+        while slot is None:
+            made = drain is not None and drain.make_room()
+            left = deadline - time.monotonic()
+            if not made and left <= 0:
+                break
+            slot, reason = local.begin(task.step, timedelta(seconds=min(max(left, 0.0), _LOOK_SECONDS)), pins)
+        return slot, reason
 
     def _await_end(self, task: _Task) -> None:
         # Each part of a save has a limit of its own; this one is for a thread that died.

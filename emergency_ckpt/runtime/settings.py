@@ -18,12 +18,14 @@ from emergency_ckpt.agent.options import AgentOptions
 from emergency_ckpt.agent.starting import IDLE_SECONDS
 from emergency_ckpt.core.backups import BackupRule
 from emergency_ckpt.core.schedule import SaveRule, SaveSchedule
+from emergency_ckpt.core.stalls import StallLimits
 from emergency_ckpt.errors import ConfigError
 from emergency_ckpt.jaxio.binding import HOST_PLATFORMS
 from emergency_ckpt.persistent.arrays import WriteOptions
 from emergency_ckpt.persistent.attempts import StepNames
 from emergency_ckpt.persistent.object_store.opening import check_location
 from emergency_ckpt.preemption.choosing import SourceOptions, names_of
+from emergency_ckpt.preemption.signals import SignalOptions
 from emergency_ckpt.runtime.policies import (
     AskedPolicy,
     Preservation,
@@ -64,6 +66,8 @@ class Settings:
       save_on_preemption: save at the step of a preemption notice.
       single_replica_restore: one slice reads the persistent tier and broadcasts.
       coordination_timeout, drain_timeout, slot_wait: time limits.
+      drain_retry: longest mean pause between a drain that failed and its next try.
+      stall: how long nothing of a request to the store may move.
       write_options: how the persistent tier is written; read_bytes: how much of it is read at a time.
       foreign_run: what happens to another run's data on the ramdisk.
       remove_foreign_leftovers: remove what other programs left uncommitted in the persistent directory.
@@ -77,8 +81,14 @@ class Settings:
       on_replica_divergence: whether copies that differ are an error beside a line in the log.
       compare_device_copies: whether copies on several devices of one process are compared, too.
       flush_on_trainer_exit: whether agents drain the newest complete step when their trainers die.
+      preemption_grace: how long a host has after a notice that names no time.
+      skip_if_replicated: whether a preemption needs no persistent step where the hosts that stay have a whole
+        one.
+      exit_code: with which the program is to end after a preemption.
       notice_sources: what is watched for notices where there is no agent; and an agent is started for them
         alone. None: neither.
+      signals: which of them are notices, where JAX does not hear them itself; None: none.
+      stalls: what the agent makes of a step that takes far longer than those before it.
     """
 
     persistent_directory: str
@@ -95,6 +105,8 @@ class Settings:
     coordination_timeout: timedelta = timedelta(seconds=120)
     drain_timeout: timedelta = timedelta(seconds=1800)
     slot_wait: timedelta = timedelta(seconds=1)
+    drain_retry: timedelta = timedelta(seconds=300)
+    stall: timedelta = timedelta(seconds=60)
     write_options: WriteOptions = dataclasses.field(default_factory=WriteOptions)
     read_bytes: int = 1024**3
     foreign_run: Literal["evict", "error"] = "evict"
@@ -118,6 +130,11 @@ class Settings:
     compare_device_copies: bool = False
     backups: BackupRule | None = None
     notice_sources: SourceOptions | None = None
+    preemption_grace: timedelta = timedelta(seconds=30)
+    skip_if_replicated: bool = False
+    exit_code: int = 42
+    signals: SignalOptions | None = None
+    stalls: StallLimits = dataclasses.field(default_factory=StallLimits)
     clock: Callable[[], float] = time.monotonic
 
     @property
@@ -161,11 +178,14 @@ def settings_from_config(config: Config) -> Settings:
         coordination_timeout=timedelta(seconds=config.checkpoint_coordination_timeout_seconds),
         drain_timeout=timedelta(seconds=timeout),
         slot_wait=timedelta(seconds=config.local_checkpoint_slot_wait_seconds),
+        drain_retry=timedelta(seconds=config.checkpoint_drain_retry_seconds),
+        stall=timedelta(seconds=config.checkpoint_storage_stall_seconds),
         write_options=WriteOptions(
             concurrent_bytes=concurrent_bytes,
             compression=config.checkpoint_storage_compression,
             target_data_file_bytes=config.checkpoint_storage_target_data_file_size_bytes or None,
             timeout_seconds=timeout,
+            stall_seconds=config.checkpoint_storage_stall_seconds,
         ),
         read_bytes=concurrent_bytes,
         foreign_run=config.local_checkpoint_foreign_run,
@@ -177,6 +197,15 @@ def settings_from_config(config: Config) -> Settings:
         on_replica_divergence=config.on_replica_divergence,
         compare_device_copies=config.compare_device_copies,
         notice_sources=_notice_sources(config) if config.enable_autocheckpoint else None,
+        preemption_grace=timedelta(seconds=config.preemption_grace_seconds),
+        skip_if_replicated=config.autocheckpoint_skip_if_replicated,
+        exit_code=config.preemption_exit_code,
+        signals=_signals(config) if config.enable_autocheckpoint else None,
+        stalls=StallLimits(
+            config.trainer_stall_factor,
+            config.trainer_stall_floor_seconds,
+            config.trainer_stall_restart_seconds,
+        ),
     )
 
 
@@ -203,6 +232,10 @@ def _notice_sources(config: Config) -> SourceOptions:
         Path(file) if file else None,
         "allowed" if config.preemption_allow_imds_v1 else "never",
     )
+
+
+def _signals(config: Config) -> SignalOptions:
+    return SignalOptions(names_of(config.preemption_signals), config.preemption_grace_seconds)
 
 
 def _agent_options(config: Config) -> AgentOptions | None:

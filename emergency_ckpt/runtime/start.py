@@ -9,12 +9,14 @@ from typing import Any
 
 import jax
 
-from emergency_ckpt.agent.drain import ByAgent, DrainJob, DrainWorker, InProcess, Runner
+from emergency_ckpt.agent.drain import ByAgent, DrainJob, InProcess, Runner
+from emergency_ckpt.agent.drain_worker import DrainWorker
 from emergency_ckpt.agent.draining import Stop, destination_of
 from emergency_ckpt.agent.orders import Destination, Share
 from emergency_ckpt.core.copies import survivable
 from emergency_ckpt.core.layout import Layout
 from emergency_ckpt.core.lineage import StepId
+from emergency_ckpt.core.retrying import Pauses
 from emergency_ckpt.core.storage import storage_layout
 from emergency_ckpt.errors import ConfigError, NoRestorableStepError, PersistentStoreError, StateMismatchError
 from emergency_ckpt.jaxio.coordination import Coordinator, open_coordinator, service_address
@@ -24,6 +26,7 @@ from emergency_ckpt.jaxio.orbax_metadata import layout_metadata_files
 from emergency_ckpt.jaxio.topology import Topology, axis_position
 from emergency_ckpt.local.slot_views import SealedSlot
 from emergency_ckpt.local.store import LocalStore, StoreOptions
+from emergency_ckpt.persistent.object_store.operations import Limits
 from emergency_ckpt.persistent.store import Generation, PersistentStore
 from emergency_ckpt.preemption.notice import Notice
 from emergency_ckpt.runtime.agreement import agree, tell
@@ -62,7 +65,9 @@ def start_job(
     coordinator = open_coordinator()
     timeout = settings.coordination_timeout
     topology = Topology.from_mesh(mesh, settings.replica_axis)
-    persistent = PersistentStore(settings.persistent_directory, settings.names)
+    persistent = PersistentStore(
+        settings.persistent_directory, settings.names, limits=Limits.of_stall(settings.stall.total_seconds())
+    )
     context = LogContext(None, None, topology.process_index, topology.slice_index)
     log = CheckpointLogger(context, Metrics(), settings.log_format, settings.event_listener)
 
@@ -215,6 +220,7 @@ def destination(job: Job) -> Destination:
         job.item,
         job.settings.write_options,
         seconds,
+        stall_seconds=job.settings.stall.total_seconds(),
         tidies=job.settings.preservation is None,
         max_to_keep=job.settings.persistent_max_to_keep,
         keep_period=job.settings.persistent_keep_period,
@@ -255,6 +261,11 @@ def start_drains(job: Job, retention: Retention) -> DrainWorker | None:
             board=CoordinatedBoard(job.coordinator),
             log=job.log,
             on_commit=retention.apply,
+            abandon=job.persistent.abandon,
+            pauses=Pauses(job.settings.drain_retry.total_seconds()),
+            keeps_waiting=job.settings.local_directory is None,
+            repeats=job.settings.asynchronous,
+            lets_go=job.local.slot_count < job.settings.wanted_slots,
             after_commit=job.settings.after_commit,
         )
     )

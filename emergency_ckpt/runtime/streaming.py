@@ -143,7 +143,7 @@ class Streamed:
         try:
             slot.wait_ready()
             self.stream.write(leaves, slot, self.manifest)
-            local.seal(slot, self.manifest)
+            local.seal_beside(slot, self.manifest)
         except BaseException:
             local.discard(slot)
             raise

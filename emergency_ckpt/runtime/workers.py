@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 
+from emergency_ckpt.agent.drain_worker import DrainWorker
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.core.schedule import Due
 from emergency_ckpt.errors import CoordinationTimeoutError, EmergencyCheckpointError
@@ -54,14 +55,49 @@ class Workers:
         return _save_patience(self._settings) + _drain_patience(self._settings)
 
     def wait(self) -> None:
-        """Waits until every save has its outcome and every drain has ended, within their own time limits."""
+        """Waits until every save has its outcome and every drain has had a try, within their time limits."""
         self.wait_for_saves()
         self.wait_for_drains()
 
     def wait_for_drains(self) -> None:
+        """Waits until every step has been drained, or has had a try."""
         limit = _drain_patience(self._settings)
         if self.drain is not None and not self.drain.wait(limit):
-            raise CoordinationTimeoutError(f"drains were still running after {limit.total_seconds():.0f} s")
+            raise self._still_running(self.drain, limit)
+
+    def hold_drains(self) -> int:
+        """As `wait_for_drains`, in process 0; no drain begins afterwards, until `release_drains`.
+
+        Returns how many there were.
+        """
+        limit = _drain_patience(self._settings)
+        if self.drain is None:
+            return 0
+        if (ended := self.drain.hold(limit)) is None:
+            raise self._still_running(self.drain, limit)
+        return ended
+
+    def await_held_drains(self, attempts: int) -> None:
+        """The part of the other processes: `attempts` is what `hold_drains` returned in process 0."""
+        limit = _drain_patience(self._settings)
+        if self.drain is not None and not self.drain.wait_for(attempts, limit):
+            raise self._still_running(self.drain, limit)
+
+    def release_drains(self) -> None:
+        """What is to be tried again is."""
+        if self.drain is not None:
+            self.drain.release()
+
+    def give_up_drains(self, reason: str, step: int | None = None) -> None:
+        """What waits to be drained, or one step of it, is not drained any more."""
+        if self.drain is not None:
+            self.drain.give_up(reason, step)
+
+    def _still_running(self, drain: DrainWorker, limit: timedelta) -> CoordinationTimeoutError:
+        return CoordinationTimeoutError(
+            f"drains were still running after {limit.total_seconds():.0f} s: {drain.describe()}. It goes on by "
+            "itself; look at the logs of the other processes, or raise checkpoint_drain_timeout_seconds"
+        )
 
     def wait_for_saves(self) -> None:
         limit = _save_patience(self._settings)
@@ -76,7 +112,7 @@ class Workers:
         """Ends the threads; what is not done by now is left undone."""
         self.pipeline.close(timedelta(0))
         if self.drain is not None:
-            self.drain.close(timedelta(0))
+            self.drain.close()
 
     def _in_progress(self) -> Due:
         """The tiers for which a save has no end yet."""

@@ -5,6 +5,7 @@ Every metric is declared here with its kind and its help text, so that an export
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import enum
 import threading
@@ -20,6 +21,9 @@ from emergency_ckpt.telemetry.events import (
     SaveEvent,
     SkippedSaveEvent,
 )
+from emergency_ckpt.telemetry.leaving_events import DecisionEvent, NoticeEvent
+
+_RECENT = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +48,9 @@ class Metric(enum.Enum):
     SAVED_BYTES = MetricSpec("saved_bytes", "counter", "bytes sealed in slots of this process")
     BLOCKED_SECONDS = MetricSpec("blocked_seconds", "counter", "time that the train loop waited for saves")
     LAST_SAVE_BLOCKED_SECONDS = MetricSpec("last_save_blocked_seconds", "gauge", "wait for the last save")
+    RECENT_SAVE_SECONDS = MetricSpec(
+        "recent_save_seconds", "gauge", "longest of the last three saves, from the call until it was complete"
+    )
     LAST_COMPLETE_STEP = MetricSpec("last_complete_step", "gauge", "newest step with the outcome complete")
     DRAINS_COMMITTED = MetricSpec("drains_committed", "counter", "drains whose step was committed")
     DRAINS_SUPERSEDED = MetricSpec(
@@ -51,7 +58,12 @@ class Metric(enum.Enum):
     )
     DRAINS_FAILED = MetricSpec("drains_failed", "counter", "drains that failed")
     DRAINED_BYTES = MetricSpec("drained_bytes", "counter", "bytes written to the persistent tier")
+    RECENT_DRAIN_SECONDS = MetricSpec(
+        "recent_drain_seconds", "gauge", "longest of the last three drains that were committed"
+    )
     LAST_COMMITTED_STEP = MetricSpec("last_committed_step", "gauge", "newest step drained and committed")
+    NOTICES = MetricSpec("notices", "counter", "notices of preemptions, and wishes for a save, that were heard")
+    PREEMPTIONS = MetricSpec("preemptions", "counter", "steps at which all processes reacted to notices")
     RESTORES = MetricSpec("restores", "counter", "restores that put a state on the devices")
     RESTORED_BYTES = MetricSpec("restored_bytes", "counter", "bytes restored by this process")
     COPIED_BYTES = MetricSpec(
@@ -91,6 +103,10 @@ class Metrics:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._values: dict[Metric, float] = {m: 0 for m in Metric if m.value.kind == "counter"}
+        self._recent: dict[Metric, collections.deque[float]] = {
+            metric: collections.deque(maxlen=_RECENT)
+            for metric in (Metric.RECENT_SAVE_SECONDS, Metric.RECENT_DRAIN_SECONDS)
+        }
 
     def add(self, metric: Metric, amount: float = 1) -> None:
         """Adds to a counter. Raises ValueError for a gauge or a negative amount."""
@@ -126,6 +142,7 @@ class Metrics:
                     values[Metric.SAVED_BYTES] += event.bytes
                 if event.outcome == "complete":
                     values[Metric.SAVES_COMPLETE] += 1
+                    self._note(Metric.RECENT_SAVE_SECONDS, event.outcome_seconds)
                     self._raise_to(Metric.LAST_COMPLETE_STEP, event.step)
                 else:
                     values[Metric.SAVES_ABANDONED] += 1
@@ -137,11 +154,16 @@ class Metrics:
                 match event.result:
                     case "committed":
                         values[Metric.DRAINS_COMMITTED] += 1
+                        self._note(Metric.RECENT_DRAIN_SECONDS, event.seconds)
                         self._raise_to(Metric.LAST_COMMITTED_STEP, event.step)
                     case "superseded":
                         values[Metric.DRAINS_SUPERSEDED] += 1
                     case "failed":
                         values[Metric.DRAINS_FAILED] += 1
+            case NoticeEvent():
+                values[Metric.NOTICES] += 1
+            case DecisionEvent():
+                values[Metric.PREEMPTIONS] += 1
             case RestoreEvent():
                 values[Metric.RESTORES] += 1
                 values[Metric.RESTORED_BYTES] += event.bytes
@@ -155,6 +177,11 @@ class Metrics:
             case ReplicaDivergenceEvent() | DeviceDivergenceEvent():
                 values[Metric.REPLICA_DIVERGENCES] += 1
                 values[Metric.LAST_DIVERGENT_STEP] = event.step
+
+    def _note(self, metric: Metric, seconds: float) -> None:
+        recent = self._recent[metric]
+        recent.append(seconds)
+        self._values[metric] = max(recent)
 
     def _raise_to(self, metric: Metric, value: float) -> None:
         """Outcomes and commits may be reported out of order; the newest step must not go back."""

@@ -22,12 +22,24 @@ from tests.agent.served import RUN, Ramdisk, run_python, start
 
 WAIT = timedelta(seconds=5)
 TRAINER = """
-import json, sys, dataclasses
+import json, os, sys, dataclasses
 from pathlib import Path
 from emergency_ckpt.agent.host_agent import HostAgent
 from emergency_ckpt.agent.orders import registration_from_json
 from emergency_ckpt.agent.options import AgentOptions
-agent = HostAgent(Path(sys.argv[1]), AgentOptions(bind="127.0.0.1", idle_seconds=120))
+from emergency_ckpt.agent.progress import Progress
+from emergency_ckpt.core.stalls import StallLimits
+
+def hear(notice):
+    print("notice", notice.source, notice.kind, flush=True)
+
+def tell(step=None, seconds=0.0, median=None, phase="training", last_call=True, floor=0.0, restart=0.0):
+    namespace, limits = os.stat("/proc/self/ns/pid").st_ino, StallLimits(10.0, floor, restart)
+    said = Progress(step, phase, seconds, median, os.getpid(), namespace, limits, last_call)
+    agent.tell_progress(said)
+    print("told", flush=True)
+
+agent = HostAgent(Path(sys.argv[1]), AgentOptions(bind="127.0.0.1", idle_seconds=120), hear)
 registration = registration_from_json(json.loads(sys.argv[2]))
 agents = list(registration.agents)
 agents[registration.process] = agent.connect()
@@ -93,6 +105,27 @@ class Job:
             finally:
                 process.kill()
 
+    def tell(self, trainer: subprocess.Popen[str], call: str) -> None:
+        """Has a trainer say how far it is: `tell(…)` of its program."""
+        self.run_in(trainer, call)
+        self.read_line(trainer, "told")
+
+    @staticmethod
+    def run_in(trainer: subprocess.Popen[str], call: str) -> None:
+        """Has a trainer do something."""
+        assert trainer.stdin is not None
+        trainer.stdin.write(f"{call}\n")
+        trainer.stdin.flush()
+
+    @staticmethod
+    def read_line(trainer: subprocess.Popen[str], line: str) -> None:
+        """Waits until a trainer prints a line."""
+        assert trainer.stdout is not None
+        for printed in trainer.stdout:
+            if printed == f"{line}\n":
+                return
+        raise AssertionError(f"the trainer ended without printing {line!r}")
+
     def wait_for(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 60
         while not condition():
@@ -100,7 +133,7 @@ class Job:
             time.sleep(0.02)
 
 
-def make_job(disk: Ramdisk, bucket: Path, *, tidies: bool = True) -> Job:
+def make_job(disk: Ramdisk, bucket: Path | str, *, tidies: bool = True) -> Job:
     """The next life of the run."""
     store = PersistentStore(bucket)
     with contextlib.suppress(FileExistsError):

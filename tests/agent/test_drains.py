@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import signal
+import socket
+import threading
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from emergency_ckpt.agent.attachment import attach
 from emergency_ckpt.agent.client import PeerClient
 from emergency_ckpt.agent.draining import carry_out, destination_of
+from emergency_ckpt.agent.endpoint import Endpoint
 from emergency_ckpt.agent.host_agent import HostAgent
 from emergency_ckpt.agent.order_client import OrderClient
 from emergency_ckpt.agent.orders import (
@@ -29,12 +35,35 @@ from emergency_ckpt.agent.orders import (
     share_from_json,
     share_to_json,
 )
-from emergency_ckpt.agent.record import AgentRecord, agent_directory, read_record
+from emergency_ckpt.agent.record import LOG, AgentRecord, agent_directory, read_record
+from emergency_ckpt.core.checksums import checksum_blocks, shard_seed
+from emergency_ckpt.core.layout import Layout, LeafSpec
 from emergency_ckpt.core.lineage import StepId
-from emergency_ckpt.errors import CorruptDataError, PeerUnavailableError, StaleGenerationError
+from emergency_ckpt.core.shards import Box, Shard
+from emergency_ckpt.errors import (
+    CorruptDataError,
+    PeerUnavailableError,
+    PersistentStoreError,
+    StaleGenerationError,
+)
+from emergency_ckpt.local.manifest import Manifest
+from emergency_ckpt.local.slot_views import SealedSlot
 from emergency_ckpt.persistent.arrays import WriteOptions
 from emergency_ckpt.persistent.store import PersistentStore
-from tests.agent.served import LOCAL, RUN, Ramdisk, pid_of, raw, start, wait_until_gone
+from tests.agent.served import (
+    LOCAL,
+    RUN,
+    AcceptingServer,
+    CuttingProxy,
+    Ramdisk,
+    pid_of,
+    raw,
+    start,
+    wait_until_gone,
+)
+from tests.persistent.objects import KINDS
+from tests.persistent.paced import Paced, open_paced_store
+from tests.persistent.saving import read_shards
 
 STEP = StepId(1, 7)
 WAIT = timedelta(seconds=5)
@@ -226,6 +255,122 @@ def test_a_trainer_has_its_agent_drain_and_hears_what_came_of_it(job: Job) -> No
             agent.drain(job.destination, job.share(), lambda: None)
     finally:
         agent.close()
+
+
+def test_an_order_whose_answer_got_lost_is_given_again_and_the_drain_that_runs_is_left_alone(job: Job) -> None:
+    """By a trainer that asks the agent once more, and by one that takes it for dead and does it itself."""
+    job.disk.save(STEP, nonce=job.nonce)
+    sealed = job.disk.store.sealed(STEP)
+    assert sealed is not None
+    share, record = job.share(0, 1), job.record
+    owner = dataclasses.replace(record.endpoint, token=record.owner)
+    with CuttingProxy(owner, 0) as proxy, pytest.raises(PeerUnavailableError) as lost:
+        OrderClient(proxy.endpoint).begin(job.destination, share)
+    assert lost.value.code == "unreachable"
+    drain = job.owner.begin(job.destination, share)
+    assert job.owner.look_at(job.destination.life).drains == 1
+    job.wait_for_part(drain)
+    with pytest.raises(PersistentStoreError, match="given up while parts"):
+        carry_out(job.store, job.destination, share, sealed, stop=lambda: "the trainer ends")
+    assert job.owner.look(drain).ending is None
+    other = job.disk.other_slot(STEP, job.nonce)
+    carry_out(job.store, job.destination, job.share(0, 1, position=1, commits=False), other)
+    assert job.wait_for_end(drain) == ("done", "")
+    assert job.owner.begin(job.destination, share) == drain
+    assert job.left == ["7"]
+
+
+class LosingProxy(AcceptingServer):
+    """Passes connections on to an agent; of those about drains every second one is cut before the answer."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._target = (endpoint.host, endpoint.port)
+        self._passing: list[threading.Thread] = []
+        self._asked = itertools.count()
+        self.lost: list[bytes] = []
+        super().__init__()
+
+    def deal_with(self, connection: socket.socket) -> None:
+        line = connection.recv(65536, socket.MSG_PEEK).partition(b"\r\n")[0]
+        target = socket.create_connection(self._target, 30)
+        if b"/v1/drains" in line and next(self._asked) % 2 == 0:
+            with target:
+                target.sendall(connection.recv(65536))
+                assert target.recv(1)
+            self.lost.append(line)
+            return
+        for source, sink in (connection.dup(), target), (target.dup(), connection.dup()):
+            thread = threading.Thread(target=self._pass, args=(source, sink))
+            thread.start()
+            self._passing.append(thread)
+
+    def _pass(self, source: socket.socket, sink: socket.socket) -> None:
+        with source, sink, contextlib.suppress(OSError):
+            source.settimeout(60)
+            while data := source.recv(65536):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        for thread in self._passing:
+            thread.join(70)
+
+
+def test_a_trainer_hears_of_its_drain_though_answers_get_lost(job: Job) -> None:
+    job.disk.save(STEP, nonce=job.nonce)
+    record, directory = job.record, agent_directory(job.disk.root)
+    agent = HostAgent(job.disk.root, LOCAL)
+    with LosingProxy(record.endpoint) as proxy:
+        endpoint = dataclasses.replace(record.endpoint, port=proxy.port)
+        dataclasses.replace(record, endpoint=endpoint).write(directory)
+        try:
+            nbytes = agent.drain(job.destination, job.share(), lambda: None)
+        finally:
+            agent.close()
+            record.write(directory)
+    assert nbytes == sum(job.disk.layout.shard_nbytes)
+    assert proxy.lost[0].startswith(b"POST /v1/drains ")
+    assert len(proxy.lost) > 1
+    assert (directory / LOG).read_text().count("draining") == 1
+    assert job.left == ["7"]
+
+
+def small_slot(nonce: str) -> SealedSlot:
+    """All of a step of one leaf."""
+    leaf = LeafSpec("w", (8,), "uint8")
+    layout = Layout.build([leaf], {0: [Shard("w", Box.whole(leaf.shape))]}, (0,))
+    data = np.arange(layout.data_bytes(0), dtype=np.uint8)
+    checksums = (checksum_blocks(data[:8], shard_seed(STEP.generation, layout, 0)),)
+    return SealedSlot(0, Manifest(RUN, nonce, STEP, layout.hash, 0, 1, checksums), layout, data)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_two_who_carry_out_the_same_share_neither_takes_away_what_the_other_commits(
+    ramdisk: Path, kind: str
+) -> None:
+    """The second one from any moment of the first on, as when a trainer takes its agent for dead."""
+    first, store = Paced(ramdisk, kind), open_paced_store(ramdisk, kind, lambda: None)
+    generation = store.mint_generation(0, None)
+    slot = small_slot(generation.nonce)
+    destination = destination_of(store, RUN, generation, "default", WriteOptions(), 60.0)
+    told = set[str]()
+    for number in itertools.count(1):
+        share = Share(STEP.step, number, slot.layout.hash, 0, (0,), True)
+        paused = first.start(lambda s, x=share: carry_out(s, destination, x, slot), number)
+        try:
+            carry_out(store, destination, share, slot)
+            second = "done"
+        except PersistentStoreError as error:
+            second = "told" if "another committer is, or was, at work" in str(error) else str(error)
+        told.add(second)
+        assert isinstance(first.finish(), int)
+        (step,) = store.steps()
+        read_shards(store.open_step(step))
+        store.delete_step(step)
+        if not paused:
+            break
+    assert told == {"done", "told"}
 
 
 def test_an_agent_whose_only_trainer_says_goodbye_leaves_soon(job: Job) -> None:

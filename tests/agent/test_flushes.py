@@ -99,6 +99,23 @@ def test_an_agent_whose_store_is_away_waits_for_it(disk: Ramdisk, bucket: Path) 
     assert job.log.count("waits for the persistent tier") == 1
 
 
+def test_a_step_whose_drain_failed_is_drained_by_a_flush_which_tries_again_as_well(
+    disk: Ramdisk, bucket: Path
+) -> None:
+    job = make_job(disk, bucket)
+    job.save(7)
+    for ordinal in (0, 1_000_000_000):  # In the way of the directories of the first attempts.
+        (bucket / f"7.orbax-checkpoint-tmp-g1-{job.nonce}-{ordinal}").touch()
+    drain = job.owner.begin(job.destination, job.share(7))
+    while (report := job.owner.look(drain)).ending is None:
+        pass
+    assert report.ending == "failed"
+    die(job)
+    job.wait_for(lambda: job.committed == [StepId(1, 7)] or "could not be drained" in job.log)
+    assert job.committed == [StepId(1, 7)], job.log
+    assert "the flush waits for the persistent tier, at most" in job.log
+
+
 def test_what_a_flush_left_whose_agents_died_in_its_middle_is_not_in_the_way_of_the_next(
     disk: Ramdisk, bucket: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from emergency_ckpt.agent.client import Blocks
 from emergency_ckpt.agent.endpoint import Endpoint
 from emergency_ckpt.agent.gather import Gathered, Target, gather
 from emergency_ckpt.agent.slot_id import SlotId
@@ -22,6 +24,7 @@ from emergency_ckpt.core.layout import Layout, LeafSpec
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.core.restore_plan import Take
 from emergency_ckpt.core.shards import BLOCK_BYTES, Box, Shard
+from emergency_ckpt.errors import LocalDirectoryError
 from emergency_ckpt.local.manifest import Manifest
 from emergency_ckpt.local.slot_views import SealedSlot
 from emergency_ckpt.local.store import LocalStore, StoreOptions
@@ -240,6 +243,46 @@ def test_a_source_that_dies_in_the_middle_costs_only_what_it_had_not_given(
     wanted.assert_good(gathered, set(wanted.places) - set(thirds(layout)[1].shards))
     again = wanted.gather([Take(2, layout.hash, 2, thirds(layout)[1].shards)], from_agents(fleet))
     assert set(again.checksums) == set(thirds(layout)[1].shards)
+
+
+class Closing(OwnSlot):
+    """Knows whether it was closed."""
+
+    is_closed = False
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+@pytest.mark.parametrize("moment", ["opening", "reading"])
+def test_whatever_goes_wrong_every_source_is_closed(moment: str) -> None:
+    """Also one that is opened, or is being read, only after another has failed in a way that nobody foresaw."""
+    layout = fleet_layout()
+    wanted, opened, failed = Wanted(SMALL, layout), list[Closing](), threading.Event()
+    all_begun = threading.Barrier(3)
+
+    def fail() -> None:
+        failed.set()
+        raise LocalDirectoryError("the ramdisk is gone")
+
+    class Failing(Closing):
+        def fetch(self, wanted: Sequence[Blocks]) -> None:
+            fail()
+
+    def open_source(take: Take) -> SlotSource:
+        if moment == "opening":
+            all_begun.wait(30)
+            if take.process == 0:
+                fail()
+            assert failed.wait(30)
+        kind = Failing if take.process == 0 else Closing
+        opened.append(kind(take.process, memory_slot(SMALL, layout, take.process)))
+        return opened[-1]
+
+    with pytest.raises(LocalDirectoryError, match="the ramdisk is gone"):
+        wanted.gather(thirds(layout), open_source)
+    assert len(opened) == (2 if moment == "opening" else 3)
+    assert all(source.is_closed for source in opened)
 
 
 def test_a_slot_that_is_not_there_any_more_is_no_damage(fleet: list[tuple[LocalStore, Endpoint]]) -> None:

@@ -206,8 +206,8 @@ def _socket(path: Path) -> None:
         Path.mkdir,
         lambda path: path.write_bytes(b""),
         lambda path: path.write_bytes(b"\0" * 100),
+        lambda path: path.write_bytes(b"emergency_ckpt agent memory 3 0\n{}"),
         lambda path: path.write_bytes(b"emergency_ckpt agent memory 2 0\n{}"),
-        lambda path: path.write_bytes(b"emergency_ckpt agent memory 1 0\n{}"),
         lambda path: path.write_bytes(_sealed(b"[" * 100_000)),
         lambda path: path.write_bytes(_sealed(b'{"port": 1e999}')),
         lambda path: path.write_bytes(_sealed(b'{"port":1,"token":"t","trainers":[[0,0,0]],"drains":[]}')),
@@ -308,7 +308,7 @@ def test_presence_is_there_as_long_as_its_holder(tmp_path: Path) -> None:
 
 
 def _sealed(body: bytes) -> bytes:
-    return b"emergency_ckpt agent memory 1 %s\n%s" % (xxhash.xxh3_128_hexdigest(body).encode(), body)
+    return b"emergency_ckpt agent memory 2 %s\n%s" % (xxhash.xxh3_128_hexdigest(body).encode(), body)
 
 
 def _remember(job: Job, order: Order) -> None:

@@ -40,6 +40,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 SMALL = ("--size-mib", "2", "--repeats", "1", "--loop-steps", "1", "--memory-saves", "20")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_sections_that_are_asked_for_are_measured(tmp_path: Path):
     written = tmp_path / "figures.json"

@@ -194,13 +194,17 @@ def cut_evenly(leaf: LeafSpec, axis: int, pieces: int) -> list[Box]:
 
 
 @st.composite
-def layouts(draw: st.DrawFn) -> Layout:
-    """Slices of hosts, each leaf sharded over a slice, some hosts of it, all slices, or not at all."""
+def layouts(draw: st.DrawFn, *, cut_alike: bool = False) -> Layout:
+    """Slices of hosts, each leaf sharded over a slice, some hosts of it, all slices, or not at all.
+
+    `cut_alike`: no two boxes of a leaf overlap, as in a job of one mesh.
+    """
+    ways = ["replicated", "sharded", "sharded", "sharded", "partly", "fully", *([] if cut_alike else ["any"])]
     slices, per_slice = draw(st.integers(1, 3)), draw(st.integers(1, 4))
     count = slices * per_slice
     boxes: dict[str, dict[int, list[Box]]] = {}
     for leaf in LEAVES:
-        way = draw(st.sampled_from(["replicated", "sharded", "sharded", "sharded", "partly", "fully", "any"]))
+        way = draw(st.sampled_from(ways))
         axis = draw(st.integers(0, len(leaf.shape) - 1)) if leaf.shape else 0
         if way == "replicated" or not leaf.shape:
             held = {p: [Box.whole(leaf.shape)] for p in range(count)}

@@ -7,10 +7,11 @@ import dataclasses
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emergency_ckpt.core.flush import Copy, choose_flush
+from emergency_ckpt.core.flush import Copy, Flush, choose_flush
 from emergency_ckpt.core.layout import Layout, LeafSpec
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.core.shards import Box, Shard
+from emergency_ckpt.core.upload_assignment import assign_uploads
 
 SLICES, HOSTS = 2, 2
 
@@ -119,3 +120,40 @@ def test_whatever_is_held_what_is_drained_is_covered_newer_and_of_one_content(
     for half in (0, 1):
         assert len({c.digest for c in flush.copies if c.position % HOSTS == half}) == 1
     assert all(c.whole and c.step == flush.step for c in flush.copies)
+
+
+def uploaded(flush: Flush) -> dict[int, set[int]]:
+    """By process, the shards that it writes."""
+    plan = assign_uploads(LAYOUT, flush.holders, flush.leaving)
+    assert plan.shards is not None
+    return {copy.process: set(plan.shards[copy.position]) for copy in flush.copies}
+
+
+@given(
+    st.sets(st.integers(0, 3)),
+    st.sets(st.integers(0, 3)),
+    st.dictionaries(st.integers(0, 3), st.sets(st.integers(0, 3))),
+)
+def test_processes_that_leave_write_only_what_no_other_one_has(
+    held: set[int], leaving: set[int], extras: dict[int, set[int]]
+) -> None:
+    copies = [copy(p, 6, extras_of=tuple(sorted(extras.get(p, set())))) for p in sorted(held)]
+    usual, _ = choose_flush(copies, LAYOUTS, None)
+    flush, _ = choose_flush(copies, LAYOUTS, None, (), leaving)
+    assert (usual is None) == (flush is None)
+    if flush is None or usual is None:
+        return
+    assert flush.step == usual.step
+    written = uploaded(flush)
+    assert set().union(*written.values()) == set(range(len(LAYOUT.shards)))
+    assert sum(map(len, written.values())) == len(LAYOUT.shards)
+    for process, shards in written.items():
+        for shard in shards if process in leaving else ():
+            assert not [p for p in held - leaving if shard in LAYOUT.process_shards[p]]
+    # Nothing of the extras is lost, and who leaves is not even asked where it adds nothing.
+    assert {o for c in flush.copies for o in c.extras_of} == {o for c in usual.copies for o in c.extras_of}
+    staying = {o for c in flush.copies if c.process not in leaving for o in c.extras_of}
+    for each in flush.copies:
+        if each.process in leaving:
+            assert written[each.process] or set(each.extras_of) - staying
+    assert flush.committer.process not in leaving or {c.process for c in flush.copies} <= leaving

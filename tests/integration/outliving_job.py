@@ -42,6 +42,24 @@ def train_and_stay(root: str, until: int, flags: dict[str, Any], stopped_at: dic
         time.sleep(1)
 
 
+def train_and_hang(root: str, until: int, flags: dict[str, Any]) -> None:
+    """Trains until the last process hangs before it asks about `until`, and all others in a collective."""
+    mesh, process = make_mesh(jax.process_count()), jax.process_index()
+    manager = CheckpointManager.from_config(make_config(root, flags), mesh, make_state(mesh, 0))
+    manager.restore_or_init(lambda: make_state(mesh, 0))
+    for step in range(1, until + 1):
+        multihost_utils.sync_global_devices(f"step {step}")
+        if step == until and process == jax.process_count() - 1:
+            wait_until_registered(manager)
+            print("hangs", flush=True)
+            while True:
+                time.sleep(1)
+        manager.save(step, make_state(mesh, step), extras={"data": {"position": 100 * step + process}})
+        if step < until:
+            manager.wait_until_finished()
+    multihost_utils.sync_global_devices("never")
+
+
 def train_and_die(root: str, until: int, flags: dict[str, Any]) -> None:
     """Trains to `until`, alone, and is killed."""
     mesh = make_mesh(1)

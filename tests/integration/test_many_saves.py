@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import gc
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tests.integration.processes import run_job
 from tests.integration.training_job import make_config, make_mesh, make_state
 
 FEW, MANY = 100, 400
+LOOKS = 10
 
 
 def count_what_saves_leave(root: str) -> list[dict[str, Any]]:
@@ -32,9 +34,15 @@ def count_what_saves_leave(root: str) -> list[dict[str, Any]]:
             assert manager.save(step, state, extras={"data": {"position": step}})
         manager.wait_until_finished()
         manager.check_for_errors()
-        found.append(_count(manager))
+        # The last steps may be on their way out in the background: what is there at the calmest moment counts.
+        found.append(min((_count_later(manager) for _ in range(LOOKS)), key=lambda count: count["objects"]))
     manager.close()
     return found
+
+
+def _count_later(manager: CheckpointManager) -> dict[str, Any]:
+    time.sleep(0.2)
+    return _count(manager)
 
 
 def _count(manager: CheckpointManager) -> dict[str, Any]:
@@ -56,7 +64,7 @@ def test_nothing_grows_from_save_to_save(ramdisk: Path) -> None:
         assert few["keys"], "the keys of the job are found"
         # The keys of the last saves are deleted a little later on some processes than on others.
         assert many["keys"] <= few["keys"] + 5
-        # A few may be deleting the last steps at either count; one left by each drain would be fifteen more.
+        # One that each drain leaves would be fifteen more.
         assert len(many["threads"]) <= len(few["threads"]) + 8, (few["threads"], many["threads"])
         grown = {name: n for name, n in many["ours"].items() if n > few["ours"].get(name, 0) + 5}
         assert not grown

@@ -172,6 +172,7 @@ def test_without_the_committing_agent_another_one_drains_the_step(root: Path) ->
     assert_restored_without_ramdisks(root, 2, 10)
 
 
+@pytest.mark.long
 def test_a_drain_whose_parts_never_come_is_taken_over_by_the_agents_that_are_left(root: Path) -> None:
     train_and_kill(root, 2, 10, {}, {1: 10}, drains=1)
     os.kill(agent_pid(root, 1), signal.SIGKILL)
@@ -194,6 +195,8 @@ def test_an_agent_that_dies_in_the_middle_of_a_drain_is_replaced_by_its_trainer(
         for process in range(2):
             job.wait_for_line(process, "complete 10")
         wait_for(lambda: status(root, 0)["drains"] == 1, root)
-        os.kill(agent_pid(root, 1), signal.SIGKILL)
+        killed = agent_pid(root, 1)
+        os.kill(killed, signal.SIGKILL)
         wait_for(lambda: committed(root) == [1, 10], root)
-        assert "the trainer does it itself" in "\n".join(job.lines(1))
+        # By another agent, that the trainer started, or by the trainer itself.
+        assert agent_pid(root, 1) != killed or "the trainer does it itself" in "\n".join(job.lines(1))

@@ -8,6 +8,8 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
+
 from tests.integration.processes import REPOSITORY, _reserved_address, run_job
 from tests.integration.training_job import live_through
 
@@ -15,6 +17,7 @@ SLICES = [[0, 2], [1, 3]]
 HOSTS = [[0, 1], [2, 3]]
 
 
+@pytest.mark.long
 def test_hosts_that_changed_places_restore_without_the_network_once_the_mesh_is_arranged(ramdisk: Path) -> None:
     """Jobs of two slices with two hosts each; every story trains first, and then lives on elsewhere."""
     sharded = {"fully_sharded": True, "checkpoint_period": 1000, "save_checkpoint_on_completion": False}

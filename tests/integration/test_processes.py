@@ -26,6 +26,7 @@ def fail_in_one(directory: str):
     if jax.process_index() == 1:
         while not said.exists():
             time.sleep(0.01)
+        time.sleep(1)  # What the other one says has a second to get through.
         raise RuntimeError("no luck")
     print("waits for ever", flush=True)
     said.touch()

@@ -110,6 +110,9 @@ def test_what_a_failed_drain_has_written_does_not_stay(
     with pytest.raises(PersistentStoreError, match="disk full"):
         manager.wait_until_finished()
     assert [path.name for path in (tmp_path / "bucket").iterdir()] == ["emergency_ckpt"]
+    monkeypatch.setattr(draining, "write_part", write_part)
+    manager.wait_until_finished()  # Whoever waits need not wait for the next try.
+    assert (tmp_path / "bucket/5/default").is_dir()
 
 
 def test_finish_raises_when_the_last_step_is_not_persistent(
@@ -386,6 +389,6 @@ def test_a_failing_persistent_store_makes_noise_and_the_local_tier_goes_on(
     with pytest.raises(Exception, match="step 5"):
         manager.wait_until_finished()
     assert manager.latest_complete_step() == 8
-    assert manager.metrics_snapshot()["drains_failed"] == 1
+    assert manager.metrics_snapshot()["drains_failed"] in (1, 2), "by itself, and for whoever waits"
     blocked.unlink()
     (tmp_path / "elsewhere").rename(blocked)

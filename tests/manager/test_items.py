@@ -278,11 +278,11 @@ def test_a_dataset_goes_only_when_its_step_is_gone(
     for step in (5, 10):
         save_large_dataset(manager, mesh, step)
     with monkeypatch.context() as patch:
-        Unreliable(patch, draining, "write_part", PersistentStoreError("disk full"))
+        Unreliable(patch, draining, "write_part", PersistentStoreError("disk full"), times=99)
         with pytest.raises(PersistentStoreError, match="disk full"):
             save_large_dataset(manager, mesh, 15)
-    assert dataset_steps(directory) == [10, 15]
-    assert committed_steps(tmp_path / "bucket") == [10]
+        assert dataset_steps(directory) == [10, 15]
+        assert committed_steps(tmp_path / "bucket") == [10]
     save_large_dataset(manager, mesh, 20)
     save_large_dataset(manager, mesh, 25)
     assert dataset_steps(directory) == [20, 25]

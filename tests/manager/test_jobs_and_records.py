@@ -149,19 +149,18 @@ def test_a_run_name_used_again_after_the_bucket_was_wiped_takes_nothing_of_the_o
     assert opened().restore_or_init(dict).step == 4
 
 
-def test_saves_that_outrun_a_drain_are_skipped_and_counted_and_the_persistent_tier_catches_up(
+def test_saves_that_outrun_a_drain_find_slots_and_the_newest_step_becomes_persistent(
     opened: Opener, mesh: Mesh, gate: Gate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manager = opened()
     monkeypatch.setattr(
-        manager, "_settings", dataclasses.replace(manager._settings, slot_wait=timedelta(seconds=0.01))
+        manager, "_settings", dataclasses.replace(manager._settings, slot_wait=timedelta(seconds=0.1))
     )
     saved = [step for step in range(1, 41) if manager.save(step, make_state(mesh, step))]
     counted = manager.metrics_snapshot()
-    assert counted["saves_skipped"] > 0
-    # Every drain that waits has a slot pinned: there are never more of them than slots.
-    assert manager._engine._workers.drain is not None
-    assert manager._engine._workers.drain._open <= manager._engine.job.local.slot_count
+    assert saved == [step for step in range(1, 41) if step == 1 or step % 2 == 0 or step % 5 == 0]
+    assert counted["saves_skipped"] == 0
+    assert counted["drains_superseded"] > 0
     gate.open()
     manager.wait_until_finished()
     manager.check_for_errors()
@@ -169,7 +168,7 @@ def test_saves_that_outrun_a_drain_are_skipped_and_counted_and_the_persistent_ti
     counted = manager.metrics_snapshot()
     assert counted["saves_complete"] == len(saved)
     persistent = sorted(int(p.name) for p in (tmp_path / "bucket").iterdir() if p.name.isdigit())
-    assert persistent == [step for step in saved if step == 1 or step % 5 == 0]
+    assert {1, 40} <= set(persistent) <= {1, 35, 40}, "the one that was on its way, and the newest that are due"
     assert save_all(manager, mesh, range(41, 46)) == [42, 44, 45]
     assert (tmp_path / "bucket/45").is_dir()
     assert_same(opened().restore(None)["state"], make_state(mesh, 45))

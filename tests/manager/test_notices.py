@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
+import pytest
 from jax.sharding import Mesh
 
 from emergency_ckpt import CheckpointManager, Config
+from emergency_ckpt.agent import draining
+from emergency_ckpt.errors import LocalDirectoryError
 from tests.manager.states import make_state
+
+
+def make_config(tmp_path: Path, ramdisk: Path, **flags: Any) -> Config:
+    """Of a job of one process without an agent, which is to hear of notices."""
+    return Config(
+        run_name="job",
+        base_output_directory=str(tmp_path / "bucket"),
+        enable_checkpointing=True,
+        enable_emergency_checkpoint=True,
+        local_checkpoint_directory=str(ramdisk),
+        checkpoint_agent="off",
+        enable_autocheckpoint=True,
+        **flags,
+    )
 
 
 def test_without_agents_a_process_watches_by_itself_and_reacts_at_one_step(
     mesh: Mesh, ramdisk: Path, tmp_path: Path
 ) -> None:
     notice = tmp_path / "notice"
-    config = Config(
-        run_name="job",
-        base_output_directory=str(tmp_path / "bucket"),
-        enable_checkpointing=True,
-        enable_emergency_checkpoint=True,
-        local_checkpoint_directory=str(ramdisk),
+    config = make_config(
+        tmp_path,
+        ramdisk,
         local_checkpoint_period=1000,
         checkpoint_period=1000,
-        checkpoint_agent="off",
-        enable_autocheckpoint=True,
         preemption_sources="gce-preempted,aws",
         preemption_notice_file=str(notice),
     )
@@ -46,8 +61,79 @@ def test_without_agents_a_process_watches_by_itself_and_reacts_at_one_step(
         assert heard.deadline is not None
 
 
+def test_the_step_of_a_notice_finds_a_slot_although_steps_that_wait_for_a_drain_that_hangs_have_all(
+    mesh: Mesh, ramdisk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notice, may_end, commit = tmp_path / "notice", threading.Event(), draining.commit
+
+    def commit_later(*args: Any) -> Any:
+        assert may_end.wait(60)
+        return commit(*args)
+
+    monkeypatch.setattr(draining, "commit", commit_later)
+    config = make_config(
+        tmp_path,
+        ramdisk,
+        local_checkpoint_period=1,
+        local_checkpoint_slot_wait_seconds=0.01,
+        checkpoint_period=1,
+        preemption_notice_file=str(notice),
+    )
+    with CheckpointManager.from_config(config, mesh, make_state(mesh, 0)) as manager:
+        slots = manager._engine.job.local.slot_count
+        for step in range(1, slots + 1):
+            assert manager.save(step, make_state(mesh, step))
+            manager._engine._workers.wait_for_saves()
+        assert manager._engine.job.local._held.table.unsettled() == slots, "all are pinned"
+        notice.write_text('{"seconds": 30}')
+        wait_for(manager, 1)
+        assert manager.save(slots + 1, make_state(mesh, slots + 1))
+        assert manager.reached_preemption(slots + 1)
+        manager._engine._workers.wait_for_saves()
+        assert manager.latest_complete_step() == slots + 1
+        may_end.set()
+    assert (tmp_path / f"bucket/job/checkpoints/{slots + 1}/default").is_dir()
+
+
 def wait_for(manager: CheckpointManager, count: int) -> None:
     deadline = time.monotonic() + 20
     while len(manager.notices) < count:
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_a_process_that_is_alone_hears_signals_itself(mesh: Mesh, ramdisk: Path, tmp_path: Path) -> None:
+    config = make_config(
+        tmp_path,
+        ramdisk,
+        local_checkpoint_period=1000,
+        checkpoint_period=1000,
+        preemption_signals="SIGTERM,SIGUSR1",
+        preemption_grace_seconds=120.0,
+    )
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    with CheckpointManager.from_config(config, mesh, make_state(mesh, 0)) as manager:
+        assert manager.save(1, make_state(mesh, 1)), "the first step"
+        signal.raise_signal(signal.SIGUSR1)
+        wait_for(manager, 1)
+        assert manager.save(2, make_state(mesh, 2))
+        assert manager.reached_preemption(2)
+        assert not manager.reached_preemption(3)
+        signal.raise_signal(signal.SIGTERM)
+        wait_for(manager, 2)
+        assert manager.save(4, make_state(mesh, 4))
+        assert manager.reached_preemption(4)
+        save, terminate = manager.notices
+        assert [(notice.source, notice.kind) for notice in (save, terminate)] == [
+            ("signal", "save"),
+            ("signal", "terminate"),
+        ]
+        assert terminate.deadline == terminate.received + 120.0
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
+
+    # A manager that cannot start leaves nothing behind either.
+    failing = config.model_copy(update={"local_checkpoint_directory": str(tmp_path / "none")})
+    with pytest.raises(LocalDirectoryError):
+        CheckpointManager.from_config(failing, mesh, make_state(mesh, 0))
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("emergency_ckpt")]

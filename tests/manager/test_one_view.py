@@ -33,7 +33,7 @@ def test_a_step_whose_drain_failed_is_listed_where_it_is_the_newest_and_may_be_d
 ) -> None:
     manager = opened()
     save_all(manager, mesh, range(1, 5))
-    Unreliable(monkeypatch, draining, "write_part", PersistentStoreError("disk full"))
+    Unreliable(monkeypatch, draining, "write_part", PersistentStoreError("disk full"), times=99)
     manager.save(5, make_state(mesh, 5))
     with pytest.raises(PersistentStoreError, match="disk full"):
         save_all(manager, mesh, range(0))
@@ -91,9 +91,10 @@ def test_a_forced_save_of_a_step_that_is_there_is_orbaxs_error_and_of_any_other_
     opened: Opener, mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manager = opened()
-    Unreliable(monkeypatch, draining, "write_part", PersistentStoreError("disk full"))
-    assert manager.save(3, make_state(mesh, 3), force=True)
-    assert manager.save(3, make_state(mesh, 3), force=True), "its drain has failed"
+    with monkeypatch.context() as failing:
+        Unreliable(failing, draining, "write_part", PersistentStoreError("disk full"), times=99)
+        assert manager.save(3, make_state(mesh, 3), force=True)
+        assert manager.save(3, make_state(mesh, 3), force=True), "its drain has failed"
     with pytest.raises(PersistentStoreError, match="disk full"):
         manager.wait_until_finished()
     assert (tmp_path / "bucket/3/default").is_dir()

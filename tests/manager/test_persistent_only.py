@@ -139,13 +139,15 @@ def test_saves_at_every_step_keep_up_with_the_drain_or_are_skipped_and_said(mesh
 def test_a_commit_that_failed_is_said_and_the_next_one_is_made(
     mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with CheckpointManager.from_config(config(tmp_path), mesh, make_state(mesh, 0)) as manager:
-        Unreliable(monkeypatch, draining, "write_part", PersistentStoreError("disk full"))
-        manager.save(2, make_state(mesh, 2))
-        with pytest.raises(PersistentStoreError, match="disk full"):
-            manager.wait_until_finished()
-        assert list(manager.all_steps()) == []
-        assert manager.latest_step() is None, "its slot is no place to restore from"
+    slow = config(tmp_path, checkpoint_drain_retry_seconds=6000)
+    with CheckpointManager.from_config(slow, mesh, make_state(mesh, 0)) as manager:
+        with monkeypatch.context() as failing:
+            Unreliable(failing, draining, "write_part", PersistentStoreError("disk full"), times=99)
+            manager.save(2, make_state(mesh, 2))
+            with pytest.raises(PersistentStoreError, match="disk full"):
+                manager.wait_until_finished()
+            assert list(manager.all_steps()) == []
+            assert manager.latest_step() is None, "its slot is no place to restore from"
         save_all(manager, mesh, range(3, 5))
         assert list(manager.all_steps()) == [4]
 

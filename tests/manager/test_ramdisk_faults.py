@@ -182,13 +182,30 @@ def test_a_step_that_was_lost_cannot_be_drained_again_and_later_ones_are_drained
     opened: Opener, mesh: Mesh, ramdisk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manager = opened()
-    Unreliable(monkeypatch, draining, "write_part", PersistentStoreError("disk full"))
-    manager.save(5, make_state(mesh, 5))
-    with pytest.raises(PersistentStoreError, match="disk full"):
-        manager.wait_until_finished()
+    with monkeypatch.context() as failing:
+        Unreliable(failing, draining, "write_part", PersistentStoreError("disk full"), times=99)
+        with pytest.raises(PersistentStoreError, match="disk full"):
+            manager.finish(5, make_state(mesh, 5))  # Nothing waits for its next try afterwards.
     remove_tree(ramdisk / "emergency_ckpt")
     assert manager._engine.job.local.verify() == ()
     with pytest.raises(PersistentStoreError, match=r"step 5 .* is not on this ramdisk any more"):
         manager.finish(5, make_state(mesh, 5))
     assert save_all(manager, mesh, range(6, 11)) == [6, 8, 10]
     assert (tmp_path / "bucket/10/default").is_dir()
+
+
+def test_a_step_that_waits_for_its_next_try_is_drained_although_its_files_are_gone(
+    opened: Opener, mesh: Mesh, ramdisk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = opened()
+    with monkeypatch.context() as failing:
+        Unreliable(failing, draining, "write_part", PersistentStoreError("disk full"), times=99)
+        manager.save(5, make_state(mesh, 5))
+        with pytest.raises(PersistentStoreError, match="disk full"):
+            manager.wait_until_finished()
+    remove_tree(ramdisk / "emergency_ckpt")
+    assert manager._engine.job.local.verify() == ()
+    manager.wait_until_finished()
+    manager.close()
+    remove_tree(ramdisk / "emergency_ckpt")
+    assert_same(opened().restore(None).state, make_state(mesh, 5))

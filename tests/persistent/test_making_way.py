@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,8 @@ from emergency_ckpt.persistent.attempts import Attempt
 from emergency_ckpt.persistent.committer import commit
 from emergency_ckpt.persistent.files import Entry, LocalFiles
 from emergency_ckpt.persistent.store import PersistentStore, without_void
+from tests.persistent.objects import KINDS
+from tests.persistent.paced import Paced, open_paced_store
 from tests.persistent.saving import assert_same, layout_of, read_shards, save, small_state, write_parts
 
 
@@ -44,9 +47,9 @@ def interrupted(root: Path, left: int, happen: Callable[[], object]) -> Persiste
     return PersistentStore(root, files=files)
 
 
-def prepared(root: Path) -> tuple[PersistentStore, list[Attempt]]:
+def prepared(root: Path, kind: str = "files") -> tuple[PersistentStore, list[Attempt]]:
     """Steps 10 and 20 of generation 1; generation 2 began from 10, and makes two attempts at 20."""
-    store = PersistentStore(root)
+    store = open_paced_store(root, kind, lambda: None)
     first = store.mint_generation(0, None)
     for step in (10, 20):
         save(store, Attempt(first, step, "default"), small_state(1))
@@ -73,6 +76,32 @@ def test_what_another_attempt_has_committed_stays_and_both_are_told_so(tmp_path:
         assert {told, *happened} == {held[StepId(2, 20)]}
         assert not list(root.glob("20.*")) or not ran
     assert number > 5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_that_clear_away_the_same_void_step_take_nothing_from_each_other(ramdisk: Path, kind: str) -> None:
+    """The second one between any two operations of the first, between a look and what follows it included."""
+    template, attempts = prepared(ramdisk / "template", kind)
+    layout = layout_of(small_state())
+    parts = [write_parts(template, attempt, layout, small_state(i)) for i, attempt in enumerate(attempts)]
+    seen = set[tuple[bool, int]]()
+    for number in itertools.count(1):
+        root = ramdisk / str(number)
+        shutil.copytree(ramdisk / "template", root)
+        store, slow = open_paced_store(root, kind, lambda: None), Paced(root, kind)
+        paused = slow.start(lambda s: commit(s, attempts[0], layout, parts[0]), number)
+        told = commit(store, attempts[1], layout, parts[1])
+        first = slow.finish()
+        held = {step.step_id: step for step in store.steps()}[StepId(2, 20)]
+        assert told == held
+        assert first == held or isinstance(first, PersistentStoreError)
+        arrays = read_shards(store.open_step(held))
+        assert_same(arrays, small_state(int(arrays["count"])))
+        seen.add((first == held, int(arrays["count"])))
+        shutil.rmtree(root)
+        if not paused:
+            break
+    assert seen == {(True, 0), (True, 1), (False, 1)} - ({(False, 1)} if kind == "files" else set())
 
 
 def test_a_step_that_is_seen_half_because_it_goes_is_not_taken_for_one_that_may_not(tmp_path: Path) -> None:

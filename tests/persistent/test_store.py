@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from emergency_ckpt.core.lineage import Activation, StepId
 from emergency_ckpt.errors import CorruptDataError, PersistentStoreError, StaleGenerationError
 from emergency_ckpt.persistent.attempts import Attempt, StepNames
-from emergency_ckpt.persistent.files import LocalFiles
+from emergency_ckpt.persistent.files import Entry, LocalFiles
 from emergency_ckpt.persistent.reader import StepReader
 from emergency_ckpt.persistent.store import PersistentStore, without_void
 from tests.persistent.saving import assert_same, read_shards, save, small_state
@@ -143,6 +143,28 @@ def test_void_steps_are_listed_until_they_are_filtered_out(tmp_path: Path) -> No
     store.delete_step(left[0])
     assert not Path(left[0].location).exists()
     assert [s.step_id.step for s in store.steps()] == [20, 30, 15]
+
+
+def test_a_step_that_is_deleted_while_it_is_listed_is_not_taken_for_another_programs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = PersistentStore(tmp_path)
+    save(store, Attempt(store.mint_generation(0, None), 5, "default"), small_state(5))
+    listing = LocalFiles.entries
+    met: list[str] = []
+
+    def entries(files: LocalFiles, path: str = "") -> list[Entry]:
+        """Of the step a listing as one gets it from a directory whose files are just being deleted."""
+        found = listing(files, path)
+        if path != "5" or met:
+            return found
+        met.append(path)
+        (tmp_path / "5").rename(tmp_path / "gone")
+        return [entry for entry in found if not entry.name.startswith("emergency_ckpt")]
+
+    monkeypatch.setattr(LocalFiles, "entries", entries)
+    assert store.steps() == []
+    assert met
 
 
 def test_a_void_step_is_replaced_and_a_valid_one_is_not(tmp_path: Path) -> None:

@@ -155,13 +155,13 @@ def test_memory_that_changes_while_it_is_written_is_noticed(
     shards = [shard_array(arrays, layout, i) for i in range(len(layout.shards))]
     settled: list[str] = []
 
-    def damage_after_opening(futures: Iterable[Any], what: str, timeout_seconds: float) -> list[Any]:
+    def damage_after_opening(futures: Iterable[Any], what: str, *_: Any, **__: Any) -> list[Any]:
         settled.append(what)
         if len(settled) == 2:  # The arrays are open, and the shards were handed to TensorStore.
             shards[0].reshape(-1).view(np.uint8)[0] ^= 1
-        return settle(futures, what, timeout_seconds)
+        return settle(futures, what, 60)
 
-    monkeypatch.setattr(writer, "settle", damage_after_opening)
+    monkeypatch.setattr(writer, "settle_upload", damage_after_opening)
     with pytest.raises(CorruptDataError, match="block 0 does not match its checksum"):
         write_part(
             store,

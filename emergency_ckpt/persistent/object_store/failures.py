@@ -96,7 +96,11 @@ _STATUSES: Mapping[int, type[PersistentStoreError]] = {
     503: StoreThrottledError,
     507: StoreFullError,
 }
-_PASSING_CODES = ("RequestTimeout", "OperationAborted", "ConditionalRequestConflict", "InternalError")
+# UnknownError is what RGW says of an object of a batch that another request deletes at the same moment.
+_PASSING_CODES = (
+    *("RequestTimeout", "OperationAborted", "ConditionalRequestConflict"),
+    *("InternalError", "UnknownError"),
+)
 _PASSING_STATUSES = (408, 409, 425, 429, 500, 502, 503, 504)
 _TOLD = 300
 

@@ -21,6 +21,7 @@ from emergency_ckpt.persistent.object_store.failures import (
 )
 from emergency_ckpt.persistent.object_store.operations import Limits, ObjectInfo, Page
 from emergency_ckpt.persistent.object_store.repeating import Failure, repeated
+from emergency_ckpt.persistent.object_store.tensorstore_limits import request_retries
 from emergency_ckpt.persistent.object_store.urls import check_key
 from emergency_ckpt.persistent.side_by_side import side_by_side
 
@@ -29,7 +30,6 @@ _TOKEN = "emergency-ckpt-put"
 _EMULATOR = "STORAGE_EMULATOR_HOST"
 _TENSORSTORE_SERVER = "TENSORSTORE_GCS_HTTP_URL"
 GOOGLES_SERVER = "https://storage.googleapis.com"
-_RETRIES = {"max_retries": 12, "initial_delay": "200ms", "max_delay": "10s"}
 
 
 class GcsStore:
@@ -125,7 +125,12 @@ class GcsStore:
 
     def kvstore(self, prefix: str = "") -> dict[str, Any]:
         check_servers()
-        return {"driver": "gcs", "bucket": self.bucket, "path": prefix, "gcs_request_retries": _RETRIES}
+        return {
+            "driver": "gcs",
+            "bucket": self.bucket,
+            "path": prefix,
+            "gcs_request_retries": request_retries(self._limits),
+        }
 
     def properties(self) -> dict[str, Any]:
         """The bucket's own resource, as the JSON API gives it."""

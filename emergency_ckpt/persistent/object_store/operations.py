@@ -31,6 +31,16 @@ class Limits:
     pause_seconds: tuple[float, float] = (0.1, 10.0)
     concurrency: int = 16
 
+    @classmethod
+    def of_stall(cls, seconds: float) -> Limits:
+        """Limits of which all follow from one: how long nothing may move."""
+        usual = cls()
+        return cls(
+            attempt_seconds=min(seconds, usual.attempt_seconds),
+            total_seconds=min(10 * seconds, usual.total_seconds),
+            pause_seconds=(usual.pause_seconds[0], min(max(seconds / 6, 0.1), usual.pause_seconds[1])),
+        )
+
     def __post_init__(self) -> None:
         positive = (self.attempt_seconds, self.total_seconds, self.bytes_per_second, *self.pause_seconds)
         if min(*positive, self.attempts, self.concurrency) <= 0:

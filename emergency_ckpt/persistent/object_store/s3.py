@@ -199,10 +199,12 @@ class S3Store:
         def look(_: int) -> dict[str, Any] | None:
             try:
                 return self._client.head_object(Bucket=self.bucket, Key=key)
-            except self._client.exceptions.ClientError:
-                # Such answers have no body to say what it is: that of a listing has.
+            except self._client.exceptions.ClientError as error:
+                # Such answers have no body to say what it is: that of a listing has. A put or a deletion that
+                # comes between the two, or was cut short, may be in the listing alone.
                 listed = self._client.list_objects_v2(Bucket=self.bucket, Prefix=key, MaxKeys=1)
-                if any(o["Key"] == key for o in listed.get("Contents", ())):
+                is_listed = any(o["Key"] == key for o in listed.get("Contents", ()))
+                if is_listed and _status_and_code(error)[0] != 404:
                     raise
                 return None
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from emergency_ckpt.errors import StoreCredentialsError
 from emergency_ckpt.persistent.object_store.failures import without_secrets
 from emergency_ckpt.persistent.object_store.operations import Limits
+from emergency_ckpt.persistent.object_store.tensorstore_limits import request_retries
 
 if TYPE_CHECKING:
     from botocore.client import BaseClient
@@ -23,7 +24,6 @@ _PROFILE = ("shared-credentials-file", "config-file", "custom-process", "assume-
 _DEFAULT = ("assume-role-with-web-identity",)
 _CONTAINER = ("container-role",)
 _MACHINE = ("iam-role",)
-_RETRIES = {"max_retries": 12, "initial_delay": "200ms", "max_delay": "10s"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +35,14 @@ class S3Settings:
       endpoint: URL of the server without a final '/'.
       region: the region that requests are signed for.
       session: botocore's session, which knows where credentials come from.
+      limits: of requests.
     """
 
     client: BaseClient
     endpoint: str
     region: str
     session: Session
+    limits: Limits
 
     @property
     def is_default_endpoint(self) -> bool:
@@ -60,7 +62,7 @@ class S3Settings:
             "aws_region": self.region,
             "aws_credentials": self._tensorstore_credentials(),
             "use_conditional_write": False,
-            "s3_request_retries": _RETRIES,
+            "s3_request_retries": request_retries(self.limits),
         }
         if self.is_default_endpoint:
             return spec
@@ -139,7 +141,7 @@ def resolve(limits: Limits) -> S3Settings:
         ) from error
     found = client.meta
     return S3Settings(
-        client, found.endpoint_url.rstrip("/"), found.region_name or "us-east-1", session._session
+        client, found.endpoint_url.rstrip("/"), found.region_name or "us-east-1", session._session, limits
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -184,9 +185,7 @@ def test_a_bucket_in_another_region_of_aws_is_told_where_boto3_would_follow_it(
         proxy.fail(Fault(Kind.ANSWERED, 100, status=200, headers=headers, body=listing))
         store = S3Store(BUCKET, QUICK)
         store.check()  # Servers that are not AWS's may say what they like.
-        aws = type(store.settings)(
-            store.settings.client, "https://s3.amazonaws.com", REGION, store.settings.session
-        )
+        aws = dataclasses.replace(store.settings, endpoint="https://s3.amazonaws.com", region=REGION)
         vars(store)["settings"] = aws
         with pytest.raises(StoreRegionError, match="set to us-east-1, the bucket is in eu-west-1"):
             store.check()

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import random
+import signal
 import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +126,40 @@ def test_a_run_goes_to_a_bucket_and_back_and_a_job_goes_on_at_either_place(
     for step in store.steps():
         store.delete_step(step)
     assert not [entry for entry in store.files.entries() if entry.name.isdigit()]
+
+
+@S3_LATER
+def test_a_copy_that_is_killed_again_and_again_shows_whole_steps_only_and_comes_to_its_end(
+    place: Place, tmp_path: Path
+) -> None:
+    source, target = str(tmp_path / "first"), f"{place.url}/{place.prefix}run"
+    store = PersistentStore(source)
+    generation = store.mint_generation(0, None)
+    store.record_activation(Activation(generation.number, None))
+    arrays = {
+        step: {"w": np.random.default_rng(step).integers(0, 256, (24, 1024**2), np.uint8)} for step in (10, 20)
+    }
+    for step, state in arrays.items():
+        save(store, Attempt(generation, step, "default"), state)
+    words = [sys.executable, "-m", "emergency_ckpt.cli.main", "sync", source, target]
+    chance = random.Random()
+    killed = 0
+    for _ in range(4):
+        process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+        assert process.stderr is not None
+        said = process.stderr.readline()  # It begins.
+        time.sleep(chance.random() * 0.5)
+        process.kill()
+        process.communicate()
+        killed += process.returncode == -signal.SIGKILL
+        for step in PersistentStore(target).steps():
+            assert_same(read_shards(PersistentStore(target).open_step(step)), arrays[step.step_id.step])
+    assert killed, said
+    subprocess.run(words, check=True, capture_output=True)
+    found = PersistentStore(target).steps()
+    assert [step.step_id.step for step in found] == [10, 20]
+    for step in found:
+        assert_same(read_shards(PersistentStore(target).open_step(step)), arrays[step.step_id.step])
 
 
 @S3_LATER
