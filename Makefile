@@ -10,6 +10,8 @@ PYTEST_WORKERS ?= 2
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 EXPLORE_WORLDS ?= 1000000
+# XPK needs other versions of packages than the tests: it has an environment of its own.
+XPK_VENV := .xpk
 
 # A name on PATH may be a launcher without an interpreter behind it, so each candidate is run.
 find_python = $(shell for python in python3.13 python3.12 python3.11 python3; do \
@@ -18,7 +20,7 @@ find_python = $(shell for python in python3.13 python3.12 python3.11 python3; do
 PYTHON ?= $(find_python)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv services demo test long lint format explore survivors bench clean
+.PHONY: help venv services xpk demo test long lint format explore survivors bench clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -40,6 +42,13 @@ $(STAMP): pyproject.toml
 
 services: ## servers that tests use (Debian; needs root): without them those tests are skipped
 	bash .ci/install
+
+xpk: $(XPK_VENV)/.installed ## the real XPK, which tests run dry: without it those tests are skipped
+
+$(XPK_VENV)/.installed: tests/deploy/xpk-requirements.txt
+	@python='$(PYTHON)'; [ -x $(XPK_VENV)/bin/python ] || $$python -m venv $(XPK_VENV)
+	$(XPK_VENV)/bin/python -I -m pip install --quiet --disable-pip-version-check --requirement $<
+	@touch $@
 
 demo: $(STAMP) ## train, lose a whole slice, come back (under 3 minutes)
 	$(BIN)/emergency-ckpt demo $(DEMO_ARGS)
@@ -69,4 +78,4 @@ bench: $(STAMP) ## measurements, beside Orbax and bare copies (some only: BENCH_
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 clean: ## remove the virtual environment and all caches
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(XPK_VENV) build dist .pytest_cache .ruff_cache .hypothesis *.egg-info

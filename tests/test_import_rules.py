@@ -43,7 +43,7 @@ MAY_IMPORT = {
 }
 
 # Rooms whose modules must not bring jax (nor orbax, which brings jax) into the process.
-WITHOUT_JAX = {"errors", "core", "local", "persistent", "config", "preemption", "telemetry", "agent"}
+WITHOUT_JAX = {"errors", "core", "local", "persistent", "config", "preemption", "telemetry", "agent", "deploy"}
 
 # Orbax's policies, name formats and handlers are used here and nowhere else.
 ORBAX_ALLOWED = {"manager", "options", "runtime", "jaxio", "demo"}
@@ -124,7 +124,7 @@ def test_every_module_of_a_room_for_processes_without_jax_starts_without_it(room
     assert run_python(f"import {', '.join(names)}; {REPORT_HEAVY}").strip() == ""
 
 
-COMMANDS = ("plan", "launch", "agent", "run", "doctor", "save-now", "show", "sync")
+COMMANDS = ("plan", "launch", "agent", "run", "doctor", "save-now", "show", "sync", "deploy")
 
 
 def run_command(*arguments: str) -> list[str]:

@@ -69,6 +69,10 @@ SUBCOMMANDS = {
         "emergency_ckpt.cli.restore_local",
         "copy the persistent checkpoints of a run from a bucket into a directory of this machine",
     ),
+    "deploy": Subcommand(
+        "emergency_ckpt.cli.deploy",
+        "write the commands or manifests that bring a job onto a cluster",
+    ),
     "demo": Subcommand(
         "emergency_ckpt.cli.demo",
         "train a small model, lose a slice, restore, and compare with an undisturbed run",

@@ -1,0 +1,1 @@
+"""Commands and manifests that bring a job onto a cluster, rendered from one validated set of values."""
