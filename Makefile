@@ -10,7 +10,8 @@ PYTEST_WORKERS ?= 2
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 EXPLORE_WORLDS ?= 1000000
-# XPK needs other versions of packages than the tests: it has an environment of its own.
+# XPK needs other versions of packages than the tests: it has an environment of its own. Finding versions of its many
+# packages that fit takes pip minutes, and uv seconds.
 XPK_VENV := .xpk
 
 # A name on PATH may be a launcher without an interpreter behind it, so each candidate is run.
@@ -47,7 +48,8 @@ xpk: $(XPK_VENV)/.installed ## the real XPK, which tests run dry: without it tho
 
 $(XPK_VENV)/.installed: tests/deploy/xpk-requirements.txt
 	@python='$(PYTHON)'; [ -x $(XPK_VENV)/bin/python ] || $$python -m venv $(XPK_VENV)
-	$(XPK_VENV)/bin/python -I -m pip install --quiet --disable-pip-version-check --requirement $<
+	$(XPK_VENV)/bin/python -I -m pip install --quiet --disable-pip-version-check uv
+	$(XPK_VENV)/bin/uv pip install --quiet --python $(XPK_VENV)/bin/python --requirement $<
 	@touch $@
 
 demo: $(STAMP) ## train, lose a whole slice, come back (under 3 minutes)
