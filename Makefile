@@ -21,7 +21,7 @@ find_python = $(shell for python in python3.13 python3.12 python3.11 python3; do
 PYTHON ?= $(find_python)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv services xpk demo test long lint format explore survivors bench clean
+.PHONY: help venv services xpk demo test long lint docs format explore survivors bench clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -65,6 +65,9 @@ lint: $(STAMP) ## style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --warnings
+
+docs: $(STAMP) ## docs/flags.md, from the schema of the flags
+	$(BIN)/emergency-ckpt flags --page > docs/flags.md
 
 format: $(STAMP) ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .

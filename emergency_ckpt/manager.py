@@ -24,6 +24,7 @@ from emergency_ckpt.core.schedule import Due
 from emergency_ckpt.errors import (
     ConfigError,
     CorruptDataError,
+    EmergencyCheckpointError,
     NoRestorableStepError,
     PersistentStoreError,
 )
@@ -51,7 +52,7 @@ from emergency_ckpt.runtime.restored_state import RestoredState
 from emergency_ckpt.runtime.restoring import Restored, RestoreReport
 from emergency_ckpt.runtime.saving import SaveContent
 from emergency_ckpt.runtime.settings import Settings, settings_from_config, settings_from_orbax
-from emergency_ckpt.runtime.wanted import asks_for_part, part_of_state
+from emergency_ckpt.runtime.wanted import asks_for_part, part_of_state, whole_in_another_tree
 
 if TYPE_CHECKING:
     from emergency_ckpt.config import Config
@@ -159,13 +160,21 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
             return DisabledCheckpointManager(mesh)
         if config.checkpoint_log_format == "json":
             write_json_lines_bare()
-        manager = cls.__new__(cls)
-        manager._start(settings_from_config(config), mesh, abstract_state)
+        manager = cls.from_settings(settings_from_config(config), mesh, abstract_state)
         manager._load_full_state_path = config.load_full_state_path
         manager._load_parameters_path = config.load_parameters_path
         manager._save_on_completion = config.save_checkpoint_on_completion
         for sentence in [*inactive_flags(config), *advice(config)]:
             manager._engine.job.log.warning("start", None, sentence)
+        return manager
+
+    @classmethod
+    def from_settings(
+        cls, settings: Settings, mesh: jax.sharding.Mesh, abstract_state: PyTree
+    ) -> CheckpointManager:
+        """The manager that works as these settings say. Collective. Raises what the constructor raises."""
+        manager = cls.__new__(cls)
+        manager._start(settings, mesh, abstract_state)
         return manager
 
     def _start(
@@ -460,7 +469,9 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         With `Composite(state=PyTreeRestore(item, restore_args, partial_restore=True))`, or where leaves of the
         item are `orbax.checkpoint.PLACEHOLDER`, only the other leaves of the item are read, with its shardings
         (those of the abstract state where it names none), and nothing else changes: no step becomes void, and
-        training goes on as if it had not been called. It waits for saves and drains that are running.
+        training goes on as if it had not been called. It waits for saves and drains that are running. One that
+        names all leaves as the manager's state has them is a whole restore, though, as long as nothing was
+        restored or saved: so MaxText asks for the state from which it goes on.
 
         Raises NoRestorableStepError, with the reasons and the newest restorable step, when there is none; for
         a part also StateMismatchError, naming every leaf that is not there as it is wanted; ExtrasError
@@ -472,13 +483,16 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         dataset = items.get(DATASET) if self._datasets is not None else None
         elsewhere = {DATASET: self._datasets.steps} if self._datasets is not None else {}
         beside = WantedExtras({}, items, elsewhere, self._handlers)
+        is_part = asks_for_part(asked)
+        tree = self._tree_to_go_on_from(asked, beside) if is_part and not self._engine.began else None
         restored = (
-            self._restore_part(step, asked, beside) if asks_for_part(asked) else self._restore(step, beside)
+            self._restore_part(step, asked, beside) if is_part and tree is None else self._restore(step, beside)
         )
+        state = restored.state if tree is None else tree(restored.state)
         found = dict(restored.received.items)
         if self._datasets is not None and dataset is not None and not self._engine.on_all(DATASET in found):
             found[DATASET] = self._datasets.restore(restored.report.step, dataset)
-        return ocp.args.Composite(state=restored.state, **found)
+        return ocp.args.Composite(state=state, **found)
 
     @_without_progress
     def restore_or_init(
@@ -518,6 +532,15 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
             into = self._engine.load(lambda: load_parameters(path, self._abstract_state, topology, read_bytes))
             return into(init()), f"the parameters of {path}"
         return init(), "scratch"
+
+    def _tree_to_go_on_from(self, asked: Any, beside: WantedExtras) -> Callable[[PyTree], PyTree] | None:
+        """Makes the caller's tree of the whole state, where all processes ask for all of it; None otherwise."""
+        job = self._engine.job
+        try:
+            tree = whole_in_another_tree(asked, self._abstract_state, job.needed_layout, job.topology, beside)
+        except EmergencyCheckpointError:
+            tree = None  # It is told when the part is restored.
+        return tree if self._engine.on_all(tree is not None) else None
 
     def _restore_part(self, step: int | None, asked: Any, beside: WantedExtras) -> Restored:
         job = self._engine.job

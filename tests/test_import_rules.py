@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "deploy": ALL_BELOW_MANAGER | {"runtime", "manager"},
     "demo": ALL_BELOW_MANAGER | {"runtime", "manager", "deploy", "cli", "__init__"},
     "cli": ALL_BELOW_MANAGER | {"runtime", "manager", "deploy", "demo", "__init__"},
+    "maxtext": ALL_BELOW_MANAGER | {"runtime", "manager"},
     "__init__": {"config", "manager", "options", "distributed"},
 }
 

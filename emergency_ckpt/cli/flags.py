@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from emergency_ckpt.cli.flag_page import flag_page
 from emergency_ckpt.config import FLAGS, Config, advice, inactive_flags, load_config
 from emergency_ckpt.config.describe import expected
 
@@ -29,12 +30,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="list the keys that belong to other programs, and where they were set",
     )
     listing.add_argument("--doc", action="store_true", help="explain every flag")
+    listing.add_argument("--page", action="store_true", help="explain every flag, as Markdown")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints what was asked for; returns the exit status."""
     if args.doc:
         lines = _documentation()
+    elif args.page:
+        lines = flag_page()
     else:
         config = load_config(args.words)
         lines = _other_keys(config) if args.other else effective_lines(config)

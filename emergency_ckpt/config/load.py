@@ -63,6 +63,15 @@ def load_config(argv: Sequence[str], environ: Mapping[str, str] | None = None) -
     )
 
 
+def is_given(config: Config, flag: str) -> bool:
+    """Whether somebody set it: the packaged base.yml sets everything, to what is the default anyway."""
+    source = config.sources.get(flag)
+    return source is not None and (
+        not source.startswith(f"{PACKAGED_BASE}:")
+        or getattr(config, flag) != Config.model_fields[flag].get_default()
+    )
+
+
 def _split(argv: Sequence[str]) -> tuple[str, Sequence[str]]:
     """The file and the `key=value` words of a command line."""
     words = list(argv)

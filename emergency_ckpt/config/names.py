@@ -28,6 +28,54 @@ MAXTEXT_NEIGHBOURS = frozenset(
 )
 
 
+MAXTEXT_FLAGS = frozenset(
+    {
+        "async_checkpointing",
+        "base_output_directory",
+        "checkpoint_period",
+        "checkpoint_storage_concurrent_gb",
+        "checkpoint_storage_target_data_file_size_bytes",
+        "checkpoint_storage_use_ocdbt",
+        "checkpoint_storage_use_zarr3",
+        "enable_autocheckpoint",
+        "enable_checkpoint_cloud_logger",
+        "enable_checkpointing",
+        "enable_emergency_checkpoint",
+        "enable_multi_tier_checkpointing",
+        "enable_single_replica_ckpt_restoring",
+        "jax_distributed_initialization_timeout",
+        "load_full_state_path",
+        "load_parameters_path",
+        "local_checkpoint_directory",
+        "local_checkpoint_period",
+        "max_num_checkpoints_to_keep",
+        "mtc_data_parallelism",
+        "multi_tier_checkpointing_backup_interval_minutes",
+        "multi_tier_checkpointing_backup_interval_steps",
+        "run_name",
+        "save_checkpoint_on_completion",
+    }
+)
+"""Flags of ours that MaxText's base.yml has; its files, variables and command line refuse all others."""
+
+MAXTEXT_HANDS_ON = frozenset(
+    {
+        "base_output_directory",
+        "checkpoint_period",
+        "enable_checkpointing",
+        "enable_emergency_checkpoint",
+        "local_checkpoint_directory",
+        "local_checkpoint_period",
+        "run_name",
+    }
+)
+"""What MaxText's emergency manager is told, in one form or another; it hears of no other flag."""
+
+MAXTEXT_FILE_VARIABLE = "EMERGENCY_CKPT_CONFIG"
+MAXTEXT_WORDS_VARIABLE = "EMERGENCY_CKPT_FLAGS"
+"""Environment variables with the others: a YAML file, and `key=value` words as a shell would read them."""
+
+
 def nearest(name: str, candidates: Iterable[str], cutoff: float = 0.6) -> list[str]:
     """Up to three candidates most like `name`, best first."""
     return difflib.get_close_matches(_plain(name), candidates, n=3, cutoff=cutoff)

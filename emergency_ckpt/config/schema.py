@@ -432,10 +432,12 @@ class Config(BaseModel):
         """Where a flag was set: file and line, environment variable, command line, or default."""
         return self.sources.get(flag, "default")
 
-    def replace(self, **changes: Any) -> Self:
-        """The same configuration with some flags changed, checked again."""
+    def replace(self, said_by: str | None = None, /, **changes: Any) -> Self:
+        """The same configuration with some flags changed, checked again; `said_by` is their source."""
         kept = {name: getattr(self, name) for name in self.model_fields_set}
         sources = {name: place for name, place in self.sources.items() if name not in changes}
+        if said_by is not None:
+            sources |= dict.fromkeys(changes, said_by)
         return type(self)(**{**kept, **changes, "other_keys": self.other_keys, "sources": sources})
 
 

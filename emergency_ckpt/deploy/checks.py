@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from emergency_ckpt.config import Config
+from emergency_ckpt.config.load import is_given
 from emergency_ckpt.core.locations import is_url
 from emergency_ckpt.deploy.names import check_path, mebibytes
 from emergency_ckpt.deploy.values import Deployment
@@ -28,6 +29,7 @@ _LONGEST_POD_NAME = 63
 def problems(plan: Plan) -> Iterator[str]:
     """Why the plan cannot be rendered; nothing where it can."""
     yield from _about_flags(plan.config)
+    yield from _about_leaving(plan)
     yield from _about_names(plan)
     if plan.target in FROM_GOOGLE:
         yield from _about_google(plan)
@@ -67,6 +69,26 @@ def _about_flags(config: Config) -> Iterator[str]:
         yield (
             f"preemption_notice_file={notice} lies on the ramdisk, where it would outlive the pod and send the "
             "next one away again. Leave it empty: the manifests have a place for it."
+        )
+
+
+def _about_leaving(plan: Plan) -> Iterator[str]:
+    config = plan.config
+    if not config.enable_autocheckpoint:
+        return
+    if plan.kind == "JobSet" and config.preemption_exit_code not in plan.restart_codes:
+        yield (
+            f"preemption_exit_code={config.preemption_exit_code} does not restart the job: 42, 127 to 255 and "
+            "deploy_restart_exit_codes do."
+        )
+    if (
+        is_given(config, "preemption_grace_seconds")
+        and config.preemption_grace_seconds > plan.grace.pod_seconds
+    ):
+        yield (
+            f"preemption_grace_seconds={config.preemption_grace_seconds:g}, but the pod has "
+            f"{plan.grace.pod_seconds} s to end. Leave it out, or set deploy_planned_save_seconds to what the "
+            "save takes."
         )
 
 

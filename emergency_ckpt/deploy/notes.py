@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from emergency_ckpt.config import advice
+from emergency_ckpt.deploy.grace import GKE_SPOT_SECONDS
 from emergency_ckpt.deploy.plan import Plan
 
-_SPOT_SECONDS = {"gke": 30, "eks": 120}
+_SPOT_SECONDS = {"gke": GKE_SPOT_SECONDS, "eks": 120}
 
 
 def about_recovery(plan: Plan) -> Iterator[str]:
@@ -31,7 +32,7 @@ def about_recovery(plan: Plan) -> Iterator[str]:
     platform = "gke" if plan.target in ("xpk", "gcluster") else values.platform
     if values.capacity == "spot" and grace.hold_seconds > _SPOT_SECONDS[platform]:
         yield (
-            f"- Spot machines are gone {_SPOT_SECONDS[platform]} s after their notice, whatever the grace "
+            f"- Pods on spot machines are gone {_SPOT_SECONDS[platform]} s after a notice, whatever the grace "
             "period says: a save that takes longer is not finished, and the newest complete one counts."
         )
     if not plan.config.enable_autocheckpoint:

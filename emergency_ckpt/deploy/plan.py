@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 from emergency_ckpt.config import Config, load_config
+from emergency_ckpt.config.load import is_given
 from emergency_ckpt.config.names import misspelt
 from emergency_ckpt.config.values import read_value
 from emergency_ckpt.deploy import grace
 from emergency_ckpt.deploy.checks import FROM_GOOGLE, problems
-from emergency_ckpt.deploy.program import program_words
+from emergency_ckpt.deploy.program import MAXTEXT_ADAPTER, program_words
 from emergency_ckpt.deploy.tpu_types import TpuType, tpu_type
 from emergency_ckpt.deploy.values import DEFAULT_RESTART_CODES, FIELDS, PREFIX, Deployment
 from emergency_ckpt.errors import ConfigError
@@ -71,6 +72,21 @@ class Plan:
         return rule(self.values.planned_save_seconds)
 
     @property
+    def program_config(self) -> Config:
+        """The flags of the program: it reckons with the time that its pod has, unless somebody said another."""
+        flag = "preemption_grace_seconds"
+        if not self.config.enable_autocheckpoint or is_given(self.config, flag) or not self._reads_all_flags:
+            return self.config
+        seconds = self.grace.hold_seconds
+        if self.values.capacity == "spot" and self.values.platform == "gke" and self.target != "hyperpod":
+            seconds = min(seconds, grace.GKE_SPOT_SECONDS)
+        return self.config.replace("deploy_planned_save_seconds", **{flag: float(seconds)})
+
+    @property
+    def _reads_all_flags(self) -> bool:
+        return self.values.program == "own" or MAXTEXT_ADAPTER in self.values.command
+
+    @property
     def restart_codes(self) -> tuple[int, ...]:
         """All exit codes after which the job is started again."""
         return tuple(sorted({*DEFAULT_RESTART_CODES, *self.values.restart_exit_codes}))
@@ -91,7 +107,7 @@ class Plan:
             "--grace-seconds",
             str(self.grace.hold_seconds),
             "--",
-            *program_words(self.config, self.values.command, self.values.program),
+            *program_words(self.program_config, self.values.command, self.values.program),
         )
 
     @property

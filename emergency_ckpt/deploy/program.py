@@ -7,54 +7,41 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from emergency_ckpt.config import FLAGS, Config
-from emergency_ckpt.config.load import PACKAGED_BASE
+from emergency_ckpt.config.load import is_given
+from emergency_ckpt.config.names import MAXTEXT_FLAGS, MAXTEXT_HANDS_ON, MAXTEXT_WORDS_VARIABLE
 from emergency_ckpt.config.values import read_value
 from emergency_ckpt.deploy.names import is_secret
 from emergency_ckpt.deploy.values import PREFIX
 from emergency_ckpt.errors import ConfigError
 
-MAXTEXT_FLAGS = frozenset(
-    {
-        "async_checkpointing",
-        "base_output_directory",
-        "checkpoint_period",
-        "checkpoint_storage_concurrent_gb",
-        "checkpoint_storage_target_data_file_size_bytes",
-        "checkpoint_storage_use_ocdbt",
-        "checkpoint_storage_use_zarr3",
-        "enable_autocheckpoint",
-        "enable_checkpoint_cloud_logger",
-        "enable_checkpointing",
-        "enable_emergency_checkpoint",
-        "enable_multi_tier_checkpointing",
-        "enable_single_replica_ckpt_restoring",
-        "jax_distributed_initialization_timeout",
-        "load_full_state_path",
-        "load_parameters_path",
-        "local_checkpoint_directory",
-        "local_checkpoint_period",
-        "max_num_checkpoints_to_keep",
-        "mtc_data_parallelism",
-        "multi_tier_checkpointing_backup_interval_minutes",
-        "multi_tier_checkpointing_backup_interval_steps",
-        "run_name",
-        "save_checkpoint_on_completion",
-    }
-)
-"""Flags of ours that MaxText's base.yml has; its command line refuses all others."""
-
+MAXTEXT_ADAPTER = "emergency_ckpt.maxtext"
 _MOST_CHARACTERS = 100_000
 """Linux takes 128 KiB in one argument, and XPK puts the whole command into one."""
 
 
 def program_words(config: Config, command: tuple[str, ...], program: str) -> tuple[str, ...]:
-    """`command` and the flags as `key=value`. Raises ConfigError for what cannot be said there."""
-    words = (*command, *_flags(config, program), *_other_keys(config))
+    """`command` and the flags as `key=value`. Raises ConfigError for what cannot be said so.
+
+    MaxText's command line gets those flags that it knows; the adapter gets, by a variable, those that MaxText
+    does not hand on to its manager.
+    """
+    given = {flag: f"{flag}={_text_of(config, flag)}" for flag in FLAGS if is_given(config, flag)}
+    before: tuple[str, ...] = ()
+    if program == "maxtext":
+        _refuse_what_maxtext_refuses(config, command, given)
+        if MAXTEXT_ADAPTER in command and (
+            ours := [given[flag] for flag in given if flag not in MAXTEXT_HANDS_ON]
+        ):
+            # `env` becomes the program, so that signals reach it.
+            before = ("env", f"{MAXTEXT_WORDS_VARIABLE}={shlex.join(ours)}")
+        given = {flag: word for flag, word in given.items() if flag in MAXTEXT_FLAGS}
+    words = (*before, *command, *given.values(), *_other_keys(config))
     if sum(len(word) + 3 for word in words) > _MOST_CHARACTERS:
         raise ConfigError(
             f"the command line of the program has more than {_MOST_CHARACTERS} characters, because the files "
@@ -64,24 +51,24 @@ def program_words(config: Config, command: tuple[str, ...], program: str) -> tup
     return words
 
 
-def _flags(config: Config, program: str) -> Iterator[str]:
-    given = [flag for flag in FLAGS if _is_given(config, flag)]
-    if program == "maxtext" and (foreign := [flag for flag in given if flag not in MAXTEXT_FLAGS]):
+def _refuse_what_maxtext_refuses(config: Config, command: tuple[str, ...], given: Iterable[str]) -> None:
+    foreign = [flag for flag in given if flag not in MAXTEXT_FLAGS]
+    if foreign and MAXTEXT_ADAPTER not in command:
         raise ConfigError(
             f"MaxText's command line refuses {', '.join(foreign)} ({config.source_of(foreign[0])}): it has no "
-            "such keys. Leave them out, or set deploy_program=own for a program that reads all flags."
+            f"such keys. Start it as `python3 -m {MAXTEXT_ADAPTER} -m MODULE …`, leave them out, or set "
+            "deploy_program=own for a program that reads all flags."
         )
-    for flag in given:
-        yield f"{flag}={_text(getattr(config, flag), is_text=Config.model_fields[flag].annotation is str)}"
+    if config.enable_multi_tier_checkpointing and MAXTEXT_ADAPTER in command:
+        raise ConfigError(
+            f"enable_multi_tier_checkpointing=True ({config.source_of('enable_multi_tier_checkpointing')}) "
+            f"makes MaxText use GKE's replicator, and {MAXTEXT_ADAPTER} refuses that. Set "
+            "enable_emergency_checkpoint=True, and keep the backup interval."
+        )
 
 
-def _is_given(config: Config, flag: str) -> bool:
-    """Whether somebody set it: the packaged base.yml sets everything, to what is the default anyway."""
-    source = config.sources.get(flag)
-    return source is not None and (
-        not source.startswith(f"{PACKAGED_BASE}:")
-        or getattr(config, flag) != Config.model_fields[flag].get_default()
-    )
+def _text_of(config: Config, flag: str) -> str:
+    return _text(getattr(config, flag), is_text=Config.model_fields[flag].annotation is str)
 
 
 def _other_keys(config: Config) -> Iterator[str]:

@@ -117,7 +117,8 @@ class Deployment(BaseModel):
     command: Command = Field(description="The training program and its first words, as text or as a list.")
     program: Literal["own", "maxtext"] = Field(
         "own",
-        description="maxtext: only flags that MaxText has are added to the command; own: all that are set.",
+        description="maxtext: only flags that MaxText has are added to the command, and the others go to "
+        "emergency_ckpt.maxtext by a variable, where the command names that; own: all that are set.",
     )
     env: dict[Variable, Text] = Field(default_factory=dict, description="Environment variables of the program.")
     slices: Count = Field(1, description="Slices (replicas of the state); those of TPUs are node pools.")

@@ -7,7 +7,7 @@ by box. All of it follows from what the caller gives, which must be the same on 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -125,6 +125,22 @@ def part_of_state(
         names=names,
         beside=beside,
     )
+
+
+def whole_in_another_tree(
+    args: Any, abstract_state: Any, layout: Layout, topology: Topology, beside: WantedExtras
+) -> Callable[[Any], Any] | None:
+    """Makes the tree of `args.item` of the whole state, where that names all leaves as the state has them.
+
+    None where it names others, fewer, or none. Raises what `part_of_state` raises.
+    """
+    if args.item is None:
+        return None
+    asked = part_of_state(args, abstract_state, layout, topology, beside)
+    own = [leaf.name for leaf in flatten(abstract_state).leaves]
+    if asked.boxes or sorted(own) != sorted(str(name) for name in asked.names):
+        return None
+    return lambda state: asked.tree(dict(zip(own, jax.tree_util.tree_leaves(state), strict=True)))
 
 
 def _refuse_transforms(args: Any) -> None:

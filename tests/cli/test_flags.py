@@ -90,3 +90,11 @@ def test_the_documentation_explains_every_flag() -> None:
     blocks = printed("--doc").strip().split("\n\n")
     assert [block.partition(":")[0] for block in blocks] == list(FLAGS)
     assert all("Takes " in block for block in blocks)
+
+
+def test_the_page_of_the_documentation_is_the_one_that_the_schema_gives() -> None:
+    page = printed("--page")
+    assert (Path(__file__).parents[2] / "docs" / "flags.md").read_text() == page, "run `make docs`"
+    rows = [line.split("`")[1] for line in page.splitlines() if line.startswith("| `")]
+    assert rows == list(dict.fromkeys(rows))
+    assert set(rows) == set(FLAGS)

@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emergency_ckpt.config import FLAGS, load_config
+from emergency_ckpt.config.names import MAXTEXT_FLAGS, MAXTEXT_HANDS_ON, MAXTEXT_WORDS_VARIABLE
 from emergency_ckpt.config.values import read_file
 from emergency_ckpt.deploy.jobset import render_jobset
 from emergency_ckpt.deploy.manifest import text_of
-from emergency_ckpt.deploy.program import MAXTEXT_FLAGS, program_words
+from emergency_ckpt.deploy.program import program_words
 from emergency_ckpt.deploy.templates import comment, render
 from emergency_ckpt.deploy.xpk import render_gcluster, render_xpk
 from emergency_ckpt.errors import ConfigError
@@ -162,6 +163,15 @@ def test_a_program_reads_the_flags_that_the_configuration_has(
     read = load_config(["train.py", *words], {})
     assert read.flags() == given_flags.flags()
 
+    adapted = ("python3", "-m", "emergency_ckpt.maxtext", "-m", "maxtext.train")
+    env, variable, *words = program_words(given_flags, adapted, "maxtext")
+    assert (env, *words[: len(adapted)]) == ("env", *adapted)
+    ours = shlex.split(variable.removeprefix(f"{MAXTEXT_WORDS_VARIABLE}="))
+    assert not {word.partition("=")[0] for word in words[len(adapted) :]} - MAXTEXT_FLAGS
+    assert load_config(["train.py", *ours, *words[len(adapted) :]], {}).flags() == given_flags.flags()
+    # The manager is made of these and of what MaxText hands on.
+    assert {word.partition("=")[0] for word in ours} == {*given_flags.sources} - MAXTEXT_HANDS_ON
+
 
 def test_flags_at_their_defaults_in_the_packaged_file_are_not_repeated(tmp_path: Path) -> None:
     file = tmp_path / "own.yml"
@@ -199,3 +209,9 @@ def test_maxtext_gets_no_flag_that_it_does_not_know() -> None:
     given_flags = config(local_checkpoint_copies=2)
     with pytest.raises(ConfigError, match="MaxText's command line refuses local_checkpoint_copies"):
         program_words(given_flags, ("train.py",), "maxtext")
+    multi_tier = config(
+        enable_multi_tier_checkpointing=True, multi_tier_checkpointing_backup_interval_minutes=30
+    )
+    program_words(multi_tier, ("train.py",), "maxtext")
+    with pytest.raises(ConfigError, match="keep the backup interval"):
+        program_words(multi_tier, ("python3", "-m", "emergency_ckpt.maxtext", "-m", "maxtext.train"), "maxtext")

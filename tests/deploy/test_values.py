@@ -96,6 +96,8 @@ MULTI_TIER: Mapping[str, Any] = {
             {"local_checkpoint_copies": 2},
             "MaxText's command line refuses",
         ),
+        ("xpk", FOR_XPK, {"preemption_exit_code": 3}, "does not restart the job"),
+        ("xpk", FOR_XPK, {"preemption_grace_seconds": 111}, "but the pod has 110 s to end"),
         ("k8s", {**ON_TPUS, "memory": None}, {}, "deploy_memory is missing"),
         ("k8s", {**ON_TPUS, "memory": "4Gi"}, {}, "is not below deploy_memory"),
         ("k8s", {**ON_TPUS, "tpu_type": None}, {}, "which hosts?"),
@@ -135,6 +137,29 @@ def test_grace_periods_grow_with_the_planned_save_and_each_fits_into_the_next() 
         for grace in (under_xpk(seconds), with_sidecar(seconds)):
             assert seconds < grace.hold_seconds <= max(30, seconds * 1.5 + 1) < grace.pod_seconds
     assert (under_xpk(60).hold_seconds, under_xpk(60).pod_seconds) == (90, 110)
+
+
+ADAPTED = ("python3", "-m", "emergency_ckpt.maxtext", "-m", "maxtext.train")
+
+
+@pytest.mark.parametrize(
+    ("values", "seconds"),
+    [
+        ({}, 90.0),
+        ({"planned_save_seconds": 10}, 30.0),
+        ({"capacity": "spot"}, 15.0),
+        ({"program": "maxtext"}, None),
+        ({"program": "maxtext", "command": ADAPTED}, 90.0),
+    ],
+)
+def test_a_program_reckons_with_the_time_that_its_pod_has(
+    values: dict[str, Any], seconds: float | None
+) -> None:
+    words = plan("xpk", {**FOR_XPK, **values}).run_words
+    said = [flag for word in words for flag in word.split() if "preemption_grace_seconds=" in flag]
+    assert [float(flag.rpartition("=")[2]) for flag in said] == ([] if seconds is None else [seconds])
+    told = plan("xpk", {**FOR_XPK, "capacity": "spot"}, config(preemption_grace_seconds=20)).run_words
+    assert "preemption_grace_seconds=20.0" in told
 
 
 def test_tpu_types_have_the_hosts_that_google_says() -> None:
