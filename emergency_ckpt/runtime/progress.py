@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from emergency_ckpt.agent.host_agent import HostAgent
 from emergency_ckpt.agent.progress import Progress
 from emergency_ckpt.core.stalls import StallLimits
+from emergency_ckpt.core.trouble import Trouble
 from emergency_ckpt.errors import EmergencyCheckpointError
 from emergency_ckpt.telemetry.log import CheckpointLogger
 
@@ -120,15 +121,14 @@ class ProgressTeller:
             self._thread.join(_CLOSE_SECONDS)
 
     def _tell(self, host: HostAgent, log: CheckpointLogger) -> None:
-        said = ""
+        trouble = Trouble()
         while not self._stop.is_set():
             try:
                 host.tell_progress(self._progress.said())
-                said = ""
+                trouble.is_over()
             except (EmergencyCheckpointError, OSError) as error:
-                if str(error) != said and not self._stop.is_set():
+                if trouble.is_new(str(error)) and not self._stop.is_set():
                     log.info(
                         "progress", None, f"the agent does not know for now how far this process is: {error}"
                     )
-                said = str(error)
             self._stop.wait(TELL_SECONDS)
