@@ -500,6 +500,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
             restored = self._restore(None, WantedExtras(extras or {}))
             report = restored.report
             return RestoredState(restored.state, report.step, restored.received.values, report.source)
+        self._steps.begin_after(-1)
         if lost := survey.lost:
             raise NoRestorableStepError(
                 f"{lost} was complete once, and now nothing can be restored: {survey.reason}. To start "
@@ -528,7 +529,11 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         return read
 
     def _restore(self, wanted: int | None, beside: WantedExtras) -> Restored:
-        restored = self._engine.restore(wanted, beside)
+        try:
+            restored = self._engine.restore(wanted, beside)
+        except BaseException:
+            self._steps.may_begin_anew()
+            raise
         self._last_restore = restored.report
         self._went_on_from = restored.report.step
         self._progress.begin_anew()
@@ -547,13 +552,19 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
     @_without_progress
     def reload(self) -> None:
         """Looks again at what can be restored, on all tiers. Collective."""
-        self._engine.reload()
+        try:
+            self._engine.reload()
+        finally:
+            self._steps.may_begin_anew()
 
     @_without_progress
     def delete(self, step: int) -> None:
         """Deletes `step` on all tiers. Collective. Raises NoRestorableStepError when it is on none."""
         step = step_number(step)
-        self._engine.delete(step)
+        try:
+            self._engine.delete(step)
+        finally:
+            self._steps.may_begin_anew()
         if self._datasets is not None:
             self._datasets.delete(step)
 

@@ -49,14 +49,15 @@ class Leaving:
         self._steps = steps
         self._settings = engine.job.settings
         self._step: int | None = None  # at which all react, from when it is reached until it is decided on
+        self._met = 0  # how many such steps there were; after a restore one may have the number of another one
         self._reaction: _Reaction | None = None
         self._reacted: set[Notice] = set()  # process 0: to these
 
     def reached(self, step: int) -> bool:
         """Whether all processes react at `step`. Raises CoordinationTimeoutError."""
         reached = self._steps.reached(step)
-        if reached and (self._reaction is None or self._reaction.step != step):
-            self._step = step
+        if reached and self._met != self._steps.met:
+            self._step, self._met = step, self._steps.met
         return reached
 
     def narrowed(self, due: Due) -> Due:

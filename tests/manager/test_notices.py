@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from jax.sharding import Mesh
 
 from emergency_ckpt import CheckpointManager, Config
 from emergency_ckpt.agent import draining
-from emergency_ckpt.errors import LocalDirectoryError
+from emergency_ckpt.errors import LocalDirectoryError, NoRestorableStepError
+from emergency_ckpt.preemption.notice import Notice
 from tests.manager.states import make_state
 
 
@@ -93,6 +95,44 @@ def test_the_step_of_a_notice_finds_a_slot_although_steps_that_wait_for_a_drain_
         assert manager.latest_complete_step() == slots + 1
         may_end.set()
     assert (tmp_path / f"bucket/job/checkpoints/{slots + 1}/default").is_dir()
+
+
+def end_by_delete(manager: CheckpointManager, *roots: Path) -> None:
+    manager.delete(100)
+
+
+def end_by_reload(manager: CheckpointManager, *roots: Path) -> None:
+    damage(*roots)
+    manager.reload()
+
+
+def end_by_restore(manager: CheckpointManager, *roots: Path) -> None:
+    damage(*roots)
+    with pytest.raises(NoRestorableStepError):
+        manager.restore(None)
+
+
+def damage(*roots: Path) -> None:
+    """Of all steps, under a running job; the files stay the same ones."""
+    for path in (path for root in roots for path in root.rglob("*")):
+        if path.is_file() and ("slot" in path.name or path.parent.name == "d"):
+            with open(path, "r+b") as file:
+                file.seek(path.stat().st_size // 2)
+                file.write(b"\xff" * 40)
+
+
+@pytest.mark.parametrize("end", [end_by_delete, end_by_reload, end_by_restore])
+def test_a_job_that_begins_anew_as_its_steps_are_gone_reacts_at_its_next_step(
+    mesh: Mesh, ramdisk: Path, tmp_path: Path, end: Callable[..., None]
+) -> None:
+    config = make_config(tmp_path, ramdisk, local_checkpoint_period=1000, checkpoint_period=1000)
+    with CheckpointManager.from_config(config, mesh, make_state(mesh, 0)) as manager:
+        assert manager.save(100, make_state(mesh, 100))
+    with CheckpointManager.from_config(config, mesh, make_state(mesh, 0)) as manager:
+        end(manager, ramdisk, tmp_path)
+        manager._notices.hear(Notice("file", "terminate", time.time(), time.time() + 60))
+        assert manager.reached_preemption(1)
+        assert not manager.reached_preemption(2)
 
 
 def wait_for(manager: CheckpointManager, count: int) -> None:
