@@ -78,6 +78,7 @@ class AgreedSteps:
         self._known_rounds = 0  # all up to this number are dealt with
         self._reactions: list[_Position] = []  # that are still to come
         self._closed = False
+        self._left = False  # and all are told
         self._posted = 0
         self._unposted: dict[str, bytes] = {}  # by key; notices that could not be told yet
         self._notices: tuple[JobNotice, ...] = ()
@@ -157,16 +158,17 @@ class AgreedSteps:
         """
         value = json.dumps({"process": process, "line": notice.to_line().decode()})
         with self._changed:
-            if self._closed:
-                return "no step follows: the manager is being closed"
             self._posted += 1
             name = f"{self._coordinator.process_index}.{self._posted}"
             self._unposted[f"{_TOLD}/{_NOTICES}/{name}"] = value.encode()
+            closed = self._closed
         self._post()
-        if self._coordinator.process_count > 1:
-            return "all processes agree on a step to react at"
-        self.look()
-        return "this process reacts at its next step"
+        alone = self._coordinator.process_count == 1
+        if alone:
+            self.look()
+        if closed:
+            return "no step follows: the manager is being closed, in the time that is left"
+        return "this process reacts at its next step" if alone else "all processes agree on a step to react at"
 
     def look(self) -> bool:
         """Reads what was told, and does this process's part; whether it is to look again soon.
@@ -194,11 +196,12 @@ class AgreedSteps:
         Raises PeerFailedError where the coordination service cannot be reached.
         """
         with self._changed:
-            if self._closed:
-                return
             self._closed = True
+            if self._left:
+                return
             self._release()
         self._coordinator.put(f"{_TOLD}/{_LEFT}", b"")
+        self._left = True
 
     def _post(self) -> None:
         with self._changed:

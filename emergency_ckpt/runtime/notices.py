@@ -7,6 +7,7 @@ away is passed on to the agent that does not know of it.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -18,6 +19,7 @@ from emergency_ckpt.preemption.choosing import SourceOptions, choose_sources
 from emergency_ckpt.preemption.command_form import shell_in_the_way
 from emergency_ckpt.preemption.notice import Known, Notice
 from emergency_ckpt.preemption.signals import SignalOptions, Signals
+from emergency_ckpt.preemption.watch import CLOSE_SECONDS as WATCH_CLOSE_SECONDS
 from emergency_ckpt.preemption.watch import Watch
 from emergency_ckpt.runtime.agreed_steps import LEADER, AgreedSteps, JobNotice
 from emergency_ckpt.runtime.jax_signal import JaxSignal
@@ -112,18 +114,23 @@ class Notices:
         elif alone is not None:
             self._watch = Watch(choose_sources(alone), self.hear)
 
-    def close(self) -> None:
-        """Hears no more, and nobody waits for this process at another step. Idempotent."""
+    def leave(self) -> None:
+        """Nobody waits for this process at another step; it hears on. Raises PeerFailedError. Idempotent."""
+        if self._steps is not None:
+            self._steps.close()
+
+    def close(self, limit: timedelta | None = None) -> None:
+        """Hears no more, and nobody waits for this process. Idempotent. `limit`: for the threads, in all."""
+        deadline = time.monotonic() + (_CLOSE_SECONDS if limit is None else limit.total_seconds())
         self._stop.set()
         self._fresh.set()
         if self._signals is not None:
             self._signals.close()
         if self._watch is not None:
-            self._watch.close()
+            self._watch.close(min(WATCH_CLOSE_SECONDS, max(0.0, deadline - time.monotonic())))
         for thread in self._threads:
-            thread.join(_CLOSE_SECONDS)
-        if self._steps is not None:
-            self._steps.close()
+            thread.join(max(0.0, deadline - time.monotonic()))
+        self.leave()
 
     def _take(self, notice: Notice) -> bool:
         """False for one that is known."""

@@ -12,6 +12,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 
 from emergency_ckpt.agent.host_agent import HostAgent
 from emergency_ckpt.agent.progress import Progress
@@ -114,11 +115,11 @@ class ProgressTeller:
             )
             self._thread.start()
 
-    def close(self) -> None:
-        """Tells nothing more. Idempotent."""
+    def close(self, limit: timedelta | None = None) -> None:
+        """Tells nothing more. Idempotent. `limit`: for the thread that is still telling."""
         self._stop.set()
         if self._thread is not None:
-            self._thread.join(_CLOSE_SECONDS)
+            self._thread.join(_CLOSE_SECONDS if limit is None else min(limit.total_seconds(), _CLOSE_SECONDS))
 
     def _tell(self, host: HostAgent, log: CheckpointLogger) -> None:
         trouble = Trouble()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -94,3 +95,19 @@ def test_whatever_fails_in_it_the_looking_thread_goes_on_and_says_so_once(
         process.wait_for_reaction()
         process.notices.close()
     assert caplog.text.count("is not known for now: KeyError: '1'") == 1
+
+
+def test_a_request_that_hangs_does_not_keep_a_job_that_has_no_time() -> None:
+    process = Process()
+    released, over = threading.Event(), threading.Event()
+
+    def hang(prefix: str) -> dict[str, bytes]:
+        released.wait(30)
+        over.set()
+        return {}
+
+    process.service.entries = hang
+    process.begin()
+    process.notices.close(timedelta(seconds=0.1))
+    assert not over.is_set()
+    released.set()
