@@ -10,6 +10,7 @@ import functools
 import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import jax
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from emergency_ckpt.config import Config
 
 PyTree = Any
+_LEAST_PATIENCE = timedelta(seconds=1)
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
@@ -381,12 +383,12 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
                 "where it is to be saved anew. Without force=True such a call returns False"
             )
         with self._progress.paused():
-            saved = self._engine.save(step, due, prepare, self._settings.slot_wait)
+            saved = self._engine.save(step, due, prepare, self._settings.slot_wait, self._leaving.remaining())
             self._delete_void_datasets()
             if due.persistent:
                 self._save_dataset(step, args, custom_metadata, is_new)
             if saved and due.persistent and not self._settings.asynchronous:
-                raise_together(self._engine.await_drains())
+                raise_together(self._engine.await_drains(self._leaving.remaining))
         return saved
 
     def _save_dataset(
@@ -514,6 +516,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
             restored = self._restore(None, WantedExtras(extras or {}))
             report = restored.report
             return RestoredState(restored.state, report.step, restored.received.values, report.source)
+        self._steps.begin_after(-1)
         if lost := survey.lost:
             raise NoRestorableStepError(
                 f"{lost} was complete once, and now nothing can be restored: {survey.reason}. To start "
@@ -551,7 +554,11 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         return read
 
     def _restore(self, wanted: int | None, beside: WantedExtras) -> Restored:
-        restored = self._engine.restore(wanted, beside)
+        try:
+            restored = self._engine.restore(wanted, beside)
+        except BaseException:
+            self._steps.may_begin_anew()
+            raise
         self._last_restore = restored.report
         self._went_on_from = restored.report.step
         self._progress.begin_anew()
@@ -570,13 +577,19 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
     @_without_progress
     def reload(self) -> None:
         """Looks again at what can be restored, on all tiers. Collective."""
-        self._engine.reload()
+        try:
+            self._engine.reload()
+        finally:
+            self._steps.may_begin_anew()
 
     @_without_progress
     def delete(self, step: int) -> None:
         """Deletes `step` on all tiers. Collective. Raises NoRestorableStepError when it is on none."""
         step = step_number(step)
-        self._engine.delete(step)
+        try:
+            self._engine.delete(step)
+        finally:
+            self._steps.may_begin_anew()
         if self._datasets is not None:
             self._datasets.delete(step)
 
@@ -650,19 +663,31 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
 
         Raises the errors that nobody has asked for, when everything is released.
         """
-        failures: list[Exception] = []
+        self._leaving.begin_to_end()
+        remaining = self._leaving.remaining
+        failures = failures_of(self._notices.leave)
         try:
-            if self._datasets is not None:
-                failures += failures_of(self._datasets.close)
+            failures += failures_of(self._close_datasets)
         finally:  # Also when somebody interrupts the waiting.
-            limit = self._leaving.remaining()
-            failures += failures_of(
-                self._teller.close,
-                self._notices.close,
-                lambda: self._engine.close(limit),
-                self._handlers.close,
-            )
+            try:
+                failures += failures_of(
+                    lambda: self._teller.close(remaining()), lambda: self._engine.close(remaining)
+                )
+            finally:  # Until now a signal that the process is to end has limited the waiting.
+                failures += failures_of(lambda: self._notices.close(remaining()), self._handlers.close)
         raise_together([*failures, *self._engine.take_errors()])
+
+    def _close_datasets(self) -> None:
+        limit = self._leaving.remaining()
+        if self._datasets is None:
+            return
+        if limit is None:
+            self._datasets.close()
+            return
+        try:
+            self._datasets.close(max(limit, _LEAST_PATIENCE))
+        except Exception as error:  # The job leaves, and is to say so by its exit code.
+            self._engine.job.log.error("preemption", None, f"the newest dataset may not be saved: {error}")
 
     def __contextmanager__(self) -> Any:
         try:

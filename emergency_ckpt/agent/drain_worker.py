@@ -12,7 +12,7 @@ import dataclasses
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 from emergency_ckpt.agent.drain import DrainJob, Verdict
@@ -170,13 +170,21 @@ class DrainWorker:
         """Errors since the last call, oldest first."""
         return self._errors.take()
 
-    def wait(self, timeout: timedelta) -> bool:
+    def wait(self, timeout: timedelta, interrupted: Callable[[], bool] | None = None) -> bool:
         """Waits until each step has been drained or has had a try, which does not wait for its time.
 
-        False when the time limit came first. A step whose try failed is tried again later all the same.
+        False when the time limit came first, or `interrupted` was true, which is asked now and then. A step
+        whose try failed is tried again later all the same.
         """
+        deadline = time.monotonic() + timeout.total_seconds()
         with self._waiting() as waiter:
-            return self._await(waiter, timeout)
+            while True:
+                left = max(deadline - time.monotonic(), 0.0)
+                look = left if interrupted is None else min(left, _LOOK_SECONDS)
+                if self._await(waiter, timedelta(seconds=look)):
+                    return True
+                if time.monotonic() >= deadline or (interrupted is not None and interrupted()):
+                    return False
 
     @contextlib.contextmanager
     def _waiting(self) -> Iterator[_Waiter]:

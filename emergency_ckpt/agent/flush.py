@@ -20,6 +20,7 @@ from emergency_ckpt.agent.orders import Registration
 from emergency_ckpt.agent.trainers import State, Trainers
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.core.retrying import Pauses, is_final, store_reason
+from emergency_ckpt.core.trouble import Trouble
 from emergency_ckpt.errors import CorruptDataError, PersistentStoreError, StaleGenerationError
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class FlushSession:
         self._stopped = stopped
         self._times = times
         self._quiet_since = time.monotonic()
-        self._store_error: tuple[type[Exception], str] | None = None  # that was logged last
+        self._store_trouble = Trouble()
         self._leader = Leader(registration, own, dial, stopped)
 
     def run(self) -> FlushResult:
@@ -128,8 +129,7 @@ class FlushSession:
 
     def _wait_for_store(self, error: PersistentStoreError, failures: int) -> None:
         reason = store_reason(error)
-        if self._store_error != (type(error), reason):
-            self._store_error = type(error), reason
+        if self._store_trouble.is_new((type(error), reason)):
             _log.warning(
                 "the flush waits for the persistent tier, at most %g s from its beginning: %s",
                 self._times.store,

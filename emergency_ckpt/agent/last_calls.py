@@ -22,15 +22,13 @@ from emergency_ckpt.agent.trainers import Registered, Trainers
 from emergency_ckpt.agent.worker import join_all
 from emergency_ckpt.core.last_call import Estimate, estimate_drain, grace_deadline
 from emergency_ckpt.errors import EmergencyCheckpointError
-from emergency_ckpt.preemption.notice import Notice
+from emergency_ckpt.preemption.notice import Notice, NoticeKey
 
 _JOIN_SECONDS = 10.0
 _MOST_NOTICES = 100
 # A deadline that has passed when it is heard of may be one of another clock.
 _AT_LEAST_SECONDS = 10.0
 _log = logging.getLogger("emergency_ckpt.agent")
-
-NoticeKey = tuple[str, str, float | None, str]
 
 
 @dataclasses.dataclass
@@ -43,6 +41,10 @@ class _Standing:
     here: bool = False
     processes: set[int] = dataclasses.field(default_factory=set)
     lives: set[Life] = dataclasses.field(default_factory=set)  # that it was acted upon for
+
+    def is_acted_upon(self, now: float) -> bool:
+        """Whether there is time for it."""
+        return now < max(self.deadline, self.heard + _AT_LEAST_SECONDS)
 
 
 class LastCalls:
@@ -110,11 +112,15 @@ class LastCalls:
         ends = grace_deadline(notice.received, notice.deadline)
         own = {each.registration.process for each in self._trainers.registered().values()}
         with self._guard:
-            while notice.key not in self._standing and len(self._standing) >= _MOST_NOTICES:
-                del self._standing[next(iter(self._standing))]
-            standing = self._standing.setdefault(
-                notice.key, _Standing(notice, time.monotonic() + ends - time.time())
-            )
+            new = _Standing(notice, time.monotonic() + ends - time.time())
+            known = self._standing.get(notice.key)
+            if known is None or (not known.is_acted_upon(new.heard) and new.is_acted_upon(new.heard)):
+                # What is over, and is said anew with time left, counts anew: a host may stay for long.
+                self._standing.pop(notice.key, None)
+                while len(self._standing) >= _MOST_NOTICES:
+                    del self._standing[next(iter(self._standing))]
+                self._standing[notice.key] = new
+            standing = self._standing[notice.key]
             standing.here |= here or process in own
             if process is not None:
                 standing.processes.add(process)
@@ -135,7 +141,7 @@ class LastCalls:
                 new = [
                     each
                     for each in self._standing.values()
-                    if life not in each.lives and now < max(each.deadline, each.heard + _AT_LEAST_SECONDS)
+                    if life not in each.lives and each.is_acted_upon(now)
                 ]
                 for each in new:
                     each.lives.add(life)

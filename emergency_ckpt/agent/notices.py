@@ -18,7 +18,7 @@ from aiohttp import web
 
 from emergency_ckpt.agent.door import BY_OWNER, refuse
 from emergency_ckpt.agent.orders import MAX_PROCESSES
-from emergency_ckpt.preemption.notice import MAX_LINE_BYTES, Notice, parse_json
+from emergency_ckpt.preemption.notice import MAX_LINE_BYTES, Notice, new_id, parse_json
 
 REQUEST = "request"
 _MOST_KEPT = 100
@@ -139,7 +139,9 @@ def _passed_on(raw: Any) -> tuple[Notice, int | None] | None:
 
 
 def _asked(raw: Any) -> Notice:
-    if not isinstance(raw, Mapping) or not set(raw) <= {"kind", "detail", "deadline"}:
-        raise ValueError("a request has a kind, a detail and a deadline, and nothing else")
-    kind, detail = raw.get("kind", "save"), raw.get("detail", "")
-    return Notice(REQUEST, kind, time.time(), raw.get("deadline"), detail)
+    if not isinstance(raw, Mapping) or not set(raw) <= {"kind", "detail", "deadline", "id"}:
+        raise ValueError("a request has a kind, a detail, a deadline and an id, and nothing else")
+    kind, detail, deadline = raw.get("kind", "save"), raw.get("detail", ""), raw.get("deadline")
+    # Each request is one of its own, unless it says by an id, or by a deadline, of which event it is.
+    known_by = raw.get("id", "") or ("" if deadline is not None else new_id())
+    return Notice(REQUEST, kind, time.time(), deadline, detail, known_by)

@@ -70,9 +70,9 @@ class OrderClient:
         order = {"destination": destination_to_json(destination), "share": share_to_json(share)}
         return self._drain_id(self._ask("POST", "/v1/drains", order))
 
-    def request_save(self, detail: str) -> int:
-        """Asks the trainers of this host for a save; returns how many were told."""
-        said = self._ask("POST", "/v1/notices", {"kind": "save", "detail": detail})
+    def request_save(self, detail: str, wish: str = "") -> int:
+        """Asks the trainers of this host for a save; returns how many were told. `wish`: the id of one."""
+        said = self._ask("POST", "/v1/notices", {"kind": "save", "detail": detail, "id": wish})
         told = said.get("told") if isinstance(said, dict) else None
         if type(told) is not int:
             raise self._nonsense("what is no number of trainers")

@@ -38,7 +38,7 @@ from emergency_ckpt.agent.trainers import Registered
 from emergency_ckpt.errors import AgentStartError, ConfigError, EmergencyCheckpointError
 from emergency_ckpt.local.claim import check_root
 from emergency_ckpt.preemption.choosing import choose_sources
-from emergency_ckpt.preemption.notice import Notice
+from emergency_ckpt.preemption.notice import Notice, new_id
 from emergency_ckpt.preemption.watch import Watch
 
 _TOKEN = re.compile(r"[0-9A-Za-z._~+/=-]{16,512}")
@@ -287,7 +287,7 @@ class _Life:
         """Whoever ends the agent of a host ends the host, as a container of its pod does."""
         now, seconds = time.time(), self._options.finish_seconds
         detail = f"its agent got {name}, and stays at most {seconds:g} s"
-        server.notices.tell(Notice(AGENT, "terminate", now, now + seconds, detail))
+        server.notices.tell(Notice(AGENT, "terminate", now, now + seconds, detail, new_id()))
 
 
 def _what_to_do(error: OSError, port: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Collection
 from datetime import timedelta
 from typing import Generic, TypeVar
@@ -11,6 +12,7 @@ from typing import Generic, TypeVar
 from emergency_ckpt.errors import EmergencyCheckpointError
 
 Request = TypeVar("Request")
+_LOOK_SECONDS = 0.5
 
 
 def join_all(threads: Collection[threading.Thread], seconds: float) -> None:
@@ -61,10 +63,20 @@ class Worker(Generic[Request]):
             errors, self._errors = self._errors, []
         return errors
 
-    def wait(self, timeout: timedelta) -> bool:
-        """Waits until every request is done; False when the time limit came first."""
+    def wait(self, timeout: timedelta, interrupted: Callable[[], bool] | None = None) -> bool:
+        """Waits until every request is done.
+
+        False when the time limit came first, or `interrupted` was true, which is asked now and then.
+        """
+        deadline = time.monotonic() + timeout.total_seconds()
         with self._idle:
-            return self._idle.wait_for(lambda: self._open == 0, timeout.total_seconds())
+            while True:
+                left = max(deadline - time.monotonic(), 0.0)
+                look = left if interrupted is None else min(left, _LOOK_SECONDS)
+                if self._idle.wait_for(lambda: self._open == 0, look):
+                    return True
+                if time.monotonic() >= deadline or (interrupted is not None and interrupted()):
+                    return False
 
     def close(self, timeout: timedelta) -> bool:
         """Finishes what was submitted and ends the thread; False when the time limit came first."""

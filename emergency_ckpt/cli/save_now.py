@@ -45,15 +45,16 @@ def run(args: argparse.Namespace) -> int:
     """Tells the trainers; 1 where none listens. Raises ConfigError, AgentStartError, PeerUnavailableError."""
     from emergency_ckpt.agent.order_client import OrderClient
     from emergency_ckpt.agent.record import agent_directory, living_record
+    from emergency_ckpt.preemption.notice import new_id
 
-    told = 0
+    told, wish = 0, new_id()
     for root in _roots(args.which, args.local_directory):
         record = living_record(agent_directory(root))
         if record is None:
             raise AgentStartError(
                 f"no agent runs for {root}, so that nobody can be told there: is the job running?"
             )
-        told += OrderClient.of_this_host(record, _ASK).request_save(args.detail)
+        told += OrderClient.of_this_host(record, _ASK).request_save(args.detail, wish)
     print(f"trainers that are told: {told}" if told else "no trainer listens: is enable_autocheckpoint=True?")
     return 0 if told else 1
 

@@ -203,7 +203,7 @@ def parse_spot_action(body: bytes, now: float) -> Notice:
         if action not in ("terminate", "stop", "hibernate"):
             raise
         deadline = None
-    return Notice(SPOT, "terminate", now, deadline, action)
+    return Notice(SPOT, "terminate", now, deadline, action, plain(f"{action} {raw.get('time')}", 100))
 
 
 def parse_rebalance(body: bytes, now: float) -> Notice:
@@ -213,4 +213,4 @@ def parse_rebalance(body: bytes, now: float) -> Notice:
         raise ValueError(f"{raw!r:.80}")
     said = raw.get("noticeTime")
     parse_time(said)
-    return Notice(REBALANCE, "rebalance", now, None, plain(f"recommended at {said}"))
+    return Notice(REBALANCE, "rebalance", now, None, plain(f"recommended at {said}"), plain(str(said)))

@@ -8,6 +8,8 @@ documentation of Compute Engine.
 from __future__ import annotations
 
 import abc
+import collections
+import dataclasses
 import os
 import re
 import time
@@ -15,7 +17,7 @@ import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
 
-from emergency_ckpt.preemption.machine import DMI, firmware_says
+from emergency_ckpt.preemption.machine import DMI, boot_id, firmware_says
 from emergency_ckpt.preemption.metadata_server import MetadataServer, NobodyError, Reply
 from emergency_ckpt.preemption.notice import Notice
 from emergency_ckpt.preemption.source import NotHereError, SourceError
@@ -56,6 +58,7 @@ class _Value(abc.ABC):
         self._etag: str | None = None
         self._value: str | None = None
         self._notice: Notice | None = None
+        self._times: collections.Counter[str] = collections.Counter()  # that each value has begun
 
     def look(self) -> Notice | None:
         reply = self._ask()
@@ -66,15 +69,24 @@ class _Value(abc.ABC):
         self.period_seconds = 0.0 if self._etag else 5.0
         if value != self._value:
             try:
-                self._notice = self.parse(value, time.time())
+                notice = self.parse(value, time.time())
             except ValueError as error:
                 self._etag = None
                 raise SourceError(f"{self.page} says what is no value of it ({error})") from error
-            self._value = value
+            self._value, self._notice = value, self._named(notice, value)
         return self._notice
 
     def close(self) -> None:
         self._server.close()
+
+    def _named(self, notice: Notice | None, value: str) -> Notice | None:
+        """The server tells no events apart: here one is a value from when it begins until it is another one.
+
+        Who looks anew, in a later process, names what stands by then as one that has looked all the time.
+        """
+        self._times[value] += 1
+        event = f"{value} {self._times[value]} of boot {boot_id()}"
+        return None if notice is None else dataclasses.replace(notice, id=event)
 
     @abc.abstractmethod
     def parse(self, value: str, now: float) -> Notice | None:

@@ -1,6 +1,7 @@
 """What a notice is: a word that this host, or the job on it, is about to end, or that somebody wants a save.
 
-It travels between processes as one line of JSON; whatever is read is checked before it is used.
+It travels between processes as one line of JSON; whatever is read is checked before it is used. Where it begins
+it gets an id, by which it is known wherever it comes to, and however often.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import secrets
 from datetime import UTC, datetime
 from typing import Any, Literal, get_args
 
@@ -17,7 +19,11 @@ Kind = Literal["terminate", "migrate", "rebalance", "save"]
 MAX_LINE_BYTES = 8192
 STANDS_SECONDS = 120.0
 """How long a notice without a deadline is told to trainers that come after it."""
+NoticeKey = tuple[str, str]
+"""The source, and what tells its notices apart."""
 _MAX_SOURCE = 64
+_MAX_ID = 200
+_MOST_KNOWN = 1000
 _MAX_DETAIL = 1000
 
 
@@ -31,6 +37,8 @@ class Notice:
       received: when it was heard of, in seconds since 1970.
       deadline: when it happens, in seconds since 1970; None where that is not known.
       detail: what was said, for people.
+      id: tells the event from others of the source, and is the same for whoever hears of it, as often as it is
+        looked at; without one that are the kind, the deadline and the detail.
     """
 
     source: str
@@ -38,11 +46,17 @@ class Notice:
     received: float
     deadline: float | None = None
     detail: str = ""
+    id: str = ""
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
             raise ValueError(f"no kind of notice: {self.kind!r:.40}")
-        for name, text, most in (("source", self.source, _MAX_SOURCE), ("detail", self.detail, _MAX_DETAIL)):
+        texts = (
+            ("source", self.source, _MAX_SOURCE),
+            ("detail", self.detail, _MAX_DETAIL),
+            ("id", self.id, _MAX_ID),
+        )
+        for name, text, most in texts:
             if not isinstance(text, str) or len(text) > most or not (text.isprintable() and text.isascii()):
                 raise ValueError(f"the {name} of a notice is no plain text of at most {most}: {text!r:.80}")
         for moment in (self.received, self.deadline):
@@ -50,9 +64,9 @@ class Notice:
                 _moment(moment)
 
     @property
-    def key(self) -> tuple[str, str, float | None, str]:
+    def key(self) -> NoticeKey:
         """What tells two notices apart: not when they were heard of."""
-        return (self.source, self.kind, self.deadline, self.detail)
+        return (self.source, self.id or f"{self.kind} {self.deadline} {self.detail}")
 
     @property
     def asks_for_save(self) -> bool:
@@ -70,9 +84,9 @@ class Notice:
 
     @classmethod
     def from_json(cls, raw: Any) -> Notice:
-        """Raises ValueError for anything that was not made by `to_line`."""
+        """Raises ValueError for anything that was not made by `to_line`; programs may leave out the id."""
         names = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(raw, dict) or set(raw) != names:
+        if not isinstance(raw, dict) or {*raw, "id"} != names:
             raise ValueError(f"no notice: {raw!r:.80}")
         return cls(**raw)
 
@@ -85,6 +99,27 @@ class Notice:
         when = "" if self.deadline is None else f", at {_said(self.deadline)}"
         detail = f": {self.detail}" if self.detail else ""
         return f"{self.source}: {_WORDS[self.kind]}{when}{detail}"
+
+
+class Known:
+    """The notices that were heard of, the latest thousand."""
+
+    def __init__(self) -> None:
+        self._keys: dict[NoticeKey, None] = {}
+
+    def is_new(self, notice: Notice) -> bool:
+        """Whether it was not heard of before; it is known from now on."""
+        if notice.key in self._keys:
+            return False
+        if len(self._keys) >= _MOST_KNOWN:
+            del self._keys[next(iter(self._keys))]
+        self._keys[notice.key] = None
+        return True
+
+
+def new_id() -> str:
+    """Of an event that is heard of once, where it is."""
+    return secrets.token_hex(8)
 
 
 _WORDS = {

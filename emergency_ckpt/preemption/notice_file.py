@@ -6,6 +6,8 @@ time at which the file was written), `kind` and `detail`.
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import logging
 import os
 import stat
@@ -56,7 +58,9 @@ class NoticeFile:
             return None
         if 0 <= now - found.st_mtime < _SETTLE_SECONDS:
             return self._notice  # It may be being written.
-        notice = parse_file(self._read(), found.st_mtime, now)
+        body = self._read()
+        written = f"{found.st_ino}.{found.st_mtime_ns}.{hashlib.sha256(body).hexdigest()[:16]}"
+        notice = dataclasses.replace(parse_file(body, found.st_mtime, now), id=written)
         self._seen, self._notice = seen, notice
         return notice
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from emergency_ckpt.errors import ConfigError
 from emergency_ckpt.preemption.choosing import OFF
-from emergency_ckpt.preemption.notice import Notice
+from emergency_ckpt.preemption.notice import Notice, new_id
 from emergency_ckpt.preemption.signal_owners import learn, owner_of, set_default
 from emergency_ckpt.preemption.wakeup import Wakeup
 
@@ -207,10 +207,10 @@ class Signals:
                 count = 1 if heard is None else heard.count + 1
                 self._heard[number] = _Heard(now, count)
                 detail = name if count == 1 else f"{name}, number {count}"
-                self._undelivered.put(Notice(SIGNAL, "save", received, None, detail))
+                self._undelivered.put(Notice(SIGNAL, "save", received, None, detail, new_id()))
         elif heard is None:
             self._heard[number] = _Heard(now, 1)
-            notice = Notice(SIGNAL, "terminate", received, received + self._grace_seconds, name)
+            notice = Notice(SIGNAL, "terminate", received, received + self._grace_seconds, name, new_id())
             self._undelivered.put(notice)
         elif now - heard.at >= SAME_SECONDS:
             self._insist(number)

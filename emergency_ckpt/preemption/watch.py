@@ -12,13 +12,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from emergency_ckpt.preemption.notice import Notice
+from emergency_ckpt.core.trouble import Trouble
+from emergency_ckpt.preemption.notice import Known, Notice
 from emergency_ckpt.preemption.source import NotHereError, Source, SourceError
 
 CLOSE_SECONDS = 5.0
 _FIRST_PAUSE_SECONDS = 1.0
 _LONGEST_PAUSE_SECONDS = 15.0
-_MOST_REMEMBERED = 1000
 _log = logging.getLogger("emergency_ckpt.preemption")
 
 
@@ -41,7 +41,7 @@ class Watch:
         self._first_pause_seconds = first_pause_seconds
         self._stop = threading.Event()
         self._guard = threading.Lock()
-        self._known: dict[tuple[str, str, float | None, str], None] = {}
+        self._known = Known()
         self._watched = len(self._sources)
         self._threads = [
             threading.Thread(
@@ -74,7 +74,7 @@ class Watch:
         return not left
 
     def _watch(self, source: Source) -> None:
-        trouble = ""
+        trouble = Trouble()
         failures = 0
         while not self._stop.is_set():
             try:
@@ -83,16 +83,16 @@ class Watch:
                 if not self._stop.is_set():
                     _log.info("%s is not watched: %s", source.name, error)
                 break
-            except SourceError as error:
-                if str(error) != trouble and not self._stop.is_set():
-                    _log.warning("%s: %s; it is tried again", source.name, error)
-                trouble = str(error)
+            except Exception as error:  # Whatever a source does, it is looked at again.
+                said = str(error) if isinstance(error, SourceError) else f"{type(error).__name__}: {error}"
+                if trouble.is_new(said) and not self._stop.is_set():
+                    _log.warning("%s: %s; it is tried again", source.name, said)
                 pause = min(_LONGEST_PAUSE_SECONDS, self._first_pause_seconds * 2 ** min(failures, 10))
                 failures += 1
             else:
-                if trouble:
+                if trouble.is_over():
                     _log.info("%s answers again", source.name)
-                trouble, failures, pause = "", 0, source.period_seconds
+                failures, pause = 0, source.period_seconds
                 if notice is not None:
                     self._tell(notice)
             self._stop.wait(pause * random.uniform(0.8, 1.2))
@@ -101,9 +101,5 @@ class Watch:
 
     def _tell(self, notice: Notice) -> None:
         with self._guard:
-            if notice.key in self._known or self._stop.is_set():
-                return
-            if len(self._known) >= _MOST_REMEMBERED:
-                del self._known[next(iter(self._known))]
-            self._known[notice.key] = None
-            self._deliver(notice)
+            if not self._stop.is_set() and self._known.is_new(notice):
+                self._deliver(notice)

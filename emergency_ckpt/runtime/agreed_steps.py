@@ -4,6 +4,9 @@ Whoever hears of a notice writes a key. Every process that finds it says how far
 the loop at its next question until process 0 has named the furthest: the first question after that is answered
 with yes, on every process. That works for any notice, as often as one comes, and also where not every step is
 asked about. (JAX's own sync point answers once in the life of a process, and only where every step is.)
+
+A request to the coordination service that fails is repeated, and may be done twice: whatever is written has a
+name of its own.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from datetime import timedelta
 from typing import Any
 
 from emergency_ckpt.errors import CoordinationTimeoutError
-from emergency_ckpt.jaxio.coordination import Coordinator, collect, contribute
+from emergency_ckpt.jaxio.coordination import Coordinator
 from emergency_ckpt.preemption.notice import Notice
 
 LEADER = 0
@@ -67,12 +70,17 @@ class AgreedSteps:
         self._position = _Position(0, -1)
         self._asked: int | None = None
         self._answer = False
-        self._held: int | None = None  # the round in which this process has said how far it is
+        self._held: int | None = None  # the round in which this process says how far it is
+        self._held_at = self._position  # what it says, and whether that is written
+        self._held_is_said = False
         self._held_since = 0.0
+        self._met = 0
         self._known_rounds = 0  # all up to this number are dealt with
         self._reactions: list[_Position] = []  # that are still to come
         self._closed = False
+        self._left = False  # and all are told
         self._posted = 0
+        self._unposted: dict[str, bytes] = {}  # by key; notices that could not be told yet
         self._notices: tuple[JobNotice, ...] = ()
         self._trouble = ""
         self._looking = threading.RLock()
@@ -84,6 +92,14 @@ class AgreedSteps:
         with self._changed:
             self._position = _Position(self._position.restores + 1, step)
             self._asked = None
+
+    def may_begin_anew(self) -> None:
+        """Training may go on after any step: all react at the next question, whatever its number, if at all.
+
+        All processes call it at the same point, also those on which something failed there.
+        """
+        with self._changed:
+            self._position = _Position(self._position.restores + 1, -1)
 
     def reached(self, step: int) -> bool:
         """Whether all processes react at `step`; a second question about it gets the same answer.
@@ -100,6 +116,7 @@ class AgreedSteps:
             due = [reaction for reaction in self._reactions if here > reaction]
             for reaction in due:
                 self._reactions.remove(reaction)
+            self._met += bool(due)
             self._asked, self._answer = step, bool(due)
         return self._answer
 
@@ -128,20 +145,30 @@ class AgreedSteps:
         """What the processes of the job heard of and told each other, as far as this one has found it."""
         return self._notices
 
+    @property
+    def met(self) -> int:
+        """How many times `reached` was true: as often on all processes."""
+        with self._changed:
+            return self._met
+
     def post(self, notice: Notice, process: int | None) -> str:
         """Tells all processes of a notice that asks for a save. Returns what comes of it, in words.
 
-        Raises PeerFailedError where the coordination service cannot be reached.
+        Raises PeerFailedError where the coordination service cannot be reached: the next look tells them.
         """
+        value = json.dumps({"process": process, "line": notice.to_line().decode()})
         with self._changed:
             self._posted += 1
             name = f"{self._coordinator.process_index}.{self._posted}"
-        value = json.dumps({"process": process, "line": notice.to_line().decode()})
-        self._coordinator.put(f"{_TOLD}/{_NOTICES}/{name}", value.encode())
-        if self._coordinator.process_count > 1:
-            return "all processes agree on a step to react at"
-        self.look()
-        return "this process reacts at its next step"
+            self._unposted[f"{_TOLD}/{_NOTICES}/{name}"] = value.encode()
+            closed = self._closed
+        self._post()
+        alone = self._coordinator.process_count == 1
+        if alone:
+            self.look()
+        if closed:
+            return "no step follows: the manager is being closed, in the time that is left"
+        return "this process reacts at its next step" if alone else "all processes agree on a step to react at"
 
     def look(self) -> bool:
         """Reads what was told, and does this process's part; whether it is to look again soon.
@@ -149,6 +176,7 @@ class AgreedSteps:
         Raises PeerFailedError where the coordination service cannot be reached.
         """
         with self._looking:
+            self._post()
             told = self._coordinator.entries(_TOLD)
             notices = _notices_in(told)
             rounds = _rounds_in(told)
@@ -168,11 +196,20 @@ class AgreedSteps:
         Raises PeerFailedError where the coordination service cannot be reached.
         """
         with self._changed:
-            if self._closed:
-                return
             self._closed = True
+            if self._left:
+                return
             self._release()
         self._coordinator.put(f"{_TOLD}/{_LEFT}", b"")
+        self._left = True
+
+    def _post(self) -> None:
+        with self._changed:
+            unposted = dict(self._unposted)
+        for key, value in unposted.items():
+            self._coordinator.put(key, value)
+            with self._changed:
+                self._unposted.pop(key, None)
 
     # The looking thread's.
 
@@ -201,31 +238,30 @@ class AgreedSteps:
 
     def _say_position(self, number: int) -> None:
         with self._changed:
-            if self._closed or self._held is not None or number <= self._known_rounds:
+            if self._closed or number <= self._known_rounds:
                 return
-            self._held = number
-            self._held_since = time.monotonic()
-            position = self._position
-        try:
-            said = json.dumps([position.restores, position.step])
-            contribute(self._coordinator, f"{_POSITIONS}/{number}", said.encode())
-        except BaseException:
-            with self._changed:
-                self._release()
-            raise
+            if self._held is None:
+                self._held, self._held_at, self._held_is_said = number, self._position, False
+                self._held_since = time.monotonic()
+            if self._held_is_said:
+                return
+            position = self._held_at
+        # Where this fails it may be written all the same: the loop stays held, and the same is said again.
+        said = json.dumps([position.restores, position.step])
+        self._coordinator.put(f"{_POSITIONS}/{number}/{self._coordinator.process_index}", said.encode())
+        with self._changed:
+            self._held_is_said = True
 
     def _lead(self, number: int, notices: list[str]) -> bool:
         """Names the step as soon as all have said how far they are; whether they have."""
-        key = f"{_POSITIONS}/{number}"
+        said = self._coordinator.entries(f"{_POSITIONS}/{number}")
+        missing = [p for p in range(self._coordinator.process_count) if str(p) not in said]
         verdict: dict[str, Any]
-        if self._coordinator.try_get(f"{key}/all") is not None:
-            said = [json.loads(value) for value in collect(self._coordinator, key, self._limit)]
-            verdict = {"after": max(said), "notices": notices}
+        if not missing:
+            verdict = {"after": max(json.loads(value) for value in said.values()), "notices": notices}
         elif time.monotonic() < self._held_since + self._limit.total_seconds():
             return False
         else:
-            came = self._coordinator.entries(f"{key}/value")
-            missing = [p for p in range(self._coordinator.process_count) if str(p) not in came]
             why = (
                 f"no step is agreed on for a notice: processes {missing[:8]} did not say how far they are "
                 f"within {self._limit.total_seconds():g} s"

@@ -132,8 +132,9 @@ class BucketDatasets:
         self.wait()
         self._delete([step] if step in self._steps else [])
 
-    def wait(self) -> None:
-        limit = self._timeout + 2 * self._job.settings.coordination_timeout
+    def wait(self, limit: timedelta | None = None) -> None:
+        patience = self._timeout + 2 * self._job.settings.coordination_timeout
+        limit = patience if limit is None else min(limit, patience)
         if not self._worker.wait(limit):
             raise PersistentStoreError(
                 f"the datasets in {self._files.locate()} were still being written after "
@@ -143,9 +144,9 @@ class BucketDatasets:
     def check_for_errors(self) -> None:
         raise_together(self._worker.take_errors())
 
-    def close(self) -> None:
+    def close(self, limit: timedelta | None = None) -> None:
         try:
-            self.wait()
+            self.wait(limit)
         finally:
             self._worker.close(timedelta(0))
         self.check_for_errors()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
+from datetime import timedelta
 from typing import Any
 
 import orbax.checkpoint as ocp
@@ -128,8 +129,9 @@ class DatasetDirectory:
     def check_for_errors(self) -> None:
         self._manager.check_for_errors()
 
-    def close(self) -> None:
-        self._within("closing Orbax's manager of the datasets in", self._manager.close)
+    def close(self, limit: timedelta | None = None) -> None:
+        self._within("closing Orbax's manager of the datasets in", self._manager.close, limit)
 
-    def _within(self, what: str, call: Callable[[], object]) -> None:
-        within(self._wait_seconds, f"{what} {self._directory}", call)
+    def _within(self, what: str, call: Callable[[], object], limit: timedelta | None = None) -> None:
+        seconds = self._wait_seconds if limit is None else min(limit.total_seconds(), self._wait_seconds)
+        within(seconds, f"{what} {self._directory}", call)

@@ -23,7 +23,9 @@ from emergency_ckpt.core.schedule import NOTHING_DUE, Due
 from emergency_ckpt.core.slots import Outcome
 from emergency_ckpt.errors import (
     CoordinationTimeoutError,
+    CorruptDataError,
     EmergencyCheckpointError,
+    LocalDirectoryError,
     NoRestorableStepError,
     PeerFailedError,
     PersistentStoreError,
@@ -46,6 +48,8 @@ _FINISH_TRIES = 2
 _DELETION_PATIENCE = timedelta(seconds=30)
 
 Prepare = Callable[[], SaveContent]
+Remaining = Callable[[], timedelta | None]
+"""How long something may still take; None: nothing limits it."""
 Loaded = TypeVar("Loaded")
 
 
@@ -175,8 +179,13 @@ class Engine:
             return NOTHING_DUE
         return self._workers.decisions.of(step, lambda: self._workers.history.decide(step, preempted))
 
-    def save(self, step: int, due: Due, prepare: Prepare, slot_wait: timedelta) -> bool:
-        """Saves a step that is due; the way depends on what became of the same step before."""
+    def save(
+        self, step: int, due: Due, prepare: Prepare, slot_wait: timedelta, limit: timedelta | None = None
+    ) -> bool:
+        """Saves a step that is due; the way depends on what became of the same step before.
+
+        `limit`: how long a synchronous save waits for its outcome at most.
+        """
         self._check_open()
         if self.is_old(step) and not self._may_save_again(step, due):
             return False
@@ -200,7 +209,7 @@ class Engine:
             self._workers.history.note(step, due, content.metadata.get("metrics") or {})
             return content
 
-        return self._workers.pipeline.save(step, due, prepare_and_note, slot_wait)
+        return self._workers.pipeline.save(step, due, prepare_and_note, slot_wait, limit)
 
     def is_saved(self, step: int) -> bool:
         """Whether `step` is committed; without a persistent tier, whether it is restorable. Collective.
@@ -314,8 +323,12 @@ class Engine:
         """A step that is complete on all ramdisks goes to the persistent tier from there, with no snapshot."""
         if self._workers.drain is None:
             return False
-        slot = self.job.local.pin(step)
         # The attempts of all processes are counted alike, so that a process which lost the step takes part.
+        try:
+            slot = self.job.local.pin(step)
+        except (LocalDirectoryError, CorruptDataError) as error:
+            self.job.log.error("drain", step.step, str(error))
+            slot = None
         self._workers.drain.drain(step, slot.index if slot else None)
         return True
 
@@ -614,12 +627,14 @@ class Engine:
         self._workers.wait()
         self.job.deletions.wait_hidden(_DELETION_PATIENCE)
 
-    def await_drains(self) -> list[EmergencyCheckpointError]:
+    def await_drains(self, remaining: Remaining) -> list[EmergencyCheckpointError]:
         """Waits until every drain has ended; the errors of drains since the last call, oldest first.
 
         A drain ends alike on all processes, so that the call stays in step with them whatever comes of it.
+        Where the time is over before, which each process finds out by itself, there are no errors yet.
         """
-        self._workers.wait_for_drains()
+        if not self._workers.wait_for_drains(lambda: remaining() == timedelta(0)):
+            return []
         return self._workers.drain.take_errors() if self._workers.drain is not None else []
 
     def take_errors(self) -> list[EmergencyCheckpointError]:
@@ -628,26 +643,33 @@ class Engine:
         errors, self._errors = self._errors, []
         return errors
 
-    def close(self, limit: timedelta | None = None) -> None:
+    def close(self, remaining: Remaining = lambda: None) -> None:
         """Finishes saves and drains and gives back the ramdisk directory. Idempotent.
 
-        With a limit, what is not done by then is left to the agents of the hosts.
+        `remaining`: how long that may take, asked again and again. What is not done by then is left to the
+        agents of the hosts.
         """
         if self._closed:
             return
         self._closed = True
-        done = limit is None
+        done = remaining() is None
         try:
             self._restorer.end_early()
-            if limit is None:
-                self.wait()
-            else:
-                done = self.wait_a_while(limit)
+            done = self._wait_within(remaining)
         finally:
             self._workers.close()
+            limit = remaining()
             self.job.deletions.close(_DELETION_PATIENCE if limit is None else min(limit, _DELETION_PATIENCE))
-            self.job.peers.close(is_done=done)
+            self.job.peers.close(is_done=done, limit=remaining())
             self.job.local.close()
+
+    def _wait_within(self, remaining: Remaining) -> bool:
+        """As `wait`; False where the time was over before. There may be a limit from one moment on."""
+        if remaining() is None and self._workers.wait(lambda: remaining() is not None):
+            self.job.deletions.wait_hidden(_DELETION_PATIENCE)
+            return True
+        limit = remaining()
+        return limit is None or self.wait_a_while(min(limit, self._workers.patience))
 
     def _call(self, kind: str) -> str:
         """The prefix of the keys of one call that all processes make.

@@ -50,4 +50,4 @@ class JaxSignal:
         except ValueError:
             received, detail = time.time(), plain(f"{detail} at {said}", 200)
         deadline = max(received, received - _JAX_LOOKS_SECONDS + self._grace_seconds)
-        return Notice(SIGNAL, "terminate", received, deadline, detail)
+        return Notice(SIGNAL, "terminate", received, deadline, detail, plain(f"of jax {said}", 100))

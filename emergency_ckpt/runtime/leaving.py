@@ -49,14 +49,17 @@ class Leaving:
         self._steps = steps
         self._settings = engine.job.settings
         self._step: int | None = None  # at which all react, from when it is reached until it is decided on
+        self._met = 0  # how many such steps there were; after a restore one may have the number of another one
         self._reaction: _Reaction | None = None
         self._reacted: set[Notice] = set()  # process 0: to these
+        self._ends = False
+        self._ends_until: float | None = None
 
     def reached(self, step: int) -> bool:
         """Whether all processes react at `step`. Raises CoordinationTimeoutError."""
         reached = self._steps.reached(step)
-        if reached and (self._reaction is None or self._reaction.step != step):
-            self._step = step
+        if reached and self._met != self._steps.met:
+            self._step, self._met = step, self._steps.met
         return reached
 
     def narrowed(self, due: Due) -> Due:
@@ -84,9 +87,23 @@ class Leaving:
     def remaining(self) -> timedelta | None:
         """How long this process may still take; None where nothing limits it."""
         reaction = self._reaction
-        if reaction is None or not reaction.decision.leave or reaction.until is None:
-            return None
-        return timedelta(seconds=usable_seconds(max(reaction.until - time.monotonic(), 0.0)))
+        until = reaction.until if reaction is not None and reaction.decision.leave else None
+        if self._ends:
+            known = [] if self._ends_until is None else [self._ends_until]
+            self._ends_until = min([*known, *self._standing()], default=None)
+            until = min((each for each in (until, self._ends_until) if each is not None), default=None)
+        return None if until is None else timedelta(seconds=usable_seconds(max(until - time.monotonic(), 0.0)))
+
+    def begin_to_end(self) -> None:
+        """No step follows: what is heard of from now on, or still stands, limits what is being waited for."""
+        self._ends = True
+
+    def _standing(self) -> list[float]:
+        """When hosts go away, by this process's monotonic clock, as far as that is still to come."""
+        now, grace = time.time(), self._settings.preemption_grace.total_seconds()
+        standing = [each.notice for each in self._steps.notices if each.notice.kind == "terminate"]
+        ends = [grace_deadline(each.received, each.deadline, grace) for each in standing if each.stands(now)]
+        return [time.monotonic() + end - now for end in ends]
 
     def _react(self) -> _Reaction:
         if self._step is None:

@@ -7,16 +7,19 @@ away is passed on to the agent that does not know of it.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 
 from emergency_ckpt.agent.host_agent import HostAgent
+from emergency_ckpt.core.trouble import Trouble
 from emergency_ckpt.errors import EmergencyCheckpointError
 from emergency_ckpt.jaxio.preemption import service_runs
 from emergency_ckpt.preemption.choosing import SourceOptions, choose_sources
 from emergency_ckpt.preemption.command_form import shell_in_the_way
-from emergency_ckpt.preemption.notice import Notice
+from emergency_ckpt.preemption.notice import Known, Notice
 from emergency_ckpt.preemption.signals import SignalOptions, Signals
+from emergency_ckpt.preemption.watch import CLOSE_SECONDS as WATCH_CLOSE_SECONDS
 from emergency_ckpt.preemption.watch import Watch
 from emergency_ckpt.runtime.agreed_steps import LEADER, AgreedSteps, JobNotice
 from emergency_ckpt.runtime.jax_signal import JaxSignal
@@ -44,11 +47,11 @@ class Notices:
         self._jax = JaxSignal(grace.total_seconds())
         self._guard = threading.Lock()
         self._heard: list[Notice] = []
-        self._keys: set[tuple[str, str, float | None, str]] = set()
+        self._known = Known()
         self._early: list[Notice] = []
         self._unlogged: list[str] = []
         self._unpassed: list[JobNotice] = []
-        self._seen: set[JobNotice] = set()  # of the looking thread
+        self._seen: frozenset[JobNotice] = frozenset()  # of the looking thread
         self._steps: AgreedSteps | None = None
         self._log: CheckpointLogger | None = None
         self._host: HostAgent | None = None
@@ -111,25 +114,29 @@ class Notices:
         elif alone is not None:
             self._watch = Watch(choose_sources(alone), self.hear)
 
-    def close(self) -> None:
-        """Hears no more, and nobody waits for this process at another step. Idempotent."""
+    def leave(self) -> None:
+        """Nobody waits for this process at another step; it hears on. Raises PeerFailedError. Idempotent."""
+        if self._steps is not None:
+            self._steps.close()
+
+    def close(self, limit: timedelta | None = None) -> None:
+        """Hears no more, and nobody waits for this process. Idempotent. `limit`: for the threads, in all."""
+        deadline = time.monotonic() + (_CLOSE_SECONDS if limit is None else limit.total_seconds())
         self._stop.set()
         self._fresh.set()
         if self._signals is not None:
             self._signals.close()
         if self._watch is not None:
-            self._watch.close()
+            self._watch.close(min(WATCH_CLOSE_SECONDS, max(0.0, deadline - time.monotonic())))
         for thread in self._threads:
-            thread.join(_CLOSE_SECONDS)
-        if self._steps is not None:
-            self._steps.close()
+            thread.join(max(0.0, deadline - time.monotonic()))
+        self.leave()
 
     def _take(self, notice: Notice) -> bool:
         """False for one that is known."""
         with self._guard:
-            if self._stop.is_set() or notice.key in self._keys:
+            if self._stop.is_set() or not self._known.is_new(notice):
                 return False
-            self._keys.add(notice.key)
             steps, log = self._steps, self._log
             if steps is None or log is None:
                 self._early.append(notice)
@@ -142,8 +149,8 @@ class Notices:
         if notice.asks_for_save:
             try:
                 follows = steps.post(notice, self._process)
-            except EmergencyCheckpointError as error:
-                follows = f"no step is agreed on: {error}"
+            except Exception as error:  # Whoever delivers notices must not end by one.
+                follows = f"all processes are told as soon as that can be done: {_said(error)}"
         with self._guard:
             self._heard.append(notice)
         log.emit(
@@ -173,50 +180,51 @@ class Notices:
 
     def _keep(self, host: HostAgent, starts: bool, log: CheckpointLogger) -> None:
         """Holds on to the agent: to the next one, where the first was lost."""
-        said = ""
+        trouble = Trouble()
         while True:
             try:
                 host.hold_on(starts=starts)
-                said = ""
-            except EmergencyCheckpointError as error:
-                if str(error) != said and not self._stop.is_set():
-                    log.warning("preemption", None, f"no notices are heard for now: {error}")
-                said = str(error)
+                trouble.is_over()
+            except Exception as error:  # The next agent may do better, whatever it is.
+                if trouble.is_new(_said(error)) and not self._stop.is_set():
+                    log.warning("preemption", None, f"no notices are heard for now: {_said(error)}")
             if self._stop.wait(_HOLD_SECONDS):
                 return
 
     def _look(self, steps: AgreedSteps, log: CheckpointLogger) -> None:
         """Looks for what other processes heard, does this one's part of agreeing on a step, tells the agent."""
         share = steps.process_count / _PROCESSES_PER_SECOND
-        failures, said = 0, ""
+        failures, trouble = 0, Trouble()
         while not self._stop.is_set():
             pause = max(_LOOK_SECONDS, share)
-            if self._signals is not None:
-                self._signals.look()
             try:
-                if self._process == LEADER and (signal := self._jax.look()) is not None:
-                    steps.post(signal, None)
-                if steps.look():
+                if self._look_once(steps, log):
                     pause = max(_SOON_SECONDS, share / 10)
-                said = ""
-                if trouble := steps.take_trouble():
-                    log.error("preemption", None, trouble)
-            except EmergencyCheckpointError as error:
-                if str(error) != said and not self._stop.is_set():
-                    log.warning("preemption", None, f"what others hear of is not known for now: {error}")
-                said = str(error)
-            self._note_those_of_others(steps, log)
+                trouble.is_over()
+            except Exception as error:  # The others wait for this process, whatever it is.
+                if trouble.is_new(_said(error)) and not self._stop.is_set():
+                    log.warning("preemption", None, f"what others hear of is not known for now: {_said(error)}")
             self._fresh.clear()
             failures = failures + 1 if self._pass_on(is_last=failures + 1 >= _PASS_ON_TRIES) else 0
             if not self._stop.is_set():
                 self._fresh.wait(pause)
 
-    def _note_those_of_others(self, steps: AgreedSteps, log: CheckpointLogger) -> None:
-        for found in steps.notices:
-            if found in self._seen:
-                continue
-            self._seen.add(found)
-            if found.process != self._process:
+    def _look_once(self, steps: AgreedSteps, log: CheckpointLogger) -> bool:
+        """Whether the next look is to come soon."""
+        if self._signals is not None:
+            self._signals.look()
+        if self._process == LEADER and (signal := self._jax.look()) is not None:
+            steps.post(signal, None)
+        soon = steps.look()
+        if why := steps.take_trouble():
+            log.error("preemption", None, why)
+        self._note_those_of_others(steps.notices, log)
+        return soon
+
+    def _note_those_of_others(self, notices: tuple[JobNotice, ...], log: CheckpointLogger) -> None:
+        before, self._seen = self._seen, frozenset(notices)
+        for found in notices:
+            if found not in before and found.process != self._process:
                 who = "some process" if found.process is None else f"process {found.process}"
                 log.warning("preemption", None, f"{who} of the job heard from {found.notice}")
                 self._to_agent(found)
@@ -229,10 +237,10 @@ class Notices:
             try:
                 if host is not None:
                     host.pass_on(notice.notice, notice.process)
-            except EmergencyCheckpointError as error:
+            except Exception as error:
                 if not is_last:
                     return True
-                self._say(f"the agent of this host was not told of a notice: {error}")
+                self._say(f"the agent of this host was not told of a notice: {_said(error)}")
             with self._guard:
                 self._unpassed.remove(notice)
         return False
@@ -247,3 +255,7 @@ class Notices:
             for line in self._unlogged:
                 self._log.warning("preemption", None, line)
             self._unlogged.clear()
+
+
+def _said(error: Exception) -> str:
+    return str(error) if isinstance(error, EmergencyCheckpointError) else f"{type(error).__name__}: {error}"

@@ -104,13 +104,13 @@ class Peers:
             self._telling = Worker("agent", self._tell)
         self._telling.submit((destination, flush))
 
-    def close(self, *, is_done: bool = True) -> None:
+    def close(self, *, is_done: bool = True, limit: timedelta | None = None) -> None:
         """Says goodbye to the agent of this host, which stays as long as somebody needs it.
 
-        Not `is_done`: it sees to what is left, as if this process had died.
+        Not `is_done`: it sees to what is left, as if this process had died. `limit`: for what it is being told.
         """
         if self._telling is not None:
-            self._telling.close(_CLOSE)
+            self._telling.close(_CLOSE if limit is None else min(limit, _CLOSE))
         if self.host is not None:
             self.host.close(is_done=is_done)
 

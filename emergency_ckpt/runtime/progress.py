@@ -12,10 +12,12 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 
 from emergency_ckpt.agent.host_agent import HostAgent
 from emergency_ckpt.agent.progress import Progress
 from emergency_ckpt.core.stalls import StallLimits
+from emergency_ckpt.core.trouble import Trouble
 from emergency_ckpt.errors import EmergencyCheckpointError
 from emergency_ckpt.telemetry.log import CheckpointLogger
 
@@ -113,22 +115,21 @@ class ProgressTeller:
             )
             self._thread.start()
 
-    def close(self) -> None:
-        """Tells nothing more. Idempotent."""
+    def close(self, limit: timedelta | None = None) -> None:
+        """Tells nothing more. Idempotent. `limit`: for the thread that is still telling."""
         self._stop.set()
         if self._thread is not None:
-            self._thread.join(_CLOSE_SECONDS)
+            self._thread.join(_CLOSE_SECONDS if limit is None else min(limit.total_seconds(), _CLOSE_SECONDS))
 
     def _tell(self, host: HostAgent, log: CheckpointLogger) -> None:
-        said = ""
+        trouble = Trouble()
         while not self._stop.is_set():
             try:
                 host.tell_progress(self._progress.said())
-                said = ""
+                trouble.is_over()
             except (EmergencyCheckpointError, OSError) as error:
-                if str(error) != said and not self._stop.is_set():
+                if trouble.is_new(str(error)) and not self._stop.is_set():
                     log.info(
                         "progress", None, f"the agent does not know for now how far this process is: {error}"
                     )
-                said = str(error)
             self._stop.wait(TELL_SECONDS)

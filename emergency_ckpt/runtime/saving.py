@@ -142,10 +142,12 @@ class SavePipeline(Worker[_Task]):
         due: Due,
         prepare: Callable[[], SaveContent],
         slot_wait: timedelta,
+        limit: timedelta | None = None,
     ) -> bool:
         """Takes the snapshot and returns; the rest follows in the background. False when the save was skipped.
 
-        Where saves are synchronous it returns when the outcome is known: whether the step is complete.
+        Where saves are synchronous it returns when the outcome is known: whether the step is complete; or when
+        `limit` is over, if there is one: whether it is complete by then.
         Raises what `prepare` raises, and StateMismatchError or UnsupportedStateError for a state that does not
         fit; the save is then abandoned on all processes, and this one stays in step with the others.
         """
@@ -179,7 +181,7 @@ class SavePipeline(Worker[_Task]):
         task.blocked_seconds = time.monotonic() - task.called_at
         self.submit(task)
         if task.slot is not None and not job.settings.asynchronous:
-            self._await_end(task)
+            self._await_end(task, limit)
             return task.outcome is Outcome.COMPLETE
         return task.slot is not None
 
@@ -202,7 +204,10 @@ class SavePipeline(Worker[_Task]):
             slot, reason = local.begin(task.step, timedelta(seconds=min(max(left, 0.0), _LOOK_SECONDS)), pins)
         return slot, reason
 
-    def _await_end(self, task: _Task) -> None:
+    def _await_end(self, task: _Task, limit: timedelta | None) -> None:
+        if limit is not None:
+            task.done.wait(max(0.0, task.called_at + limit.total_seconds() - time.monotonic()))
+            return
         # Each part of a save has a limit of its own; this one is for a thread that died.
         if not task.done.wait(4 * self._job.settings.coordination_timeout.total_seconds()):
             raise CoordinationTimeoutError(f"{task.step} had no outcome within four coordination time-outs")

@@ -6,6 +6,7 @@ the next.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 
 from emergency_ckpt.agent.drain_worker import DrainWorker
@@ -22,6 +23,10 @@ from emergency_ckpt.runtime.retention import Retention
 from emergency_ckpt.runtime.saving import SavePipeline
 from emergency_ckpt.runtime.settings import Settings
 from emergency_ckpt.runtime.start import start_drains
+
+
+def _never() -> bool:
+    return False
 
 
 class Workers:
@@ -54,16 +59,21 @@ class Workers:
         """How long `wait` may take."""
         return _save_patience(self._settings) + _drain_patience(self._settings)
 
-    def wait(self) -> None:
-        """Waits until every save has its outcome and every drain has had a try, within their time limits."""
-        self.wait_for_saves()
-        self.wait_for_drains()
+    def wait(self, interrupted: Callable[[], bool] = _never) -> bool:
+        """Waits until every save has its outcome and every drain has had a try, within their time limits.
 
-    def wait_for_drains(self) -> None:
-        """Waits until every step has been drained, or has had a try."""
+        False where `interrupted`, which is asked now and then, was true before.
+        """
+        return self.wait_for_saves(interrupted) and self.wait_for_drains(interrupted)
+
+    def wait_for_drains(self, interrupted: Callable[[], bool] = _never) -> bool:
+        """Waits until every step has been drained, or has had a try; `interrupted`: see `wait`."""
         limit = _drain_patience(self._settings)
-        if self.drain is not None and not self.drain.wait(limit):
-            raise self._still_running(self.drain, limit)
+        if self.drain is None or self.drain.wait(limit, interrupted):
+            return True
+        if interrupted():
+            return False
+        raise self._still_running(self.drain, limit)
 
     def hold_drains(self) -> int:
         """As `wait_for_drains`, in process 0; no drain begins afterwards, until `release_drains`.
@@ -99,10 +109,13 @@ class Workers:
             "itself; look at the logs of the other processes, or raise checkpoint_drain_timeout_seconds"
         )
 
-    def wait_for_saves(self) -> None:
+    def wait_for_saves(self, interrupted: Callable[[], bool] = _never) -> bool:
         limit = _save_patience(self._settings)
-        if not self.pipeline.wait(limit):
-            raise CoordinationTimeoutError(f"saves were still running after {limit.total_seconds():.0f} s")
+        if self.pipeline.wait(limit, interrupted):
+            return True
+        if interrupted():
+            return False
+        raise CoordinationTimeoutError(f"saves were still running after {limit.total_seconds():.0f} s")
 
     def take_errors(self) -> list[EmergencyCheckpointError]:
         """Errors since the last call, oldest first of each worker."""

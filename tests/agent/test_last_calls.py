@@ -13,8 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from emergency_ckpt.agent import last_calls
 from emergency_ckpt.agent.client import PeerClient
 from emergency_ckpt.agent.connection import PeerConnection
+from emergency_ckpt.agent.counters import Counters
+from emergency_ckpt.agent.progress import ProgressBoard
+from emergency_ckpt.agent.trainers import Trainers
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.errors import PeerUnavailableError
 from emergency_ckpt.persistent.store import PersistentStore
@@ -105,6 +109,22 @@ def test_nothing_is_drained_for_trainers_that_do_not_want_it_or_have_left(
             job.owner.pass_on(notice(2))
             assert status(job)["last_calls"] == 0
     assert job.committed == []
+
+
+def test_a_notice_that_is_over_and_comes_again_with_time_left_is_another_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As where an agent was started anew, and finds at its metadata server what has stood there for hours."""
+    monkeypatch.setattr(last_calls, "_AT_LEAST_SECONDS", 0.0)
+    calls = last_calls.LastCalls(Trainers(), ProgressBoard(), Counters(), lambda: 0)
+    now = time.time()
+    event = Notice("gce-maintenance", "terminate", now - 3600, now - 3540, id="event")
+    calls.hear_here(event)
+    assert not calls.leaving
+    calls.hear_here(dataclasses.replace(event, received=now, deadline=now + 60))
+    assert calls.leaving
+    calls.hear_here(event)
+    assert calls.leaving
 
 
 def test_only_the_owner_of_the_host_passes_on_and_only_the_end_of_a_host(job: Job) -> None:

@@ -44,24 +44,29 @@ def test_trainers_hear_of_files_clouds_and_people_also_from_the_next_agent(
         agent.connect()
         assert heard.kinds(1) == [("aws-spot", "terminate")]
         with attach(record_of(disk).endpoint):  # It listens to nothing, and is not told.
-            assert main(["save-now", str(disk.root), "--detail", "now"]) == 0
-            assert capsys.readouterr().out == "trainers that are told: 1\n"
-        notice = heard.wait(2)[1]
-        assert (notice.source, notice.kind, notice.detail) == ("request", "save", "now")
-        file.write_text('{"seconds": 600}')
-        heard.wait(3)
-        # One that comes later hears what still stands; a wish for a save does not.
+            for _ in range(2):
+                assert main(["save-now", str(disk.root), "--detail", "now"]) == 0
+                assert capsys.readouterr().out == "trainers that are told: 1\n"
+        for notice in heard.wait(3)[1:]:
+            assert (notice.source, notice.kind, notice.detail) == ("request", "save", "now")
+        file.write_text("soon")
+        heard.wait(4)
+        file.write_text("soon")
+        heard.wait(5)
+        assert len({notice.key for notice in heard.notices}) == 5, "each is an event of its own"
+        # One that comes later hears what still stands, as the same ones; a wish for a save does not.
         with attach(record_of(disk).endpoint, on_notice=later.hear):
-            assert later.kinds(2) == [("aws-spot", "terminate"), ("file", "terminate")]
+            assert later.kinds(3) == [("aws-spot", "terminate"), *[("file", "terminate")] * 2]
+            assert {notice.key for notice in later.notices} < {notice.key for notice in heard.notices}
         pid = pid_of(disk.root)
         os.kill(pid, 9)
         wait_until_gone(pid)
         agent.hold_on(starts=False)
-        assert len(heard.notices) == 3
+        assert len(heard.notices) == 5
         agent.hold_on(starts=True)
         # The next agent finds both again: they are the same ones, as the trainer sees by their keys.
-        keys = {notice.key for notice in heard.wait(5)}
-        assert len(keys) == 3
+        keys = {notice.key for notice in heard.wait(7)}
+        assert len(keys) == 5
         agent.close()
     log = (agent_directory(disk.root) / LOG).read_text()
     assert "notices are watched for: aws-spot, file" in log
@@ -86,6 +91,8 @@ def test_only_the_owner_of_the_host_may_ask_for_a_save(
         json.dumps({"kind": "save", "detail": "\n"}).encode(),
         json.dumps({"kind": "save", "deadline": "soon"}).encode(),
         json.dumps({"kind": "save", "source": "aws-spot"}).encode(),
+        json.dumps({"kind": "save", "id": ["x"]}).encode(),
+        json.dumps({"kind": "save", "id": "x" * 1000}).encode(),
     ]
     for body in hostile:
         connection = PeerConnection(owner, LIMIT)

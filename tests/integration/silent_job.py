@@ -56,7 +56,7 @@ def fall_silent(root: str) -> dict[str, Any]:
 
     pipeline = manager._engine._workers.pipeline
     if process == LATE:
-        pipeline.wait = lambda timeout: False  # As if its saves had no end.
+        pipeline.wait = lambda timeout, interrupted=None: False  # As if its saves had no end.
     for what, call in (("vain reload", manager.reload), ("vain restore", lambda: manager.restore(3))):
         told[what] = error_of(call)
     if process == LATE:

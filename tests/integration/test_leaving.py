@@ -65,7 +65,7 @@ def test_a_wish_for_a_save_is_met_each_time_and_a_notice_after_it_still_counts(r
     with Job(train_and_leave, 2, str(ramdisk), STEPS, flags) as running:
         running.wait_for_line(0, "step 2 ")
         for number in range(2):
-            assert main(["save-now", str(ramdisk / "ramdisk_1"), "--detail", f"wish {number}"]) == 0
+            assert main(["save-now", str(ramdisk / "ramdisk_1")]) == 0
             running.wait_for_line(0, f"reaction {number + 1}")
         # Of two slices with the same state one goes away: the other one has all of it.
         notice.write_text('{"seconds": 100}')

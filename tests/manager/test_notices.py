@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from jax.sharding import Mesh
 
 from emergency_ckpt import CheckpointManager, Config
 from emergency_ckpt.agent import draining
-from emergency_ckpt.errors import LocalDirectoryError
+from emergency_ckpt.errors import LocalDirectoryError, NoRestorableStepError
+from emergency_ckpt.preemption.notice import Notice
 from tests.manager.states import make_state
 
 
@@ -93,6 +96,120 @@ def test_the_step_of_a_notice_finds_a_slot_although_steps_that_wait_for_a_drain_
         assert manager.latest_complete_step() == slots + 1
         may_end.set()
     assert (tmp_path / f"bucket/job/checkpoints/{slots + 1}/default").is_dir()
+
+
+def end_by_delete(manager: CheckpointManager, *roots: Path) -> None:
+    manager.delete(100)
+
+
+def end_by_reload(manager: CheckpointManager, *roots: Path) -> None:
+    damage(*roots)
+    manager.reload()
+
+
+def end_by_restore(manager: CheckpointManager, *roots: Path) -> None:
+    damage(*roots)
+    with pytest.raises(NoRestorableStepError):
+        manager.restore(None)
+
+
+def damage(*roots: Path) -> None:
+    """Of all steps, under a running job; the files stay the same ones."""
+    for path in (path for root in roots for path in root.rglob("*")):
+        if path.is_file() and ("slot" in path.name or path.parent.name == "d"):
+            with open(path, "r+b") as file:
+                file.seek(path.stat().st_size // 2)
+                file.write(b"\xff" * 40)
+
+
+@pytest.mark.parametrize("end", [end_by_delete, end_by_reload, end_by_restore])
+def test_a_job_that_begins_anew_as_its_steps_are_gone_reacts_at_its_next_step(
+    mesh: Mesh, ramdisk: Path, tmp_path: Path, end: Callable[..., None]
+) -> None:
+    config = make_config(tmp_path, ramdisk, local_checkpoint_period=1000, checkpoint_period=1000)
+    with CheckpointManager.from_config(config, mesh, make_state(mesh, 0)) as manager:
+        assert manager.save(100, make_state(mesh, 100))
+    with CheckpointManager.from_config(config, mesh, make_state(mesh, 0)) as manager:
+        end(manager, ramdisk, tmp_path)
+        manager._notices.hear(Notice("file", "terminate", time.time(), time.time() + 60))
+        assert manager.reached_preemption(1)
+        assert not manager.reached_preemption(2)
+
+
+class HangingStore:
+    """No commit goes on before `goes_on`; `ended` is set when one has."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.goes_on, self.ended = threading.Event(), threading.Event(), threading.Event()
+        commit = draining.commit
+
+        def commit_later(*args: Any) -> Any:
+            self.begun.set()
+            try:
+                assert self.goes_on.wait(60)
+                return commit(*args)
+            finally:
+                self.ended.set()
+
+        monkeypatch.setattr(draining, "commit", commit_later)
+
+    def let_go(self) -> None:
+        self.goes_on.set()
+        for thread in threading.enumerate():
+            if thread.name == "emergency_ckpt drain":
+                thread.join(60)
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_where_the_store_hangs_the_job_leaves_in_time_also_with_synchronous_saves(
+    mesh: Mesh, ramdisk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
+) -> None:
+    store = HangingStore(monkeypatch)
+    config = make_config(
+        tmp_path,
+        ramdisk,
+        local_checkpoint_period=1000,
+        checkpoint_period=1000,
+        async_checkpointing=asynchronous,
+    )
+    with CheckpointManager.from_config(config, mesh, make_state(mesh, 0)) as manager:
+        manager._notices.hear(Notice("file", "terminate", time.time(), time.time() + 4))
+        assert manager.save(1, make_state(mesh, 1))
+        assert manager.should_exit
+    assert store.begun.is_set()
+    assert not store.ended.is_set()
+    store.let_go()
+
+
+def test_a_notice_that_comes_while_the_manager_is_closed_limits_what_that_waits_for(
+    mesh: Mesh, ramdisk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = HangingStore(monkeypatch)
+    config = make_config(
+        tmp_path, ramdisk, local_checkpoint_period=1000, checkpoint_period=1000, preemption_grace_seconds=3.0
+    )
+    before = signal.getsignal(signal.SIGTERM)
+    heard_by: list[Any] = []
+
+    def send_signal() -> None:
+        assert store.begun.wait(60)
+        while not manager._engine._closed:
+            time.sleep(0.02)
+        heard_by.append(signal.getsignal(signal.SIGTERM))
+        if heard_by[0] is not before:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    manager = CheckpointManager.from_config(config, mesh, make_state(mesh, 0))
+    assert manager.save(1, make_state(mesh, 1))
+    sender = threading.Thread(target=send_signal)
+    sender.start()
+    manager.close()
+    sender.join(60)
+    assert heard_by[0] is not before, "it is a notice as long as something is waited for"
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert [notice.source for notice in manager.notices] == ["signal"]
+    assert not store.ended.is_set()
+    store.let_go()
 
 
 def wait_for(manager: CheckpointManager, count: int) -> None:

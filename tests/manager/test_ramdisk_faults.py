@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -209,3 +210,16 @@ def test_a_step_that_waits_for_its_next_try_is_drained_although_its_files_are_go
     manager.close()
     remove_tree(ramdisk / "emergency_ckpt")
     assert_same(opened().restore(None).state, make_state(mesh, 5))
+
+
+def test_a_process_that_cannot_read_its_step_takes_part_in_its_drain_and_says_so(
+    opened: Opener, mesh: Mesh, ramdisk: Path, tmp_path: Path
+) -> None:
+    """Else the others would wait for it: the attempt fails on all of them."""
+    manager = opened(options=LOCAL_ONLY)
+    assert save_all(manager, mesh, range(1, 3)) == [1, 2]
+    newer = CheckpointManager(ramdisk, tmp_path / "elsewhere", mesh, make_state(mesh, 0), options=LOCAL_ONLY)
+    manager._engine.drain_complete(2, timedelta(seconds=20))
+    with pytest.raises(EmergencyCheckpointError, match="not on this ramdisk any more"):
+        manager.wait_until_finished()
+    newer.close()

@@ -55,6 +55,8 @@ def test_both_notices_are_told_once_with_their_times_and_one_token_serves_many_l
     assert heard.kinds(2) == [("aws-rebalance", "rebalance"), ("aws-spot", "terminate")]
     notice = heard.notices[1]
     assert (notice.deadline, notice.detail, notice.asks_for_save) == (DEADLINE, "terminate", True)
+    assert aws.parse_spot_action(ACTION, 1.0).key == notice.key, "hours later, by another agent"
+    assert aws.parse_spot_action(ACTION.replace(b":22:", b":42:"), 1.0).key != notice.key
     assert not heard.notices[0].asks_for_save
     assert asked(fake, imds.TOKEN_PAGE) == 2
 

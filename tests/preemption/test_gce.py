@@ -43,6 +43,12 @@ def test_changes_are_heard_while_requests_wait_and_each_event_is_one_notice(fake
         notices = heard.wait(4)
     assert [notice.kind for notice in notices] == ["migrate", "migrate", "terminate", "terminate"]
     assert [round((n.deadline or 0) - n.received) for n in notices] == [60, 60, 30, 60]
+    assert len({notice.key for notice in notices}) == 4
+    # Another agent of this machine finds what stands there, with another deadline, and it is the same.
+    with watching(gce.Preemption(environment(fake))) as again:
+        (notice,) = again.wait()
+    assert notice.key == notices[2].key
+    assert notice.deadline != notices[2].deadline
     assert not notices[0].asks_for_save
     assert notices[2].asks_for_save
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from emergency_ckpt.errors import ConfigError
 from emergency_ckpt.preemption.choosing import SourceOptions, choose_sources, names_of
-from emergency_ckpt.preemption.notice import Notice
+from emergency_ckpt.preemption.notice import Known, Notice
 from emergency_ckpt.preemption.notice_file import FRESH_SECONDS, NoticeFile, parse_file
 from tests.preemption.watching import watching
 
@@ -22,7 +22,9 @@ JSON = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(["source", "kind", "received", "deadline", "detail", "seconds"]), inner, max_size=6
+            st.sampled_from(["source", "kind", "received", "deadline", "detail", "id", "seconds"]),
+            inner,
+            max_size=6,
         )
     ),
     max_leaves=8,
@@ -60,11 +62,14 @@ def test_a_file_that_appears_is_told_once_until_it_is_written_anew(tmp_path: Pat
     source = NoticeFile(path)
     source.period_seconds = 0.01
     with watching(source) as heard:
-        path.write_text('{"seconds": 25}')
-        heard.wait()
-        path.write_text('{"seconds": 50}')
-        heard.wait(2)
-    assert len({notice.deadline for notice in heard.notices}) == 2
+        for count, written in enumerate(('{"seconds": 25}', '{"seconds": 50}', "", "")):
+            path.write_text(written)
+            heard.wait(count + 1)
+        again = NoticeFile(path).look()
+    assert len({notice.deadline for notice in heard.notices}) == 3
+    assert len({notice.key for notice in heard.notices}) == 4, "that it says the same is no matter"
+    assert again is not None
+    assert again.key == heard.notices[-1].key, "whoever looks at it knows it as the same"
 
 
 def test_a_file_of_a_time_before_counts_once_it_is_written_anew(tmp_path: Path) -> None:
@@ -93,6 +98,19 @@ def test_a_thing_that_is_no_file_is_never_read(tmp_path: Path) -> None:
     notice = NoticeFile(tmp_path / "pipe").look()
     assert notice is not None
     assert notice.detail == ""
+
+
+def test_a_notice_is_known_by_its_id_and_without_one_by_its_words() -> None:
+    known = Known()
+    assert known.is_new(Notice("request", "save", 1.0))
+    assert not known.is_new(Notice("request", "save", 2.0))
+    assert known.is_new(Notice("request", "save", 2.0, 60.0))
+    assert known.is_new(Notice("request", "save", 1.0, id="1"))
+    assert not known.is_new(Notice("request", "terminate", 2.0, 60.0, "more", id="1"))
+    said = json.loads(Notice("request", "save", 1.0, id="1").to_line())
+    assert Notice.from_json(said).id == "1"
+    del said["id"]
+    assert Notice.from_json(said) == Notice("request", "save", 1.0)
 
 
 def test_what_stands_is_told_to_those_who_come_later() -> None:

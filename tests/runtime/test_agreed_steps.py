@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from datetime import timedelta
 
@@ -9,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emergency_ckpt.errors import CoordinationTimeoutError
+from emergency_ckpt.errors import CoordinationTimeoutError, PeerFailedError
 from emergency_ckpt.jaxio.coordination import InMemoryCluster, SingleProcess
 from emergency_ckpt.preemption.notice import Notice
 from emergency_ckpt.runtime.agreed_steps import AgreedSteps
+from tests.runtime.unreliable import Unreliable
 
 LIMIT = timedelta(seconds=20)
 SAVE = Notice("request", "save", 1.0)
@@ -24,7 +26,8 @@ class Jobs:
 
     def __init__(self, count: int, stride: int) -> None:
         self.cluster = InMemoryCluster(count)
-        self.parts = [AgreedSteps(self.cluster.coordinator(p), LIMIT) for p in range(count)]
+        self.services = [Unreliable(self.cluster.coordinator(p)) for p in range(count)]
+        self.parts = [AgreedSteps(service, LIMIT) for service in self.services]
         self.stride = stride
         self.asked = [0] * count  # how many questions
         self.reactions: list[list[int]] = [[] for _ in range(count)]
@@ -41,7 +44,10 @@ class Jobs:
 
 
 EVENTS = st.lists(
-    st.tuples(st.sampled_from(["ask", "ask", "look", "look", "post"]), st.integers(0, 3)), max_size=120
+    st.tuples(
+        st.sampled_from(["ask", "ask", "look", "look", "post", "refused", "unanswered"]), st.integers(0, 3)
+    ),
+    max_size=120,
 )
 
 
@@ -50,17 +56,24 @@ EVENTS = st.lists(
 def test_every_notice_is_reacted_to_once_at_one_step_by_all(
     count: int, stride: int, events: list[tuple[str, int]]
 ) -> None:
+    """Also where requests to the coordination service fail, before they are done or with their answer."""
     jobs = Jobs(count, stride)
     posted_at: list[int] = []
     for what, process in events:
         process %= count
         if what == "post":
             posted_at.append(max(jobs.asked) * stride)
-            jobs.parts[process].post(SAVE, None)
+            with contextlib.suppress(PeerFailedError):
+                jobs.parts[process].post(SAVE, None)
         elif what == "look":
-            jobs.parts[process].look()
-        else:
+            with contextlib.suppress(PeerFailedError):
+                jobs.parts[process].look()
+        elif what == "ask":
             jobs.ask(process)
+        else:
+            jobs.services[process].faults.append("refused" if what == "refused" else "unanswered")
+    for service in jobs.services:
+        service.faults.clear()
     for _ in range(4):  # To the end: all look until nobody is held, and go as far as the furthest.
         for _ in range(3):
             for part in jobs.parts:
@@ -104,6 +117,36 @@ def test_a_restore_of_an_older_step_does_not_put_the_reaction_off() -> None:
         part.begin_after(10)
         assert part.reached(11)
         assert [(found.process, found.notice) for found in part.notices] == [(1, LEAVE)]
+
+
+def test_where_training_may_begin_anew_the_reaction_is_at_the_next_question_of_all() -> None:
+    """A notice may stand from before, come while some are through with the call and others not, or after it."""
+    for looks_before in range(3):
+        jobs = Jobs(2, 1)
+        for part in jobs.parts:
+            part.begin_after(100)
+        if looks_before:
+            jobs.parts[1].post(LEAVE, 1)
+            jobs.parts[1].look()  # It says that it is at step 100.
+        if looks_before == 2:
+            jobs.parts[0].look()
+            jobs.parts[1].look()
+        jobs.parts[0].may_begin_anew()
+        if looks_before == 1:
+            jobs.parts[0].look()
+            jobs.parts[1].look()
+        jobs.parts[1].may_begin_anew()
+        if not looks_before:
+            jobs.parts[1].post(LEAVE, 1)
+            for _ in range(2):
+                for part in jobs.parts:
+                    part.look()
+        assert [part.reached(1) for part in jobs.parts] == [True, True]
+        assert [part.met for part in jobs.parts] == [1, 1]
+        for part in jobs.parts:
+            part.may_begin_anew()
+        assert all(part.reached(1) for part in jobs.parts), "the same question has the same answer"
+        assert not any(part.reached(2) for part in jobs.parts)
 
 
 def test_a_loop_that_asks_while_the_step_is_being_agreed_on_waits_for_it() -> None:
