@@ -12,10 +12,11 @@ import dataclasses
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from typing import TypeVar
 
-from emergency_ckpt.agent.drain import DrainJob, Verdict
+from emergency_ckpt.agent.drain import OVER, DrainJob, Verdict
 from emergency_ckpt.agent.drain_errors import DrainErrors
 from emergency_ckpt.agent.drain_queue import DrainQueue, Waiting
 from emergency_ckpt.agent.orders import Share
@@ -31,10 +32,11 @@ from emergency_ckpt.errors import (
 from emergency_ckpt.persistent.attempts import Attempt
 from emergency_ckpt.telemetry.events import DrainEvent, DrainResult
 
-_MARGIN = timedelta(seconds=30)
 _LOOK_SECONDS = 0.5
-_MOST_LEFT = 64
-_OVER = StepId(0, 0)
+_IDLE_SECONDS = 5.0
+_LAST_TRIES = 3
+_ABANDONED_AT_ONCE = 64
+_T = TypeVar("_T")
 _JITTER = random.Random()
 
 
@@ -70,10 +72,11 @@ class DrainWorker:
         self._last_failure: Verdict | None = None
         self._not_before = 0.0
         self._waiters: list[_Waiter] = []
-        self._early: set[StepId] = set()  # that were called for before this process was told of them
+        self._awaited = 0  # attempts that this process was told will end
         self._left: list[Attempt] = []  # that failed, and may have left something
         self._newest_committed: StepId | None = None
         self._errors = DrainErrors(job.log)
+        self._lost = ""  # what went wrong between two attempts
         self._closed = ""  # why no attempt begins any more
         self._thread = threading.Thread(target=self._run, name="emergency_ckpt drain", daemon=True)
         self._thread.start()
@@ -131,10 +134,11 @@ class DrainWorker:
             if self._closed:
                 self._queue.unpin(slot)
                 raise EmergencyCheckpointError(f"{step} is not drained: {self._closed}")
-            if step in self._early or step == self._running or step in self._queue:
-                self._queue.unpin(slot)  # It is on its way, or this process learns late that it is complete.
-                self._early.discard(step)
+            if step == self._running or step in self._queue:
+                self._queue.unpin(slot)  # It is on its way.
                 self._not_before = 0.0
+            elif self._queue.is_over(step):
+                self._queue.unpin(slot)  # This process learns late that it is complete.
             else:
                 self._queue.add(Waiting(step, slot))
                 if self._failures:
@@ -161,9 +165,14 @@ class DrainWorker:
             return self._queue.let_go_oldest()
 
     def give_up(self, reason: str, step: int | None = None) -> None:
-        """What waits, or one step of it, is not drained any more. What is being drained is not cut."""
+        """What waits, or one step of it, is not drained any more. What is being drained is not cut.
+
+        One step that is given up may be saved anew.
+        """
         with self._changed:
             self._queue.give_up(reason, lambda waiting: step in (None, waiting.step))
+            if step is not None:
+                self._queue.begin_anew()
             self._changed.notify_all()
 
     def take_errors(self) -> list[EmergencyCheckpointError]:
@@ -228,6 +237,7 @@ class DrainWorker:
         with self._changed:
             waiter = self._begin_to_wait(holds=True)
             if self._changed.wait_for(lambda: self._is_over_for(waiter), timeout.total_seconds()):
+                self._queue.begin_anew()
                 return self._ended
             self._waiters.remove(waiter)
             return None
@@ -241,17 +251,26 @@ class DrainWorker:
     def wait_for(self, attempts: int, timeout: timedelta) -> bool:
         """The other processes' part of `hold`: waits until so many attempts have ended."""
         with self._changed:
-            return self._changed.wait_for(lambda: self._ended >= attempts, timeout.total_seconds())
+            self._awaited = max(self._awaited, attempts)
+            self._changed.notify_all()
+            if not self._changed.wait_for(lambda: self._ended >= attempts, timeout.total_seconds()):
+                return False
+            self._queue.begin_anew()
+            return True
 
     def close(self) -> None:
         """Ends the thread, as soon as no drain is running; what waits is given up. Idempotent."""
         with self._changed:
             if self._closed:
                 return
-            # The thread of another process than the committer's listens until that one closes.
-            ends_soon = self._running is None and (self._commits or not self._queue)
+            listens, runs = not self._commits and self._expects_call(), self._running is not None
+            first_without = self._ended + runs
             self._stop("the manager ends")
-        self._thread.join(5.0 if ends_soon else 0.0)
+        if listens or (runs and not self._commits):
+            with contextlib.suppress(EmergencyCheckpointError):  # Then its part is waited for in vain.
+                self._job.board.leave(self._job.generation.number, first_without)
+        # The thread of a process that listens does so until the committer closes.
+        self._thread.join(0.0 if listens or runs else 5.0)
 
     def _stop(self, reason: str) -> None:
         """No attempt begins any more, and nobody waits for one; with the lock."""
@@ -266,22 +285,49 @@ class DrainWorker:
         return self._job.process == self._job.committer
 
     def _run(self) -> None:
-        choose = self._choose if self._commits else self._listen
-        while (attempt := choose()) is not None:
+        while (attempt := self._next()) is not None:
             try:
                 self._do(attempt)
             except Exception as error:  # Nothing must end the thread: others wait for this process.
                 told = PersistentStoreError(f"draining {attempt.step} failed: {type(error).__name__}: {error}")
-                told.__cause__ = error
-                self._errors.keep(told)
+                self._errors.keep(_caused(told, error))
                 with self._changed:
                     self._end(attempt, Verdict("failed", str(told)))
-        if self._commits:  # Others may wait for the next attempt.
+        if self._commits:
+            self._say_goodbye()
+
+    def _say_goodbye(self) -> None:
+        """In the committer: others may wait for the next attempt."""
+        for _ in range(_LAST_TRIES):
             with contextlib.suppress(EmergencyCheckpointError):
-                self._job.board.call(self._job.generation.number, self._ended, _OVER)
+                self._job.board.end(self._job.generation.number, self._ended)
+                return
+            time.sleep(_LOOK_SECONDS)
+
+    def _next(self) -> Waiting | None:
+        """What the next attempt is for, which counts as running; None when closed."""
+        while True:
+            try:
+                return self._choose() if self._commits else self._listen()
+            except Exception as error:
+                self._lose(error)
+
+    def _lose(self, error: Exception) -> None:
+        """Which step is next cannot be found out now: that is told, and looked at again after a pause."""
+        with self._changed:
+            if isinstance(error, EmergencyCheckpointError):
+                if self._queue:
+                    self._errors.keep(error)
+                self._queue.give_up("the other processes cannot be reached")
+            elif self._lost != (lost := f"{type(error).__name__}: {error}"):
+                self._lost = lost
+                told = PersistentStoreError(f"which step is drained next cannot be found out: {lost}")
+                self._errors.keep(_caused(told, error))
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: bool(self._closed), _LOOK_SECONDS)
 
     def _choose(self) -> Waiting | None:
-        """In the committer: what the next attempt is for, which counts as running; None when closed."""
+        """In the committer, who says so before the attempt begins."""
         while True:
             with self._changed:
                 if self._closed:
@@ -290,15 +336,52 @@ class DrainWorker:
                 if pause <= 0:
                     chosen = self._queue.take()
                     self._running, self._since = chosen.step, time.monotonic()
-                    return chosen
-                if pause == float("inf"):
+                elif pause == float("inf"):
                     self._changed.wait()
                     continue
-                self._changed.wait(min(pause, _LOOK_SECONDS))
+                else:
+                    chosen = None
+                    self._changed.wait(min(pause, _LOOK_SECONDS))
+            if chosen is not None:
+                return self._call(chosen)
             with contextlib.suppress(EmergencyCheckpointError):
                 if self._job.board.is_urged(self._job.generation.number, ordinal):
                     with self._changed:
                         self._not_before = 0.0
+
+    def _call(self, chosen: Waiting) -> Waiting | None:
+        """Says to the others what the next attempt is for; None where this process ends before that."""
+        board, generation = self._job.board, self._job.generation.number
+        try:
+            self._insist(chosen.step, lambda: board.call(generation, self._ended, chosen.step))
+        except Exception as error:
+            with self._changed:
+                self._queue.unpin(chosen.slot)
+                self._running = None
+                self._changed.notify_all()
+            if not isinstance(error, EmergencyCheckpointError):
+                raise
+            return None
+        return chosen
+
+    def _insist(self, step: StepId, say: Callable[[], _T]) -> _T:
+        """Says something to the others, again and again until it is heard; raises when this process ends first.
+
+        What one process knows of an attempt, and the others do not, would leave them behind for good.
+        """
+        warned = False
+        while True:
+            try:
+                return say()
+            except CoordinationTimeoutError:
+                raise
+            except EmergencyCheckpointError as error:
+                if not warned:
+                    self._job.log.warning("drain", step.step, f"the other processes are told again: {error}")
+                warned = True
+                with self._changed:
+                    if self._changed.wait_for(lambda: bool(self._closed), _LOOK_SECONDS):
+                        raise
 
     def _pause(self) -> float:
         """How long no attempt begins, in seconds; 0 where one may. With the lock."""
@@ -309,45 +392,47 @@ class DrainWorker:
         return max(self._not_before - time.monotonic(), 0.0) if all(over) else 0.0
 
     def _listen(self) -> Waiting | None:
-        """In the others: what the committer says that the next attempt is for; None when either is closed."""
-        board, generation = self._job.board, self._job.generation.number
+        """In the others, who take part in whatever the committer says that the next attempt is for.
+
+        Where nothing waits here a look now and then is enough: it is an exception that there is something.
+        """
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: bool(self._closed or self._queue))
+                expects = self._changed.wait_for(self._expects_call, _IDLE_SECONDS)
                 if self._closed:
                     return None
                 ordinal = self._ended
-            try:
-                called = board.await_call(generation, ordinal, self._call_timeout)
-            except CoordinationTimeoutError:
-                continue  # The store may fail for long.
-            except EmergencyCheckpointError as error:
-                self._errors.keep(error)
-                with self._changed:
-                    self._queue.give_up("the other processes cannot be reached")
-                    self._changed.notify_all()
+            called = self._hear(ordinal, expects)
+            if called is None:
                 continue
             with self._changed:
-                if called == _OVER and not self._closed:
+                if called == OVER and not self._closed:
                     self._stop("process 0 ends its drains")
                 if self._closed:
                     return None
                 self._running, self._since = called, time.monotonic()
-                waiting = self._queue.take_step(called)
-                if waiting is None:
-                    self._early.add(called)
-                return waiting or Waiting(called, None)
+                return self._queue.take_step(called) or Waiting(called, None)
+
+    def _expects_call(self) -> bool:
+        return bool(self._closed or self._queue) or self._awaited > self._ended
+
+    def _hear(self, ordinal: int, expects: bool) -> StepId | None:
+        """What the attempt with this number is for; None where that has not been said."""
+        board, generation = self._job.board, self._job.generation.number
+        if not expects:
+            return board.called(generation, ordinal)
+        with contextlib.suppress(CoordinationTimeoutError):  # The store may fail for long.
+            return board.await_call(generation, ordinal, self._call_timeout)
+        return None
 
     @property
     def _call_timeout(self) -> timedelta:
-        return self._job.timeout + timedelta(seconds=1.5 * self._job.pauses.longest) + _MARGIN
+        job = self._job
+        return job.timeout + timedelta(seconds=1.5 * job.pauses.longest) + job.margin
 
     def _do(self, chosen: Waiting) -> None:
         job, started, step = self._job, time.monotonic(), chosen.step
         attempt = Attempt(job.generation, step.step, job.item, self._ended)
-        if self._commits:
-            with contextlib.suppress(EmergencyCheckpointError):  # Then no part comes, and the attempt fails.
-                job.board.call(job.generation.number, self._ended, step)
         if chosen.slot is None:
             chosen = Waiting(step, self._queue.pin(step))
         try:
@@ -355,9 +440,8 @@ class DrainWorker:
         except EmergencyCheckpointError as error:
             verdict, nbytes = self._failed(attempt, error), 0
         except Exception as error:  # The others wait for a verdict, whatever it was.
-            wrapped = PersistentStoreError(f"draining {step} failed: {type(error).__name__}: {error}")
-            wrapped.__cause__ = error
-            verdict, nbytes = self._failed(attempt, wrapped), 0
+            told = PersistentStoreError(f"draining {step} failed: {type(error).__name__}: {error}")
+            verdict, nbytes = self._failed(attempt, _caused(told, error)), 0
         job.log.emit(
             DrainEvent(
                 step=step.step,
@@ -371,7 +455,9 @@ class DrainWorker:
             self._newest_committed = step
             self._call_back(step)
         elif self._commits:
-            self._left = [*self._left, attempt][-_MOST_LEFT:]
+            if not verdict.repeats and verdict.cause not in ("unreachable", "throttled"):
+                self._abandon_left()  # No commit may follow, and the store answers.
+            self._left.append(attempt)  # Others may be at work on it still.
         with self._changed:
             self._end(chosen, verdict)
 
@@ -379,7 +465,6 @@ class DrainWorker:
         """An attempt ended; with the lock."""
         step, self._running = chosen.step, None
         self._ended += 1
-        self._early = {early for early in self._early if early >= step}
         overtaken = verdict.result == "superseded" and verdict.repeats and not self._closed
         if overtaken:
             self._queue.unpin(chosen.slot)
@@ -393,7 +478,7 @@ class DrainWorker:
             self._failures, self._not_before = 0, 0.0
             self._last_failure = verdict if verdict.result == "failed" else None
             self._queue.unpin(chosen.slot)
-            self._queue.forget_until(step)
+            self._queue.end_until(step)
         if not (overtaken and self._queue.has_something):
             self._last_step = step
         waits, pause = self._queue.newest, self._pause()
@@ -414,11 +499,13 @@ class DrainWorker:
         job, step = self._job, attempt.step_id
         if (stands := job.board.peek(attempt)) is not None:
             return self._heard(attempt, stands), 0  # This process comes late.
+        if self._commits and (reason := self._who_left(attempt)) is not None:
+            raise PersistentStoreError(f"{attempt} has not begun: {reason}")
         if index is None:
             if job.repeats and any(complete > step for complete in job.local.complete_steps()):
                 why = f"process {job.process}: its slot was needed, a newer step goes in its place"
                 said = Verdict("superseded", why, repeats=True)
-                return self._heard(attempt, job.board.announce(attempt, said)), 0
+                return self._heard(attempt, self._announce(attempt, said)), 0
             raise CorruptDataError(f"{step} is not on this ramdisk any more")
         slot = job.local.sealed(step)
         if slot is None or slot.index != index:
@@ -438,16 +525,40 @@ class DrainWorker:
         nbytes = job.runner.run(share, slot, stop)
         if share.commits:
             self._tidy(step)
-            return job.board.announce(attempt, Verdict("committed")), nbytes
+            return self._announce(attempt, Verdict("committed")), nbytes
         return self._await_verdict(attempt), nbytes
 
     def _given_up(self, attempt: Attempt) -> str | None:
         stands = self._job.board.peek(attempt)
-        return stands.reason if stands else None
+        return stands.reason if stands else self._who_left(attempt)
+
+    def _who_left(self, attempt: Attempt) -> str | None:
+        """Which processes take no part in this attempt, nor in a later one; None where all do."""
+        left = self._job.board.left(attempt.generation.number)
+        gone = sorted(process for process, ordinal in left.items() if ordinal <= attempt.ordinal)
+        return f"processes {gone} have closed their managers, and write no part" if gone else None
+
+    def _announce(self, attempt: Attempt, verdict: Verdict) -> Verdict:
+        return self._insist(attempt.step_id, lambda: self._job.board.announce(attempt, verdict))
 
     def _await_verdict(self, attempt: Attempt) -> Verdict:
-        # The committer gives up after its own time limit and says so; a margin lets that be heard.
-        return self._heard(attempt, self._job.board.wait(attempt, self._job.timeout + _MARGIN))
+        """What the committer says of the attempt, which is over for nobody before he has.
+
+        Raises CoordinationTimeoutError where this process ends first, or the committer went on without a word.
+        """
+        board, warned = self._job.board, False
+        limit = (
+            self._job.timeout + self._job.margin
+        )  # His time limit is the same; a margin lets the end of it be heard.
+        while True:
+            try:
+                return self._heard(attempt, self._insist(attempt.step_id, lambda: board.wait(attempt, limit)))
+            except CoordinationTimeoutError as error:
+                if self._closed or board.called(attempt.generation.number, attempt.ordinal + 1) is not None:
+                    raise
+                if not warned:
+                    self._job.log.warning("drain", attempt.step, f"the committer is still at it: {error}")
+                warned = True
 
     def _heard(self, attempt: Attempt, verdict: Verdict) -> Verdict:
         """Keeps what others say of a failure for `check_for_errors`."""
@@ -458,18 +569,27 @@ class DrainWorker:
     def _failed(self, attempt: Attempt, error: EmergencyCheckpointError) -> Verdict:
         """Tells the others, so that nobody waits, and keeps the error for `check_for_errors`."""
         result: DrainResult = "superseded" if isinstance(error, StaleGenerationError) else "failed"
-        repeats = self._job.repeats and not is_final(error)
-        said = Verdict(result, f"process {self._job.process}: {error}", store_reason(error), repeats)
+        said = Verdict(
+            result, f"process {self._job.process}: {error}", store_reason(error), self._repeats(attempt, error)
+        )
         try:
-            # Where nobody answered in time, somebody may be at work still.
-            heard = isinstance(error, CoordinationTimeoutError)
-            stands = said if heard else self._job.board.announce(attempt, said)
+            # Where the committer has not answered, he may be at work still.
+            unanswered = not self._commits and isinstance(error, CoordinationTimeoutError)
+            stands = said if unanswered else self._announce(attempt, said)
         except EmergencyCheckpointError as unheard:
             reason = f"{said.reason} (and the others could not be told: {unheard})"
             stands = Verdict(result, reason, said.cause, False)
         if stands.result == "failed":
             self._note(attempt.step_id, stands, error)
         return stands
+
+    def _repeats(self, attempt: Attempt, error: EmergencyCheckpointError) -> bool:
+        """Whether another attempt may succeed."""
+        if not self._job.repeats or is_final(error):
+            return False
+        with contextlib.suppress(EmergencyCheckpointError):
+            return not self._commits or self._who_left(attempt) is None
+        return True
 
     # After it.
 
@@ -480,14 +600,24 @@ class DrainWorker:
 
     def _tidy(self, step: StepId) -> None:
         """After a commit: older steps, and what failed attempts left. Whatever fails, the commit stands."""
-        left, self._left = self._left, []
         try:
             self._job.on_commit()
-            for attempt in left:
-                self._job.abandon(attempt)
         except (EmergencyCheckpointError, OSError) as error:
             told = PersistentStoreError(f"after the commit of {step}, old steps could not be deleted: {error}")
             self._errors.after_commit("retention", step, told, error)
+        self._abandon_left()
+
+    def _abandon_left(self) -> None:
+        """Removes what failed attempts left; what cannot be removed now is another time."""
+        some, self._left = self._left[:_ABANDONED_AT_ONCE], self._left[_ABANDONED_AT_ONCE:]
+        for number, attempt in enumerate(some, 1):
+            try:
+                self._job.abandon(attempt)
+            except (EmergencyCheckpointError, OSError) as error:
+                self._left += [*some[number:], attempt]
+                said = f"what {attempt} left is removed another time: {error}"
+                self._job.log.warning("drain", attempt.step, said)
+                return
 
     def _call_back(self, step: StepId) -> None:
         """The user's callback after a commit; whatever it raises, the commit stands."""
@@ -500,3 +630,8 @@ class DrainWorker:
                 f"{step} was committed, but the callback after it failed: {type(error).__name__}: {error}"
             )
             self._errors.after_commit("drain", step, told, error)
+
+
+def _caused(told: EmergencyCheckpointError, cause: Exception) -> EmergencyCheckpointError:
+    told.__cause__ = cause
+    return told
