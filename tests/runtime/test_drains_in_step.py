@@ -230,6 +230,22 @@ def test_what_failed_attempts_left_is_removed_whatever_else_fails_after_a_commit
         assert sorted(attempt.ordinal for attempt in abandoned) == list(range(failed))
 
 
+def test_what_failed_attempts_left_is_removed_where_no_commit_follows(ramdisk: Path, tmp_path: Path) -> None:
+    abandoned: list[Attempt] = []
+
+    def noting(job: DrainJob, _: InMemoryCluster) -> DrainJob:
+        return dataclasses.replace(job, abandon=abandoned.append)
+
+    with two_processes(ramdisk, tmp_path, {0: noting}) as two:
+        _, second = two.processes
+        with two.outage():
+            two.fail(1)
+            assert second.worker.make_room()
+            second.local.delete(1)
+        two.wait()  # The slot is lost: no further try.
+        assert [attempt.ordinal for attempt in abandoned] == [0]
+
+
 def test_of_attempts_that_another_process_ended_nothing_is_kept_either() -> None:
     cluster = InMemoryCluster(2)
     boards = [CoordinatedBoard(cluster.coordinator(index)) for index in range(2)]
