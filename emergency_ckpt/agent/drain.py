@@ -1,7 +1,7 @@
 """What a trainer's drains need: who carries them out, and where the processes tell each other of them.
 
 A drain is carried out by a runner, in this process or in the agent of this host, by the same code
-(`agent.draining`). Which step is drained next, and when, is the affair of `agent.drain_worker`.
+(`agent.draining`). Which step is drained next, and when, is the affair of `agent.drain_schedule`.
 """
 
 from __future__ import annotations
@@ -181,3 +181,8 @@ class DrainJob:
     repeats: bool = True
     after_commit: Callable[[], None] | None = None
     margin: timedelta = timedelta(seconds=30)
+
+    @property
+    def commits(self) -> bool:
+        """Whether this process is the committer."""
+        return self.process == self.committer
