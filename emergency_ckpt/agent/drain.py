@@ -1,13 +1,13 @@
 """What a trainer's drains need: who carries them out, and where the processes tell each other of them.
 
 A drain is carried out by a runner, in this process or in the agent of this host, by the same code
-(`agent.draining`). Which step is drained next, and when, is the affair of `agent.drain_worker`.
+(`agent.draining`). Which step is drained next, and when, is the affair of `agent.drain_schedule`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Protocol
 
@@ -44,18 +44,38 @@ class Verdict:
     repeats: bool = False
 
 
+OVER = StepId(0, 0)
+"""In the place of a step: no further attempt begins."""
+
+
 class VerdictBoard(Protocol):
     """Where the processes of a job tell each other which step they drain, and how that ended.
 
-    Of each attempt both are written once.
+    Of each attempt both are written once. What could not be said may be said again.
     """
 
-    def call(self, generation: int, ordinal: int, step: StepId) -> None:
-        """Says in the committer which step is drained by the attempt with this number."""
+    def call(self, generation: int, ordinal: int, step: StepId) -> StepId:
+        """Says in the committer which step is drained by the attempt with this number; returns what stands."""
         ...
 
     def await_call(self, generation: int, ordinal: int, timeout: timedelta) -> StepId:
-        """Which step that is; raises CoordinationTimeoutError where the committer has not said so."""
+        """Which step that is, or OVER; raises CoordinationTimeoutError where the committer has not said so."""
+        ...
+
+    def called(self, generation: int, ordinal: int) -> StepId | None:
+        """The same, if he has said so already."""
+        ...
+
+    def end(self, generation: int, ordinal: int) -> None:
+        """Says in the committer that neither the attempt with this number nor a later one begins."""
+        ...
+
+    def leave(self, generation: int, ordinal: int) -> None:
+        """Says in another process that it takes no part in the attempt with this number, nor in later ones."""
+        ...
+
+    def left(self, generation: int) -> Mapping[int, int]:
+        """The processes that said so, and from which number on."""
         ...
 
     def urge(self, generation: int, ordinal: int) -> None:
@@ -133,7 +153,7 @@ class DrainJob:
     Attributes:
       runner: carries out what this process has to do.
       committer: the process that commits (every process names the same).
-      timeout: how long others are waited for.
+      timeout: how long others are waited for; margin: how much longer they wait for the committer's word.
       pauses: between a drain that failed and its next try.
       keeps_waiting: whether a step that waits for another one's drain keeps its slot. Where slots are a tier to
         restore from it does not: a save finds one, and a newer step is drained.
@@ -160,3 +180,9 @@ class DrainJob:
     lets_go: bool = False
     repeats: bool = True
     after_commit: Callable[[], None] | None = None
+    margin: timedelta = timedelta(seconds=30)
+
+    @property
+    def commits(self) -> bool:
+        """Whether this process is the committer."""
+        return self.process == self.committer

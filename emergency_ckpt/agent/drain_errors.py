@@ -18,7 +18,7 @@ class DrainErrors:
         self._log = log
         self._guard = threading.Lock()
         self._errors: list[EmergencyCheckpointError] = []
-        self._told: tuple[StepId, StoreReason, bool] | None = None
+        self._told: set[tuple[StepId, StoreReason, bool]] = set()
 
     def take(self) -> list[EmergencyCheckpointError]:
         """Errors since the last call, oldest first."""
@@ -40,9 +40,9 @@ class DrainErrors:
         key = (step, verdict.cause, verdict.repeats)
         with self._guard:
             kept = any(str(earlier) == text for earlier in self._errors)
-            if self._told != key or (asked and not kept):
+            if key not in self._told or (asked and not kept):
                 self._errors.append(told)
-            self._told = key
+            self._told = {known for known in self._told if known[0] == step} | {key}
 
     def after_commit(
         self, operation: str, step: StepId, told: EmergencyCheckpointError, cause: Exception

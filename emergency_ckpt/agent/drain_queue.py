@@ -35,6 +35,7 @@ class DrainQueue:
         self._local = local
         self._log = log
         self._waiting: list[Waiting] = []
+        self._over: StepId | None = None  # up to here nothing is to be drained any more
 
     def __bool__(self) -> bool:
         return bool(self._waiting)
@@ -90,9 +91,18 @@ class DrainQueue:
         """These steps are not drained; all of them, unless `wanted` says which."""
         self._give_up([w for w in self._waiting if wanted(w.step)], reason)
 
-    def forget_until(self, step: StepId) -> None:
+    def end_until(self, step: StepId) -> None:
         """Nothing up to `step` has to be drained any more: it is there, or what it needs is not."""
+        self._over = step if self._over is None else max(self._over, step)
         self._remove([w for w in self._waiting if w.step <= step])
+
+    def is_over(self, step: StepId) -> bool:
+        """Whether that is so for a step of which this process is told only now."""
+        return self._over is not None and step <= self._over
+
+    def begin_anew(self) -> None:
+        """All processes know of all steps by now: whatever they are told from here on is to be drained."""
+        self._over = None
 
     def let_go_oldest(self) -> bool:
         """The oldest goes on waiting without a slot; says whether it had one."""

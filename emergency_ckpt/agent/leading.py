@@ -1,6 +1,6 @@
 """One agent leads the others of a life: it asks what they hold, chooses a step, and has each drain its part.
 
-Every agent drains to where its own trainer said. An agent that cannot be reached is left out from then on.
+Every agent drains to where its own trainer said. An agent that cannot be reached is left out for a while.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from emergency_ckpt.errors import (
 )
 
 if TYPE_CHECKING:
+    from emergency_ckpt.persistent.attempts import Attempt
     from emergency_ckpt.persistent.store import PersistentStore
 
 Occasion = Literal["gone", "urgent"]
@@ -66,14 +67,18 @@ class Leader:
         dial: str,
         stopped: threading.Event,
         occasion: Occasion = "gone",
+        forgiving_seconds: float = 30.0,
     ) -> None:
+        """An agent that could not be reached is asked again after `forgiving_seconds`."""
         self._registration = registration
         self._life = registration.life
         self._own = own
         self._dial = dial
         self._stopped = stopped
         self._occasion: Occasion = occasion
-        self._lost: dict[Endpoint, str] = {}  # agents that cannot be reached
+        self._forgiving_seconds = forgiving_seconds
+        self._lost: dict[Endpoint, float] = {}  # agents that could not be reached, and when
+        self._left: list[Attempt] = []  # that were not committed
         self._earlier: dict[int, Life | None] = {}  # lives of the run by generation, as the store knows them
         self._next_ordinal = _FIRST_ORDINAL[occasion] + _ORDINALS_PER_PROCESS * registration.process
         self._pool = concurrent.futures.ThreadPoolExecutor(_ASKED_AT_ONCE, "emergency_ckpt flush")
@@ -92,7 +97,9 @@ class Leader:
     def lower(self) -> Iterable[tuple[int, LifeReport]]:
         """The processes below this one whose agents can be reached, ascending, and what they know."""
         agents = enumerate(self._registration.agents[: self._registration.process])
-        there = [(p, endpoint) for p, endpoint in agents if endpoint is not None and endpoint not in self._lost]
+        there = [
+            (p, endpoint) for p, endpoint in agents if endpoint is not None and not self._is_lost(endpoint)
+        ]
         for first in range(0, len(there), _LOWER_AT_ONCE):
             some = there[first : first + _LOWER_AT_ONCE]
             asked = list(dict.fromkeys(endpoint for _, endpoint in some))
@@ -105,25 +112,35 @@ class Leader:
         """What one agent knows; None where it cannot be reached."""
         for last in (False, True):
             try:
-                return self._orders(endpoint, _ASK[self._occasion]).look_at(self._life)
+                report = self._orders(endpoint, _ASK[self._occasion]).look_at(self._life)
+                self._lost.pop(endpoint, None)
+                return report
             except PeerUnavailableError as error:
                 if last:
-                    self._lost[endpoint] = str(error)
-                    _log.warning("flush without an agent: %s", error)
+                    self._lose(endpoint, error)
         return None
+
+    def _lose(self, endpoint: Endpoint, error: PeerUnavailableError) -> None:
+        if endpoint not in self._lost:
+            _log.warning("flush without an agent: %s", error)
+        self._lost[endpoint] = time.monotonic()
+
+    def _is_lost(self, endpoint: Endpoint) -> bool:
+        lost = self._lost.get(endpoint)
+        return lost is not None and time.monotonic() < lost + self._forgiving_seconds
 
     @property
     def lost(self) -> list[int]:
         """The processes whose agents are not there, or cannot be reached."""
         agents = enumerate(self._registration.agents)
-        return [process for process, endpoint in agents if endpoint is None or endpoint in self._lost]
+        return [process for process, endpoint in agents if endpoint is None or self._is_lost(endpoint)]
 
     def _agents(self) -> list[Endpoint]:
         """Every agent of the life that can be reached, once."""
         return [
             endpoint
             for endpoint in dict.fromkeys(self._registration.agents)
-            if endpoint is not None and endpoint not in self._lost
+            if endpoint is not None and not self._is_lost(endpoint)
         ]
 
     def _orders(self, endpoint: Endpoint, timeout: timedelta = _TIMEOUT) -> OrderClient:
@@ -158,12 +175,15 @@ class Leader:
             if busy(flush.step) is not None:
                 return None
             _log.info("flushing %s%s", reason, f"; {why}" if why else "")
-            ended = self._carry_out(flush, self._fresh_ordinal(store, flush.step))
+            attempt = self._fresh_attempt(store, flush.step)
+            ended = self._carry_out(flush, attempt.ordinal)
             report = ended[flush.committer]
             if report.ending == "done":
+                self._abandon_left(store)
                 return FlushResult("committed", f"{flush.step} was committed: {reason}")
             if report.ending == "superseded":
                 return stands_down(report.reason)
+            self._left.append(attempt)
             bad = {(copy.process, flush.step) for copy, said in ended.items() if said.ending == "corrupt"}
             bad |= {(copy.process, flush.step) for copy, said in ended.items() if said.ending is None}
             if self._stopped.is_set() and self._occasion == "urgent":
@@ -174,19 +194,27 @@ class Leader:
             struck |= bad
         raise PersistentStoreError(f"{_TRIES} tries came to nothing")
 
-    def _fresh_ordinal(self, store: PersistentStore, step: StepId) -> int:
-        """Of an attempt that no flush has begun: one whose agents died may have left its claim or parts."""
+    def _abandon_left(self, store: PersistentStore) -> None:
+        """After a commit: what the tries before it left, whose agents died or could not reach the store."""
+        left, self._left = self._left, []
+        try:
+            for attempt in left:
+                store.abandon(attempt)
+        except (PersistentStoreError, OSError) as error:
+            _log.warning("what earlier tries left stays until the next life of the run: %s", error)
+
+    def _fresh_attempt(self, store: PersistentStore, step: StepId) -> Attempt:
+        """One that no flush has begun: one whose agents died may have left its claim or parts."""
         from emergency_ckpt.persistent.attempts import Attempt
         from emergency_ckpt.persistent.records import Generation
 
         life = self._saved_by(step, store) or self._life
         while True:
-            ordinal = self._next_ordinal
-            self._next_ordinal += 1
             own = Generation(life.generation, life.nonce)
-            attempt = Attempt(own, step.step, self._registration.destination.item, ordinal)
+            attempt = Attempt(own, step.step, self._registration.destination.item, self._next_ordinal)
+            self._next_ordinal += 1
             if not store.attempt_records(attempt).entries():
-                return ordinal
+                return attempt
 
     def _gather(
         self, known: Mapping[str, Layout], store: PersistentStore
@@ -234,7 +262,7 @@ class Leader:
             with self._peer(endpoint) as client:
                 held = client.inventory()
         except PeerUnavailableError as error:
-            self._lost[endpoint] = str(error)
+            self._lose(endpoint, error)
             return []
         return [
             Copy(0, h.id.step, h.id.layout, h.id.position, h.digest, h.missing == 0, h.extras_of)

@@ -133,7 +133,7 @@ class Job:
             time.sleep(0.02)
 
 
-def make_job(disk: Ramdisk, bucket: Path | str, *, tidies: bool = True) -> Job:
+def make_job(disk: Ramdisk, bucket: Path | str, *, tidies: bool = True, seconds: float = 30.0) -> Job:
     """The next life of the run."""
     store = PersistentStore(bucket)
     with contextlib.suppress(FileExistsError):
@@ -141,6 +141,6 @@ def make_job(disk: Ramdisk, bucket: Path | str, *, tidies: bool = True) -> Job:
     newest = store.newest_generation()
     minted = store.mint_generation(newest.number if newest else 0, None)
     destination = destination_of(
-        store, RUN, minted, "default", WriteOptions(), 30.0, tidies=tidies, max_to_keep=2
+        store, RUN, minted, "default", WriteOptions(), seconds, tidies=tidies, max_to_keep=2
     )
     return Job(disk, store, destination)

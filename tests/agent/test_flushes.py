@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from pathlib import Path
 
 import pytest
 
+from emergency_ckpt.agent.leading import Leader
+from emergency_ckpt.agent.orders import Registration
 from emergency_ckpt.core.lineage import Activation, StepId
 from emergency_ckpt.persistent.store import PersistentStep
 from tests.agent.jobs import Job, make_job
-from tests.agent.served import Ramdisk
+from tests.agent.served import Ramdisk, agents_of, start
+from tests.servers.environment import use_gcs
+from tests.servers.fake_gcs import FakeGcs, running
+from tests.servers.proxy import Answer, Fault, Kind, Proxy, Request
 
 
 @pytest.fixture
@@ -139,3 +146,52 @@ def _commit(job: Job, step: int) -> PersistentStep:
         pass
     (found,) = [held for held in job.store.steps() if held.step_id.step == step]
     return found
+
+
+class FailingStore(Proxy):
+    """Does not answer from the moment that a part is written, until it is let go on."""
+
+    def __init__(self, upstream: str) -> None:
+        super().__init__(upstream)
+        self.goes_on = threading.Event()
+        self._fails = False
+
+    def next_fault(self, request: Request) -> Fault | None:
+        return Fault(Kind.RESET) if self._fails and not self.goes_on.is_set() else None
+
+    def forward(self, request: Request) -> Answer:
+        self._fails = self._fails or (request.method == "POST" and b"emergency_ckpt.parts" in request.body)
+        return super().forward(request)
+
+
+@pytest.mark.long
+def test_what_a_try_left_whose_store_failed_in_its_middle_is_removed_after_the_commit(
+    disk: Ramdisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(fake := FakeGcs("jobs")), running(store := FailingStore(fake.endpoint)):
+        use_gcs(monkeypatch, store.endpoint)
+        job = make_job(disk, "gs://jobs/run", seconds=3.0)
+        job.save(7)
+        die(job)
+        job.wait_for(lambda: "the flush waits for the persistent tier, at most" in job.log)
+        store.goes_on.set()
+        job.wait_for(lambda: job.committed == [StepId(1, 7)])
+        job.wait_for(lambda: "flush after the end of its trainer" in job.log)
+        left = [name for name in fake.buckets.objects("jobs") if f"g1-{job.nonce}-1000000000" in name]
+        assert left == [], sorted(fake.buckets.objects("jobs"))
+
+
+def test_an_agent_that_is_back_is_asked_again(disk: Ramdisk, bucket: Path) -> None:
+    job = make_job(disk, bucket)
+    with job.trainer():
+        endpoint, there = job.record.endpoint, Registration(job.destination, 0, (job.record.endpoint,), True)
+        leader = Leader(there, endpoint, "127.0.0.1", threading.Event(), forgiving_seconds=0.0)
+        with contextlib.closing(leader):
+            assert list(leader.reports()) == [endpoint]
+            agents = agents_of(disk.root)
+            for agent in agents:
+                agent.kill()
+                agent.wait(20)
+            assert leader.reports() == {}
+            start(disk.root)
+            assert list(leader.reports()) == [endpoint]

@@ -16,6 +16,7 @@ from orbax import checkpoint as ocp
 
 from emergency_ckpt import CheckpointManager
 from emergency_ckpt.agent import draining
+from emergency_ckpt.core.retrying import Pauses
 from emergency_ckpt.errors import CoordinationTimeoutError, PersistentStoreError
 from tests.manager.states import Opener, Unreliable, assert_same, make_state, save_all
 
@@ -43,7 +44,8 @@ def manager(opened: Opener) -> CheckpointManager:
     manager = opened()
     worker = manager._engine._workers.drain
     assert worker is not None
-    worker._job = dataclasses.replace(worker._job, pauses=dataclasses.replace(worker._job.pauses, longest=6e4))
+    schedule = worker._schedule
+    schedule._job = dataclasses.replace(schedule._job, pauses=Pauses(6e4))
     return manager
 
 
