@@ -35,6 +35,7 @@ _MARGIN = timedelta(seconds=30)
 _LOOK_SECONDS = 0.5
 _MOST_LEFT = 64
 _OVER = StepId(0, 0)
+_MANAGER_ENDS = "the manager ends"
 _JITTER = random.Random()
 
 
@@ -125,9 +126,16 @@ class DrainWorker:
         """Drains the sealed `step` from `slot`, which the caller has pinned; the worker unpins it.
 
         Where this process has lost the step (`slot` None), the attempt fails, and the others are told.
-        All processes are told of the same steps in the same order (what is complete is agreed).
+        All processes are told of the same steps in the same order (what is complete is agreed). Once this is
+        closed a step is left to the agents, as all that waits then.
         """
         with self._changed:
+            if self._closed == _MANAGER_ENDS:
+                self._queue.unpin(slot)
+                self._job.log.warning(
+                    "drain", step.step, f"{step} is not drained by this process: {_MANAGER_ENDS}"
+                )
+                return
             if self._closed:
                 self._queue.unpin(slot)
                 raise EmergencyCheckpointError(f"{step} is not drained: {self._closed}")
@@ -258,7 +266,7 @@ class DrainWorker:
                 return
             # The thread of another process than the committer's listens until that one closes.
             ends_soon = self._running is None and (self._commits or not self._queue)
-            self._stop("the manager ends")
+            self._stop(_MANAGER_ENDS)
         self._thread.join(5.0 if ends_soon else 0.0)
 
     def _stop(self, reason: str) -> None:
