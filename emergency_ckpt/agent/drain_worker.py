@@ -25,6 +25,8 @@ from emergency_ckpt.errors import EmergencyCheckpointError, PersistentStoreError
 from emergency_ckpt.persistent.attempts import Attempt
 from emergency_ckpt.telemetry.events import DrainEvent
 
+_MANAGER_ENDS = "the manager ends"
+
 
 class DrainWorker:
     """Drains pinned slots one after the other in a thread of its own."""
@@ -95,9 +97,16 @@ class DrainWorker:
         """Drains the sealed `step` from `slot`, which the caller has pinned; the worker unpins it.
 
         Where this process has lost the step (`slot` None), the attempt fails, and the others are told.
-        All processes are told of the same steps in the same order (what is complete is agreed).
+        All processes are told of the same steps in the same order (what is complete is agreed). Once this is
+        closed a step is left to the agents, as all that waits then.
         """
         with self._changed:
+            if self._schedule.closed == _MANAGER_ENDS:
+                self._schedule.queue.unpin(slot)
+                self._job.log.warning(
+                    "drain", step.step, f"{step} is not drained by this process: {_MANAGER_ENDS}"
+                )
+                return
             self._schedule.add(step, slot)
 
     def spare(self, step: StepId, leaving: tuple[int, ...]) -> None:
@@ -157,7 +166,7 @@ class DrainWorker:
                 return
             runs, listens = schedule.running is not None, not self._job.commits and schedule.expects
             first_without = schedule.ended + runs
-            schedule.stop("the manager ends")
+            schedule.stop(_MANAGER_ENDS)
         if not self._job.commits and (runs or listens):
             self._words.leave(first_without)
         # The thread of a process that listens does so until the committer closes.

@@ -46,6 +46,8 @@ from emergency_ckpt.runtime.workers import Workers
 _FINISH_TRIES = 2
 # What is not deleted by then is a leftover to the next life of the run.
 _DELETION_PATIENCE = timedelta(seconds=30)
+# Of what is kept free at the end: agents go on with what is sealed.
+_SEAL_PATIENCE = timedelta(seconds=1)
 
 Prepare = Callable[[], SaveContent]
 Remaining = Callable[[], timedelta | None]
@@ -669,7 +671,10 @@ class Engine:
             self.job.deletions.wait_hidden(_DELETION_PATIENCE)
             return True
         limit = remaining()
-        return limit is None or self.wait_a_while(min(limit, self._workers.patience))
+        done = limit is None or self.wait_a_while(min(limit, self._workers.patience))
+        if not done:
+            self._workers.pipeline.wait(_SEAL_PATIENCE)
+        return done
 
     def _call(self, kind: str) -> str:
         """The prefix of the keys of one call that all processes make.

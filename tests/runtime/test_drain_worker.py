@@ -87,6 +87,16 @@ def test_the_end_of_the_committer_ends_the_waiting_of_the_others(two: Two) -> No
         assert not second.worker.busy
 
 
+def test_a_step_that_is_complete_when_the_manager_has_ended_is_left_to_the_agents_and_no_error(
+    two: Two,
+) -> None:
+    process = two.processes[0]
+    process.worker.close()
+    process.save_and_drain(5)
+    assert process.worker.take_errors() == []
+    assert not process.worker.busy
+
+
 def test_a_step_whose_slot_was_needed_on_one_process_gives_way_to_a_newer_one_on_both(two: Two) -> None:
     first, second = two.processes
     with two.outage():
