@@ -78,7 +78,7 @@ class LastCallSession:
         self._begins = self._armed
         self._ended = self._armed
         self._state: Literal["armed", "leading", "aside", "done", "over"] = "armed"
-        self._failures = 0
+        self._failures, self._is_last_try = 0, False
         self._failure: EmergencyCheckpointError | None = None  # the latest one, of what is tried again
         self._moved = self._armed  # when a drain of the newest step, or a newer one, was last seen to write
         self._said = ""
@@ -147,7 +147,7 @@ class LastCallSession:
                 self._state = "done" if done else "over"
                 return True
             self._armed, self._deadline, self._next, self._state = self._ended, self._next, None, "armed"
-            self._failures, self._failure = 0, None
+            self._failures, self._failure, self._is_last_try = 0, None, False
             return False
 
     def _run(self) -> FlushResult:
@@ -159,9 +159,12 @@ class LastCallSession:
             if (why := self._needless()) is not None:
                 return stands_down(why)
             if now > self._until + AFTER_SECONDS:
-                if self._failure is not None:
+                if self._failure is None:
+                    return stands_down(f"the deadline passed {AFTER_SECONDS:g} s ago")
+                if self._is_last_try:
                     raise self._failure
-                return stands_down(f"the deadline passed {AFTER_SECONDS:g} s ago")
+                # What failed may have stood still all the time, and the store goes on now.
+                self._is_last_try = True
             estimate = self._estimate()
             call = last_call(now, self._deadline, estimate)
             self._begins = call.begins
