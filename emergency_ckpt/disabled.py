@@ -8,16 +8,19 @@ from typing import Any, Literal
 import jax
 from etils import epath
 
+from emergency_ckpt.core.copies import Survivable
 from emergency_ckpt.errors import NoRestorableStepError
 from emergency_ckpt.manager import CheckpointManager
+from emergency_ckpt.preemption.notice import Notice
 from emergency_ckpt.runtime.restored_state import RestoredState
 
 
 class DisabledCheckpointManager(CheckpointManager):
     """Saves nothing and finds nothing to restore, so that a train loop needs no `if`. Touches no directory."""
 
-    def __init__(self, mesh: jax.sharding.Mesh) -> None:
+    def __init__(self, mesh: jax.sharding.Mesh, exit_code: int) -> None:
         self._mesh = mesh
+        self._exit_code = exit_code
         self._last_restore = None
 
     @property
@@ -35,6 +38,9 @@ class DisabledCheckpointManager(CheckpointManager):
     @property
     def generation(self) -> int:
         return 0
+
+    def survivable_losses(self) -> Survivable:
+        return Survivable(0, 0, "all of it")
 
     def metrics_snapshot(self) -> dict[str, float]:
         return {}
@@ -63,7 +69,11 @@ class DisabledCheckpointManager(CheckpointManager):
 
     @property
     def exit_code(self) -> int:
-        return 42
+        return self._exit_code
+
+    @property
+    def notices(self) -> tuple[Notice, ...]:
+        return ()
 
     def save(self, step: int, args: Any, **_: Any) -> bool:
         return False

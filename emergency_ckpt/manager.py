@@ -159,7 +159,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         from emergency_ckpt.telemetry.log import write_json_lines_bare
 
         if not config.enable_checkpointing:
-            return DisabledCheckpointManager(mesh)
+            return DisabledCheckpointManager(mesh, config.preemption_exit_code)
         if config.checkpoint_log_format == "json":
             write_json_lines_bare()
         manager = cls.from_settings(settings_from_config(config), mesh, abstract_state)
@@ -515,6 +515,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         if self._engine.base is not None:
             restored = self._restore(None, WantedExtras(extras or {}))
             report = restored.report
+            self._progress.expect()
             return RestoredState(restored.state, report.step, restored.received.values, report.source)
         self._steps.begin_after(-1)
         if lost := survey.lost:
@@ -525,6 +526,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
             )
         state, source = self._fresh_state(init)
         self._engine.job.log.info("restore", None, f"starting from {source}: {survey.reason}")
+        self._progress.expect()
         return RestoredState(state, None, {}, source)
 
     def _fresh_state(self, init: Callable[[], PyTree]) -> tuple[PyTree, str]:

@@ -2,12 +2,13 @@
 
 The trainers may live, or hang; they are not asked, and their drains are never disturbed. It begins as late as
 it fits (`core.last_call`), and only where nobody has drained that step, or is about to. Of all agents that have
-such a call the one of the lowest process leads.
+such a call the one of the lowest process leads. One that fails lets others go first, and tries again.
 """
 
 from __future__ import annotations
 
 import logging
+import random
 import threading
 import time
 from collections.abc import Callable, Collection
@@ -27,12 +28,15 @@ from emergency_ckpt.core.last_call import (
     waits_for,
 )
 from emergency_ckpt.core.lineage import StepId
-from emergency_ckpt.errors import PersistentStoreError, StaleGenerationError
+from emergency_ckpt.core.retrying import is_final
+from emergency_ckpt.errors import EmergencyCheckpointError, PersistentStoreError, StaleGenerationError
 
 _POLL_SECONDS = 0.5
 # A drain that waits for a part which nobody writes waits in vain, if that is so for a while.
 _QUIET_SECONDS = 10.0
 _LEAST_QUIET_SECONDS = 1.0
+_PAUSE_SECONDS = 1.0
+_LONGEST_PAUSE_SECONDS = 8.0
 # The host may live longer than was said.
 AFTER_SECONDS = 60.0
 _log = logging.getLogger("emergency_ckpt.agent")
@@ -67,17 +71,20 @@ class LastCallSession:
         self._own = own
         self._changed = threading.Event()
         self._guard = threading.Lock()
-        self._deadline = deadline
+        self._deadline = deadline  # the earliest one
+        self._until = deadline  # the latest one: so long what fails is tried again, and some time more
         self._next: float | None = None  # the deadline of a notice that came while this agent was leading
         self._armed = time.monotonic()
         self._begins = self._armed
         self._ended = self._armed
-        self._state: Literal["armed", "leading", "done", "over"] = "armed"
+        self._state: Literal["armed", "leading", "aside", "done", "over"] = "armed"
+        self._failures, self._is_last_try = 0, False
+        self._failure: EmergencyCheckpointError | None = None  # the latest one, of what is tried again
         self._moved = self._armed  # when a drain of the newest step, or a newer one, was last seen to write
         self._said = ""
 
     def report(self) -> CallReport | None:
-        """What other agents are told; None where it ended without the newest step being persistent."""
+        """What other agents are told; None where nothing is to be expected of this one, for now or for good."""
         now = time.monotonic()
         match self._state:
             case "armed":
@@ -97,6 +104,7 @@ class LastCallSession:
         with self._guard:
             if self._state in ("done", "over"):
                 return False
+            self._until = max(self._until, deadline)
             if self._state == "leading":
                 self._next = deadline if self._next is None else min(self._next, deadline)
             else:
@@ -113,28 +121,33 @@ class LastCallSession:
 
         Raises PersistentStoreError, PeerUnavailableError, CorruptDataError.
         """
+        ended = False
         try:
             while True:
-                result = self._run()
-                if self._ends(done=result.ending in ("committed", "nothing_left")):
-                    return result
-                _log.info(
-                    "last call for %s: %s, and another one follows", self._registration.life, result.reason
-                )
-        except BaseException:
-            self._ends(done=False)
-            raise
+                try:
+                    result = self._run()
+                    done, came = result.ending in ("committed", "nothing_left"), result.reason
+                except EmergencyCheckpointError as error:
+                    result, done, came = error, False, f"the newest step could not be drained: {error}"
+                if ended := self._ends(done=done):
+                    if isinstance(result, FlushResult):
+                        return result
+                    raise result
+                _log.info("last call for %s: %s, and another one follows", self._registration.life, came)
         finally:
+            if not ended:
+                self._state = "over"
             self._leader.close()
 
     def _ends(self, *, done: bool) -> bool:
-        """Whether this is all."""
+        """Whether this is all: a notice that came while this agent was leading is met in any case."""
         with self._guard:
             self._ended = time.monotonic()
-            if not done or self._next is None or self._stopped.is_set():
+            if self._next is None or self._stopped.is_set():
                 self._state = "done" if done else "over"
                 return True
             self._armed, self._deadline, self._next, self._state = self._ended, self._next, None, "armed"
+            self._failures, self._failure, self._is_last_try = 0, None, False
             return False
 
     def _run(self) -> FlushResult:
@@ -143,8 +156,15 @@ class LastCallSession:
 
         while not self._stopped.is_set():
             now = time.monotonic()
-            if (why := self._needless(now)) is not None:
+            if (why := self._needless()) is not None:
                 return stands_down(why)
+            if now > self._until + AFTER_SECONDS:
+                if self._failure is None:
+                    return stands_down(f"the deadline passed {AFTER_SECONDS:g} s ago")
+                if self._is_last_try:
+                    raise self._failure
+                # What failed may have stood still all the time, and the store goes on now.
+                self._is_last_try = True
             estimate = self._estimate()
             call = last_call(now, self._deadline, estimate)
             self._begins = call.begins
@@ -152,7 +172,6 @@ class LastCallSession:
                 self._say(f"the newest complete step is drained in {call.begins - now:.1f} s", call.reason)
                 self._wait(min(_POLL_SECONDS, call.begins - now))
                 continue
-            self._state = "leading"  # Before others are asked: of two that begin, the lower one leads.
             turn = self._turn(now, estimate)
             if isinstance(turn, FlushResult):
                 return turn
@@ -163,19 +182,21 @@ class LastCallSession:
             self._wait(_POLL_SECONDS)
         return stands_down("the agent leaves")
 
-    def _needless(self, now: float) -> str | None:
+    def _needless(self) -> str | None:
         life = self._registration.life
         if self._trainers.others_than(life):
             return "a later trainer lives here"
         states = self._trainers.states(life).values()
         if not any(state in ("alive", "gone") for state in states):
             return "the trainers of this host have said goodbye, or what they left is done"
-        if now > self._deadline + AFTER_SECONDS:
-            return f"the deadline passed {AFTER_SECONDS:g} s ago"
         return None
 
     def _turn(self, now: float, estimate: Estimate) -> FlushResult | Literal["mine", "others"]:
-        """Whose turn it is; what came of it where another agent has done it."""
+        """Whose turn it is; what came of it where another agent has done it.
+
+        One that has lower ones to ask is not seen to lead by them meanwhile: of several that begin at once the
+        lowest finds nobody in its way, however long each of them asks.
+        """
         for process, report in self._leader.lower():
             call = report.call
             if call is None:
@@ -185,8 +206,10 @@ class LastCallSession:
             in_time = call.state == "armed" and may_be_left_to(call.seconds, self._deadline - now, estimate)
             if call.state == "leading" or in_time:
                 return "others"
+        self._state = "leading"  # Before the others are asked: of two that lead one at least sees it.
         for endpoint, report in self._leader.reports().items():
-            # One of a higher process that has begun before, or sees this one now and lets it go first.
+            # One of a higher process that has begun before, or for which this one began too late: if it sees
+            # this one as well, both let go, and the lower one comes first.
             if endpoint != self._own and report.call is not None and report.call.state == "leading":
                 return "others"
         return "mine"
@@ -204,8 +227,7 @@ class LastCallSession:
         except StaleGenerationError as error:
             return stands_down(str(error))
         except PersistentStoreError as error:
-            self._say("the persistent tier does not answer, and is asked again", str(error))
-            return None
+            return self._fails("the persistent tier does not answer, and is asked again", error)
         newest = max((step.step_id for step in without_void(steps, activations)), default=None)
         leaving = set(self._leaving())
         for report in self._leader.reports().values():
@@ -214,7 +236,21 @@ class LastCallSession:
         why = f"without the trainers, {call.reason}"
         if leaving and leaving != set(range(len(self._registration.agents))):
             why += f"; what is elsewhere, too, is not written by process {', '.join(map(str, sorted(leaving)))}"
-        return self._leader.lead(store, newest, activations, leaving, self._busy, why)
+        try:
+            return self._leader.lead(store, newest, activations, leaving, self._busy, why)
+        except EmergencyCheckpointError as error:
+            if is_final(error):
+                raise
+            return self._fails("the newest step was not drained, which is tried again", error)
+
+    def _fails(self, what: str, error: EmergencyCheckpointError) -> None:
+        """Waits a while, in which others may lead whose store answers, before it is tried again."""
+        self._failures, self._failure = self._failures + 1, error
+        self._say(what, str(error))
+        self._state = "aside"
+        longest = min(_PAUSE_SECONDS * 2 ** min(self._failures - 1, 10), _LONGEST_PAUSE_SECONDS)
+        self._wait(longest * (0.5 + random.random()))
+        self._yield()
 
     def _busy(self, step: StepId) -> str | None:
         """Why `step` need not be drained for now: a drain of it, or of a newer one, that still moves."""

@@ -291,8 +291,8 @@ class Config(BaseModel):
     trainer_stall_floor_seconds: Seconds = Field(
         300.0,
         ge=0,
-        description="No step that is shorter is reported, and the first one after a start, which is compiled, "
-        "has twice this. Longer than any evaluation between two steps. 0 reports none.",
+        description="No step that is shorter is reported, and the first one after `restore_or_init`, which is "
+        "compiled, has twice this. Longer than any evaluation between two steps. 0 reports none.",
     )
     trainer_stall_restart_seconds: Seconds = Field(
         0.0,

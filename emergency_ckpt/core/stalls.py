@@ -1,6 +1,7 @@
 """When a step takes far longer than those before it, and who is behind: pure arithmetic.
 
-Nothing is known before the first step is over: compilation has twice the floor.
+Nothing is known before the first step is over: compilation has twice the floor. Whether one is
+expected at all is not known here.
 """
 
 from __future__ import annotations

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import threading
+import time
 from typing import Any, Protocol
 
 import jax
 
 from emergency_ckpt.errors import CoordinationTimeoutError, PeerFailedError
+from emergency_ckpt.jaxio.ending import LONGEST_CALL_SECONDS, EndingClient
 from emergency_ckpt.jaxio.memory_store import InMemoryCluster, InMemoryCoordinator, SingleProcess
 
 __all__ = [
@@ -169,7 +172,7 @@ class JaxCoordinator:
             raise PeerFailedError(
                 f"jax {jax.__version__} has no counters in its coordination service; install jax 0.8 or newer"
             )
-        self._client = client
+        self._client = EndingClient(client)
         self._process_index = process_index
         self._process_count = process_count
 
@@ -203,19 +206,26 @@ class JaxCoordinator:
         )
 
     def get(self, key: str, timeout: datetime.timedelta) -> bytes:
-        milliseconds = max(1, round(timeout.total_seconds() * 1000))
+        seconds = timeout.total_seconds()
+        deadline = time.monotonic() + seconds
+        if threading.current_thread() is not threading.main_thread():
+            seconds = min(seconds, LONGEST_CALL_SECONDS)
         try:
-            return self._client.blocking_key_value_get_bytes(key, milliseconds)
+            return self._client.blocking_key_value_get_bytes(key, max(1, round(seconds * 1000)))
         except RuntimeError as error:
             if not _has_status(error, "DEADLINE_EXCEEDED"):
                 raise self._unreachable(key, error) from error
-        # The service reports the deadline even for a key that exists when the limit is short.
-        value = self.try_get(key)
-        if value is None:
-            raise CoordinationTimeoutError(
-                f"process {self.process_index} waited {timeout.total_seconds():g} s for {key!r}, "
-                "which no process has written"
-            )
+        # The service reports the deadline even for a key that exists when the limit is short. What a thread
+        # waits for longer it asks for: the service would keep something for each wait that was cut.
+        pause, longest = _FIRST_PAUSE_SECONDS, max(_LONGEST_PAUSE_SECONDS, self.process_count / _PER_SECOND)
+        while (value := self.try_get(key)) is None:
+            if (left := deadline - time.monotonic()) <= 0:
+                raise CoordinationTimeoutError(
+                    f"process {self.process_index} waited {timeout.total_seconds():g} s for {key!r}, "
+                    "which no process has written"
+                )
+            time.sleep(min(pause, left))
+            pause = min(2 * pause, longest)
         return value
 
     def try_get(self, key: str) -> bytes | None:
@@ -291,6 +301,9 @@ class _Namespaced:
 
 
 _PUT_ONCE_TRIES = 8
+_FIRST_PAUSE_SECONDS = 0.1
+_LONGEST_PAUSE_SECONDS = 1.0
+_PER_SECOND = 1000  # requests that process 0 gets of all that wait
 _ordinals = itertools.count()
 
 

@@ -21,10 +21,17 @@ class Wakeup:
         self._arrived = arrived
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
-        self._other = _Descriptor(signal.set_wakeup_fd(self._write, warn_on_full_buffer=False))
+        # Those who had it before, the latest one last; replaced as a whole.
+        self._others = (_Descriptor(signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)),)
         self._is_unset = False
         self._thread = threading.Thread(target=self._listen, name="emergency_ckpt signals", daemon=True)
         self._thread.start()
+
+    def take(self) -> None:
+        """In the main thread: takes the descriptor again, if somebody came after us; those hear as well."""
+        current = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        if current != self._write:
+            self._others = (*self._others, _Descriptor(current))
 
     def tell_if_deaf(self, number: int) -> None:
         """In a handler of Python: makes up for the byte that went to somebody who came after us."""
@@ -40,7 +47,7 @@ class Wakeup:
         current = signal.set_wakeup_fd(-1)
         if current == self._write:
             self._is_unset = True
-            current = self._other.number if self._other.is_same() else -1
+            current = next((other.number for other in reversed(self._others) if other.is_same()), -1)
         with contextlib.suppress(ValueError, OSError):  # It was closed meanwhile.
             signal.set_wakeup_fd(current)
 
@@ -48,7 +55,7 @@ class Wakeup:
         """Ends the thread."""
         _write(self._write, _END)
         self._thread.join(seconds)
-        self._other.close()
+        self._close_others()
         # As long as a signal may write into it, or somebody may put it back, the number must not become
         # another file's.
         if self._is_unset and not self._thread.is_alive():
@@ -57,17 +64,22 @@ class Wakeup:
 
     def abandon(self) -> None:
         """In a forked child, which has no thread."""
-        self._other.close()
+        self._close_others()
         if self._is_unset:
             os.close(self._read)
             os.close(self._write)
+
+    def _close_others(self) -> None:
+        for other in self._others:
+            other.close()
 
     def _listen(self) -> None:
         while numbers := os.read(self._read, 256):
             for number in numbers:
                 if number == _END[0]:
                     return
-                self._other.pass_on(number)
+                for other in self._others:
+                    other.pass_on(number)
                 self._arrived(number)
 
 

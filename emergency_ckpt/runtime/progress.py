@@ -1,6 +1,7 @@
 """How far this process is in its training, and a thread that tells the agent of this host every two seconds.
 
-Noting a step costs well under a microsecond. While something is saved, restored or closed no step is expected.
+Noting a step costs well under a microsecond. No step is expected while something is saved, restored or
+closed, and none of a manager of which nothing tells that it trains: one that evaluates, or that nobody uses.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class TrainingProgress:
         self._pauses = 0
         self._counts = False  # whether the step that is running began with a note
         self._ended = False
+        self._trains = False
 
     def note(self, step: int) -> None:
         """This step was asked about; a second time says nothing."""
@@ -54,6 +56,7 @@ class TrainingProgress:
         if self._counts:
             self._recent.append(now - self._since)
         self._step, self._since, self._counts, self._ended = step, now, True, False
+        self._trains = True
 
     @property
     def matters(self) -> bool:
@@ -75,12 +78,21 @@ class TrainingProgress:
                 self._since = min(now, self._since + now - began)
 
     def begin_anew(self) -> None:
-        """Training goes on from another step, and with another program, maybe: the next step is a first one."""
+        """What is there is another step, and its program is another one, maybe: the next step is a first one.
+
+        It is expected of a manager that has noted a step before, and not after the last one: to restore is what
+        programs do as well that only evaluate.
+        """
         self._recent.clear()
-        self._step, self._since, self._counts, self._ended = None, self._clock(), False, False
+        self._step, self._since, self._counts = None, self._clock(), False
+
+    def expect(self) -> None:
+        """Training begins: a first step is to come."""
+        self.begin_anew()
+        self._trains, self._ended = True, False
 
     def end(self) -> None:
-        """The last step is over; another one may begin all the same."""
+        """The last step is over; another one may begin all the same, once it is noted."""
         self._ended = True
 
     def said(self) -> Progress:
@@ -89,7 +101,7 @@ class TrainingProgress:
         recent = list(self._recent)
         return Progress(
             step,
-            "paused" if self._pauses or self._ended else "training",
+            "training" if self._trains and not self._pauses and not self._ended else "paused",
             max(0.0, self._clock() - since),
             statistics.median(recent) if recent else None,
             os.getpid(),

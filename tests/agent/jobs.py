@@ -94,9 +94,11 @@ class Job:
         return Registration(self.destination, 0, (None,), flush)
 
     @contextlib.contextmanager
-    def trainer(self, *, flush: bool = True) -> Iterator[subprocess.Popen[str]]:
-        """A process that has registered as the trainer of process 0; killed in the end."""
-        said = json.dumps(registration_to_json(self.registration(flush=flush)))
+    def trainer(
+        self, *, flush: bool = True, registration: Registration | None = None
+    ) -> Iterator[subprocess.Popen[str]]:
+        """A process that has registered, as the only trainer or as it is said here; killed in the end."""
+        said = json.dumps(registration_to_json(registration or self.registration(flush=flush)))
         with run_python(TRAINER, str(self.disk.root), said) as process:
             try:
                 assert process.stdout is not None

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import signal
+import socket
+import tempfile
 import threading
 import time
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +21,8 @@ from emergency_ckpt.agent import last_calls
 from emergency_ckpt.agent.client import PeerClient
 from emergency_ckpt.agent.connection import PeerConnection
 from emergency_ckpt.agent.counters import Counters
+from emergency_ckpt.agent.endpoint import Endpoint
+from emergency_ckpt.agent.orders import Registration
 from emergency_ckpt.agent.progress import ProgressBoard
 from emergency_ckpt.agent.trainers import Trainers
 from emergency_ckpt.core.lineage import StepId
@@ -24,7 +30,14 @@ from emergency_ckpt.errors import PeerUnavailableError
 from emergency_ckpt.persistent.store import PersistentStore
 from emergency_ckpt.preemption.notice import Notice
 from tests.agent.jobs import WAIT, Job, make_job
-from tests.agent.served import Ramdisk, agents_of, start, wait_until_gone
+from tests.agent.served import (
+    AcceptingServer,
+    Ramdisk,
+    agents_of,
+    ending_agents,
+    start,
+    wait_until_gone,
+)
 from tests.servers.environment import use_gcs
 from tests.servers.fake_gcs import FakeGcs, running
 from tests.servers.proxy import Answer, Proxy, Request
@@ -187,6 +200,62 @@ def test_an_agent_that_gets_sigterm_drains_the_newest_step_where_its_trainer_han
         assert trainer.poll() is None
 
 
+def test_a_drain_that_fails_is_tried_again_while_there_is_time(job: Job, tmp_path: Path) -> None:
+    job.save(7)
+    # In the way of the directory of the first attempt.
+    (tmp_path / f"bucket/7.orbax-checkpoint-tmp-g1-{job.nonce}-2000000000").touch()
+    with job.trainer() as trainer:
+        job.tell(trainer, "tell(7)")
+        job.owner.pass_on(notice(2))
+        job.wait_for(lambda: job.committed == [StepId(1, 7)] or "could not be drained" in job.log)
+        assert job.committed == [StepId(1, 7)], job.log
+        job.wait_for(lambda: "step 7 (generation 1) was committed" in job.log)
+    assert job.log.count("the newest step was not drained, which is tried again") == 1
+
+
+class Holding(AcceptingServer):
+    """Accepts connections to an agent, and never answers."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.asked = threading.Event()
+        self._over = threading.Event()
+        super().__init__()
+        self.endpoint = dataclasses.replace(endpoint, port=self.port)
+
+    def deal_with(self, connection: socket.socket) -> None:
+        self.asked.set()
+        self._over.wait(30)
+
+    def __exit__(self, *left: object) -> None:
+        self._over.set()
+        super().__exit__(*left)
+
+
+def test_one_that_still_asks_who_comes_first_is_in_nobodys_way(job: Job) -> None:
+    """Of two agents that are told at once the lower one leads, also while the other waits for its answer."""
+    job.save(7)
+    parent = Path("/dev/shm")
+    with contextlib.ExitStack() as stack:
+        root = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=parent if parent.is_dir() else None)))
+        stack.enter_context(ending_agents(root))
+        own = start(job.disk.root)
+        other = Job(dataclasses.replace(job.disk, root=root), job.store, job.destination)
+        held = stack.enter_context(Holding(own))
+        lower = Registration(job.destination, 0, (None, start(root)), flush=True)
+        higher = Registration(job.destination, 1, (held.endpoint, None), flush=True)
+        for each, registration in ((job, lower), (other, higher)):
+            trainer = stack.enter_context(each.trainer(registration=registration))
+            each.tell(trainer, "tell(7)")
+            each.owner.pass_on(notice(3600))
+            each.wait_for(lambda each=each: "is drained in" in each.log)
+        other.owner.pass_on(notice(2, "now"))
+        assert held.asked.wait(60)
+        job.owner.pass_on(notice(2, "now"))
+        job.wait_for(lambda: "flushing step 7" in job.log)
+        assert "flush without an agent" not in other.log, "it still waits for an answer"
+        job.wait_for(lambda: job.committed == [StepId(1, 7)])
+
+
 class SlowStore(Proxy):
     """Holds every request that changes something, until it is let go."""
 
@@ -199,6 +268,47 @@ class SlowStore(Proxy):
         if request.method != "GET":
             self.goes_on.wait(90)
         return super().forward(request)
+
+
+class LosingStore(Proxy):
+    """Answers nothing any more once a step is committed, until it is let go: nobody hears of that."""
+
+    def __init__(self, upstream: str) -> None:
+        super().__init__(upstream)
+        self.committed = threading.Event()
+        self.goes_on = threading.Event()
+
+    def forward(self, request: Request) -> Answer:
+        lost = Answer(503, {}, b"")
+        if self.committed.is_set() and not self.goes_on.is_set():
+            return lost
+        answer = super().forward(request)
+        said = urllib.parse.unquote(request.path).encode() + request.body
+        if request.method == "GET" or b"run/7/commit_success.txt" not in said:
+            return answer
+        self.committed.set()
+        return lost
+
+
+def test_where_a_commit_is_not_heard_of_the_next_try_finds_it(
+    disk: Ramdisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(fake := FakeGcs("jobs")), running(losing := LosingStore(fake.endpoint)):
+        use_gcs(monkeypatch, losing.endpoint)
+        job = make_job(disk, "gs://jobs/run")
+        job.destination = dataclasses.replace(job.destination, stall_seconds=2.0)
+        job.save(7)
+        with job.trainer() as trainer:
+            job.tell(trainer, "tell(7)")
+            job.owner.pass_on(notice(2))
+            assert losing.committed.wait(60), job.log
+            job.wait_for(lambda: "is tried again" in job.log or "could not be drained" in job.log)
+            losing.goes_on.set()
+            job.wait_for(lambda: "nothing is left to be drained" in job.log)
+            assert job.committed == [StepId(1, 7)]
+        for agent in agents_of(disk.root):
+            agent.kill()
+            agent.wait(20)
 
 
 @pytest.fixture
@@ -231,6 +341,26 @@ def test_with_two_seconds_left_and_a_store_that_stands_still_nothing_is_half_com
         slow.goes_on.set()
         job.wait_for(lambda: job.committed == [StepId(1, 7)])
     assert [step.written_by_us for step in PersistentStore("gs://jobs/run").steps()] == [True]
+
+
+def test_a_notice_that_comes_while_a_call_leads_that_fails_is_met_by_another_one(
+    slow_job: tuple[Job, SlowStore],
+) -> None:
+    job, slow = slow_job
+    # Another program's step of that number: no other try mends that.
+    job.store.files.create("7/default/manifest.ocdbt", b"")
+    job.store.files.create("7/commit_success.txt", b"")
+    job.save(7)
+    with job.trainer() as trainer:
+        job.tell(trainer, "tell(7)")
+        slow.goes_on.clear()
+        job.owner.pass_on(notice(2, "first"))
+        job.wait_for(lambda: "draining step 7" in job.log)
+        job.owner.pass_on(notice(3, "second"))
+        job.save(9)
+        slow.goes_on.set()
+        job.wait_for(lambda: StepId(1, 9) in job.committed)
+    assert "step 7 (generation 1) was not committed" in job.log
 
 
 def test_a_host_that_dies_with_its_store_standing_still_comes_back_to_the_step_before(

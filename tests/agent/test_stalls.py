@@ -64,6 +64,7 @@ def test_a_trainer_that_hangs_for_too_long_is_ended_once_the_newest_step_is_pers
         job.run_in(trainer, "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)")
         job.tell(trainer, "tell(7, 3, 0.1, floor=1, restart=1, last_call=False)")
         assert trainer.wait(60) == -9
+    job.wait_for(lambda: all(said in job.log for said in ("was committed", " died")))
     assert job.committed == [StepId(1, 7)]
     order = ["hangs: ", "was committed", "gets SIGTERM, so that the job restarts", "gets SIGKILL", "died"]
     places = [job.log.index(said) for said in order]

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import concurrent.futures
 import hashlib
+import queue
 import random
+import threading
+import time
 from datetime import timedelta
 
 from jax.experimental import multihost_utils
 
 from emergency_ckpt.core.slots import Outcome
 from emergency_ckpt.jaxio.coordination import broadcast_from, gather, open_coordinator
+from emergency_ckpt.jaxio.ending import LONGEST_CALL_SECONDS
 from emergency_ckpt.jaxio.outcome_agreement import OutcomeAgreement
 from tests.integration.processes import Job, run_job
 
@@ -45,6 +49,28 @@ def test_managers_talk_from_threads_beside_barriers() -> None:
         [f"{m}.{r}.{p}" for r in range(20) for p in (0, 1, r % 2)] for m in range(3)
     ]  # per round: what was gathered from both, then what the source of that round sent on
     assert found == [expected, expected]
+
+
+def wait_and_end() -> str:
+    """A thread of each process waits for what comes late, and then for what never comes, and nobody ends it."""
+    coordinator = open_coordinator()
+    heard: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+
+    def wait() -> None:
+        heard.put(coordinator.get("late", LIMIT))
+        coordinator.get("never", LIMIT)
+
+    threading.Thread(target=wait, daemon=True).start()
+    if coordinator.process_index == 0:
+        time.sleep(2 * LONGEST_CALL_SECONDS)
+        coordinator.put("late", b"now")
+    said = heard.get(timeout=60).decode()
+    multihost_utils.sync_global_devices("the end")
+    return said
+
+
+def test_a_thread_that_still_waits_does_not_change_how_the_process_ends() -> None:
+    assert run_job(wait_and_end, 3) == ["now"] * 3
 
 
 def agree_often(saves: int) -> dict[str, int]:

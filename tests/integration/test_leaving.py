@@ -24,14 +24,26 @@ STEPS = 10_000
 
 
 def leave(
-    ramdisk: Path, start: int, processes: int, victim: int, moment: str, delay: float, times: int = 1
+    ramdisk: Path,
+    start: int,
+    processes: int,
+    victim: int,
+    moment: str,
+    delay: float,
+    again: float | None = None,
 ) -> int:
-    """One life after step `start`, in which `victim` gets SIGTERM; returns the step at which all left."""
+    """One life after step `start`, in which `victim` gets SIGTERM, and once more so many seconds later.
+
+    Returns the step at which all left.
+    """
     with Job(train_and_leave, processes, str(ramdisk), STEPS, {}) as running:
         running.wait_for_line(victim, moment)
         time.sleep(delay)
         said = [line.split()[-1] for p in range(processes) for line in running.lines(p) if " complete " in line]
-        for _ in range(times):
+        running.signal(victim, signal.SIGTERM)
+        print(f"met at: {running.lines(victim)[-1]:.80}")
+        if again is not None:
+            time.sleep(again)
             running.signal(victim, signal.SIGTERM)
         assert running.wait() == [0] * processes, running.describe()
         results = [running.result(process) for process in range(processes)]
@@ -45,13 +57,19 @@ def leave(
     return first["left_at"]
 
 
+def assert_goes_on_from(ramdisk: Path, step: int, processes: int) -> None:
+    """The job starts once more, and has the state of that step, bit for bit."""
+    with Job(train_and_leave, processes, str(ramdisk), 2, {}) as running:
+        assert running.wait() == [0] * processes, running.describe()
+        assert [running.result(process)["start"] for process in range(processes)] == [step] * processes
+
+
 def test_the_job_comes_back_from_the_step_of_the_notice_wherever_that_meets_it(ramdisk: Path) -> None:
     left_at = 0
     for number, moment in enumerate(OF_EACH_RUN):
-        left_at = leave(ramdisk, left_at, 2, number % 2, moment, 0.3 * (number % 3), times=1 + number % 2)
-    with Job(train_and_leave, 2, str(ramdisk), 2, {}) as running:
-        assert running.wait() == [0, 0], running.describe()
-        assert [running.result(process)["start"] for process in range(2)] == [left_at] * 2
+        again = 0.0 if number % 2 else None
+        left_at = leave(ramdisk, left_at, 2, number % 2, moment, 0.3 * (number % 3), again)
+    assert_goes_on_from(ramdisk, left_at, 2)
 
 
 def test_a_wish_for_a_save_is_met_each_time_and_a_notice_after_it_still_counts(ramdisk: Path) -> None:
@@ -149,9 +167,13 @@ def test_where_the_notified_host_dies_too_early_the_step_before_is_what_is_drain
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_fifty_signals_at_random_moments(ramdisk: Path) -> None:
+    """Each moment ten times: at once or some time later, with one signal, two at once, or a late second one."""
     chance = random.Random()
+    kinds = [(moment, again) for moment in MOMENTS for again in (None, None, 0.0, 0.0, 1.5)] * 2
+    chance.shuffle(kinds)
     left_at = 0
-    for number in range(50):
-        victim, moment, delay = chance.randrange(4), chance.choice(MOMENTS), chance.random() * 2
-        print(f"{number}: {moment} of process {victim}, after {delay:.3f} s")
-        left_at = leave(ramdisk, left_at, 4, victim, moment, delay, times=chance.choice((1, 1, 2)))
+    for number, (moment, again) in enumerate(kinds):
+        victim, delay = chance.randrange(4), chance.choice((0.0, chance.random() * 2))
+        print(f"{number}: {moment} of process {victim}, after {delay:.3f} s, again after {again}", flush=True)
+        left_at = leave(ramdisk, left_at, 4, victim, moment, delay, again)
+    assert_goes_on_from(ramdisk, left_at, 4)

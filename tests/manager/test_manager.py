@@ -24,6 +24,7 @@ from emergency_ckpt import (
     Config,
     LocalCheckpointOptions,
 )
+from emergency_ckpt.core.copies import Survivable
 from emergency_ckpt.errors import (
     ConfigError,
     ExtrasError,
@@ -297,6 +298,23 @@ def test_a_restart_without_restore_goes_on_from_the_newest_step(opened: Opener, 
     assert opened().latest_step() == 8
 
 
+def test_a_first_step_is_expected_from_where_training_begins_and_never_of_one_that_evaluates(
+    opened: Opener, mesh: Mesh
+) -> None:
+    trainer = opened()
+    assert trainer._progress.said().phase == "paused", "it may be there for something else"
+    trainer.restore_or_init(lambda: make_state(mesh, 0))
+    assert trainer._progress.said().phase == "training"
+    save_all(trainer, mesh, range(1, 5))
+    evaluator = opened()
+    for _ in range(2):
+        evaluator.restore(4)
+        assert evaluator._progress.said().phase == "paused"
+    evaluator.save(5, make_state(mesh, 5))  # It trains after all.
+    evaluator.restore(4)
+    assert evaluator._progress.said().phase == "training"
+
+
 def test_metrics_count_what_happened(opened: Opener, mesh: Mesh) -> None:
     manager = opened()
     save_all(manager, mesh, range(1, 7))
@@ -305,9 +323,12 @@ def test_metrics_count_what_happened(opened: Opener, mesh: Mesh) -> None:
 
 
 def test_checkpointing_switched_off_needs_no_directories(mesh: Mesh) -> None:
-    manager = CheckpointManager.from_config(Config(enable_checkpointing=False), mesh, {})
+    config = Config(enable_checkpointing=False, preemption_exit_code=7)
+    manager = CheckpointManager.from_config(config, mesh, {})
     assert manager.restore_or_init(lambda: "fresh").state == "fresh"
     assert not manager.save(1, {})
+    assert (manager.exit_code, manager.should_exit, manager.notices) == (7, False, ())
+    assert manager.survivable_losses() == Survivable(0, 0, "all of it")
     manager.finish(1, {})
     manager.close()
 

@@ -224,6 +224,85 @@ def two_managers() -> None:
     assert second.count == 1
 
 
+def older_closed() -> None:
+    first, second = Heard("SIGTERM", "SIGUSR2"), Heard("SIGTERM", "SIGUSR1")
+    first.signals.close()
+    assert signal.getsignal(signal.SIGUSR2) == signal.SIG_DFL, "nobody listens to it any more"
+    say("ready")
+    second.wait(2)
+    third = Heard("SIGTERM")  # Of a manager that is made later a SIGTERM is the first one.
+    say("third")
+    third.wait(1)
+    second.signals.close()
+    third.signals.close()
+    assert (first.count, second.count) == (0, 2)
+    assert {signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)} == {signal.SIG_DFL}
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def two_busy() -> None:
+    kept = [Heard(), Heard()]
+    say("ready")
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 200_000_000)
+    assert kept
+
+
+def one_in_between() -> None:
+    """Somebody takes the handler between two managers, and calls the one that was there before."""
+    signal.signal(signal.SIGTERM, on_signal)
+    first = Heard()
+
+    def stranger(number: int, frame: FrameType | None) -> None:
+        say("stranger")
+        assert callable(before)
+        before(number, frame)
+
+    before = signal.signal(signal.SIGTERM, stranger)
+    second = Heard()
+    for _ in range(2):
+        second.signals.look()
+    say("ready")
+    until(lambda: first.count == second.count == len(called) == 1)
+    first.signals.close()
+    second.signals.close()
+    assert signal.getsignal(signal.SIGTERM) is stranger
+    say("closed")
+    until(lambda: len(called) == 2)
+    signal.signal(signal.SIGTERM, before)
+    third = Heard()
+    third.signals.close()
+    assert signal.getsignal(signal.SIGTERM) is on_signal
+
+
+def left_elsewhere() -> None:
+    """What could not be put back away from the main thread is with the next one that comes and goes there."""
+    first = Heard("SIGTERM", "SIGUSR1")
+    thread = threading.Thread(target=first.signals.close)
+    thread.start()
+    thread.join(LIMIT_SECONDS)
+    second = Heard()
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+    say("ready")
+    second.wait()
+    second.signals.close()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.set_wakeup_fd(-1) == -1
+    assert first.count == 0
+
+
+def library_in_between() -> None:
+    """JAX's handler, played by faulthandler's, comes after the first manager, and belongs to nobody of ours."""
+    first = Heard("SIGTERM")
+    faulthandler.register(signal.SIGTERM, file=sys.stderr)
+    second = Heard("SIGTERM", library_hears=True)
+    assert second.signals.installed == ()
+    second.signals.look()
+    first.signals.close()
+    assert owner_of(signal.SIGTERM) == "library"
+    second.signals.close()
+    assert owner_of(signal.SIGTERM) == "library"
+
+
 if __name__ == "__main__":
     globals()[sys.argv[1]]()
     say("end")

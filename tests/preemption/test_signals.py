@@ -48,12 +48,16 @@ def end(process: subprocess.Popen[str]) -> list[str]:
     return lines[:-1]
 
 
-def test_a_signal_is_heard_while_no_bytecode_runs_and_a_later_one_ends_the_process() -> None:
-    with program("busy") as process:
+@pytest.mark.parametrize(("name", "managers"), [("busy", 1), ("two_busy", 2)])
+def test_a_signal_is_heard_while_no_bytecode_runs_and_a_later_one_ends_the_process(
+    name: str, managers: int
+) -> None:
+    with program(name) as process:
         read(process, "ready")
         for _ in range(3):  # A wrapper that signals the process, and its group.
             process.send_signal(signal.SIGTERM)
-        assert read(process, "heard") == ["heard signal terminate SIGTERM"]
+        for _ in range(managers):
+            assert read(process, "heard") == ["heard signal terminate SIGTERM"]
         for _ in range(LIMIT_SECONDS * 5):
             process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -152,6 +156,36 @@ def test_two_managers_hear_the_same_signal_and_the_first_goes_on_without_the_sec
         assert read(process, "second closed")[:-1] == ["heard signal terminate SIGTERM"] * 2
         process.send_signal(signal.SIGUSR1)
         assert end(process) == ["heard signal save SIGUSR1"]
+
+
+def test_of_two_managers_the_older_one_may_close_first_and_each_hears_a_first_signal() -> None:
+    with program("older_closed") as process:
+        read(process, "ready")
+        process.send_signal(signal.SIGTERM)
+        assert read(process, "heard") == ["heard signal terminate SIGTERM"]
+        process.send_signal(signal.SIGUSR1)
+        assert read(process, "third") == ["heard signal save SIGUSR1", "third"]
+        process.send_signal(signal.SIGTERM)
+        assert end(process) == ["heard signal terminate SIGTERM"]
+
+
+def test_with_a_strangers_handler_between_those_of_two_managers_each_is_called_once_and_all_come_back() -> None:
+    with program("one_in_between") as process:
+        assert read(process, "ready") == ["ready"]
+        process.send_signal(signal.SIGTERM)
+        lines = sorted(read(process, "closed")[:-1])
+        assert lines == ["handler SIGTERM", *["heard signal terminate SIGTERM"] * 2, "stranger"]
+        process.send_signal(signal.SIGTERM)
+        assert end(process) == ["stranger", "handler SIGTERM"]
+    with program("library_in_between") as process:
+        assert end(process) == []
+
+
+def test_what_a_close_elsewhere_left_behind_the_next_manager_of_the_main_thread_takes_over() -> None:
+    with program("left_elsewhere") as process:
+        read(process, "ready")
+        process.send_signal(signal.SIGTERM)
+        assert end(process) == ["heard signal terminate SIGTERM"]
 
 
 def test_signals_are_chosen_by_name() -> None:

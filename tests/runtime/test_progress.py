@@ -28,6 +28,7 @@ def told(progress: TrainingProgress) -> tuple[int | None, str, float, float | No
 
 def test_a_step_counts_from_when_it_was_asked_about_first() -> None:
     progress, clock = made()
+    progress.expect()
     clock.now += 40  # Compilation, say.
     assert told(progress) == (None, "training", 40, None)
     for step, seconds in ((5, 1), (6, 3), (7, 5)):
@@ -68,12 +69,27 @@ def test_a_restore_begins_anew_and_the_last_step_is_followed_by_a_pause() -> Non
         progress.begin_anew()
         clock.now += 50
     clock.now += 1
-    assert told(progress) == (None, "training", 1, None)
+    assert told(progress) == (None, "training", 1, None), "a first step is to come after a restore, too"
     progress.note(2)
     progress.end()
     assert told(progress)[:2] == (2, "paused")
+    progress.begin_anew()  # The best step is restored, say, and evaluated.
+    assert told(progress)[:2] == (None, "paused")
     progress.note(3)
     assert told(progress)[:2] == (3, "training")
+
+
+def test_nothing_is_expected_of_a_manager_that_trains_nothing() -> None:
+    progress, clock = made()
+    for _ in range(2):
+        clock.now += 10_000
+        assert told(progress)[:2] == (None, "paused")
+        progress.begin_anew()  # One that restores, and evaluates.
+    with progress.paused():
+        progress.expect()
+        clock.now += 5
+    clock.now += 1
+    assert told(progress) == (None, "training", 1, None)
 
 
 def test_where_nobody_makes_anything_of_it_nobody_is_told() -> None:
