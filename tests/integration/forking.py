@@ -1,8 +1,8 @@
 """Processes of jobs, forked from one that has imported JAX and Orbax: that takes longer than most lives.
 
-A source of processes does nothing but import, has no backend, and reads no time, seed or variable that its
-processes need for themselves. There are two of them, which process indices share: their hashes are seeded
-differently, so that processes of one job do not walk through their sets in the same order by chance.
+A source of processes imports and does nothing else: it has no backend and no thread of ours, and its processes
+have its environment. There are two of them, which process indices share: their hashes are seeded differently,
+so that processes of one job do not walk through their sets in the same order by chance.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -157,7 +158,9 @@ def _serve(asking: socket.socket) -> _Asked | None:
                 if not request:
                     return None
                 status = socket.socket(fileno=descriptors[0])
-                pid = os.fork()
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # Of threads: those of OpenBLAS begin anew after a fork.
+                    pid = os.fork()
                 if not pid:
                     selector.close()
                     for other, (_, wants) in running.items():
