@@ -18,6 +18,9 @@ from emergency_ckpt.cli.launcher.ramdisk import remove_tree
 from tests.integration.processes import Job, run_job
 from tests.integration.training_job import live_through, train, train_until_preempted
 
+# The job that tells the stories has a limit of its own.
+pytestmark = pytest.mark.timeout(400)
+
 NO_LOCAL_TIER = {
     "enable_emergency_checkpoint": False,
     "local_checkpoint_directory": "",
