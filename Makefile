@@ -76,7 +76,7 @@ format: $(STAMP) ## let ruff rewrite what it can
 explore: $(STAMP) ## the slot machine, far deeper than in `make test` (up to an hour; EXPLORE_WORLDS per case)
 	EXPLORE_WORLDS=$(EXPLORE_WORLDS) $(BIN)/python -m pytest -s -k deep tests/core/test_slots_exhaustive.py
 
-survivors: $(STAMP) ## every loss that a job of three slices of two hosts survives (under ten minutes)
+survivors: $(STAMP) ## every loss that a job of three slices of two hosts survives (about four minutes)
 	SURVIVORS=all $(BIN)/python -m pytest -n0 -k every_loss tests/integration/test_survivors.py
 
 bench: $(STAMP) ## measurements, beside Orbax and bare copies (some only: BENCH_ARGS="--only lost,fetch,plan")

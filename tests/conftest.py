@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from emergency_ckpt.cli.launcher.ramdisk import remove_tree
+from tests.integration.forking import end_sources
 from tests.servers.shared_ceph import S3Server, s3_server_of_run
 
 # Before anything imports jax: eight devices, so that meshes with a replica axis fit into one process.
@@ -76,6 +77,7 @@ def _no_process_outlives_the_tests(tmp_path_factory: pytest.TempPathFactory) -> 
     """
     before = {process.pid for process in psutil.Process().children(recursive=True)}
     yield
+    end_sources()
     _end_agents(tmp_path_factory.getbasetemp())
     left = [p for p in psutil.Process().children(recursive=True) if p.pid not in before]
     _, left = psutil.wait_procs(left, timeout=10)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -164,11 +164,23 @@ class HeldSlots:
         return next(iter(self.find_all(step)), None)
 
     def standing(self) -> dict[int, str]:
-        """Where several slots hold a step that must stay: the one of them that does, and why."""
-        stays = {self.find_all(step)[0]: step for step in self.table.crowded()}
+        """Where several slots hold a step that must stay: the one of them that does, and why.
+
+        A whole one in another cut has more of the step than one of the job's own that lacks shards.
+        """
+        stays = {self._fullest(self.find_all(step)): step for step in self.table.crowded()}
         return {
             index: f"slot {index} holds {step}, and stays of those that do" for index, step in stays.items()
         }
+
+    def _fullest(self, indices: Sequence[int]) -> int:
+        """That which lacks least, of equal ones the first."""
+
+        def lacks(index: int) -> int:
+            manifest = self.manifests[index]
+            return 0 if manifest is None else len(manifest.missing)
+
+        return min(indices, key=lacks)
 
     def sealed_steps(self, listed_only: bool = True) -> tuple[StepId, ...]:
         """Sealed steps that are neither void nor abandoned, oldest first."""

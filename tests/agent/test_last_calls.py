@@ -319,7 +319,7 @@ def slow_job(disk: Ramdisk, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[J
         # They would wait for the store, which is about to be gone.
         for agent in agents_of(disk.root):
             agent.kill()
-            agent.wait(20)
+            wait_until_gone(agent.pid)
 
 
 @pytest.mark.parametrize("stall_seconds", [4.0, pytest.param(60.0, marks=pytest.mark.long)])

@@ -22,14 +22,20 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).parents[2]
+from tests.integration.forking import REPOSITORY, SAME_VARIABLES, Forked, source_of
+
+__all__ = ["REPOSITORY", "Job", "run_job"]
+
+Process = subprocess.Popen[str] | Forked
 DEFAULT_LIMIT = timedelta(seconds=90)
+_START = timedelta(seconds=60)
 _LAST_OUTPUT = timedelta(seconds=1)
 _TAIL_LINES = 40
 _RESULT = "EMERGENCY_CKPT_TEST_RESULT"
@@ -77,10 +83,8 @@ class Job:
         )
         self._environment = {
             **os.environ,
-            "JAX_PLATFORMS": "cpu",
+            **SAME_VARIABLES,
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices_per_process}",
-            "PYTHONUNBUFFERED": "1",
-            "PYTHONFAULTHANDLER": "1",
             **(environment or {}),
         }
         self._changed = threading.Condition()
@@ -88,7 +92,7 @@ class Job:
         self._returncodes: list[int | None] = [None] * process_count
         self._threads: list[threading.Thread] = []
         self._cleanup = contextlib.ExitStack()
-        self.processes: list[subprocess.Popen[str]] = []
+        self.processes: list[Process] = []
 
     def __enter__(self) -> Job:
         with contextlib.ExitStack() as stack:
@@ -165,16 +169,13 @@ class Job:
         return f"{self._plan.target} in {self._plan.process_count} processes\n" + "\n".join(parts)
 
     def _start(self, index: int, address: str) -> None:
-        process = subprocess.Popen(
-            [sys.executable, "-m", __name__, self._plan.to_json(), str(index), address],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            cwd=REPOSITORY,
-            env={**self._environment, _RESULT: str(self._results / str(index))},
-            start_new_session=True,
+        arguments = [self._plan.to_json(), str(index), address]
+        environment = {**self._environment, _RESULT: str(self._results / str(index))}
+        source = source_of(index, environment)
+        process: Process = (
+            _started(arguments, environment)
+            if source is None
+            else source.fork(f"{__name__}:run_one", arguments, environment)
         )
         self.processes.append(process)
         reader = threading.Thread(target=self._read, args=(index, process), name=f"output of process {index}")
@@ -185,14 +186,14 @@ class Job:
         reader.start()
         waiter.start()
 
-    def _read(self, index: int, process: subprocess.Popen[str]) -> None:
+    def _read(self, index: int, process: Process) -> None:
         assert process.stdout is not None
         for line in process.stdout:
             with self._changed:
                 self._lines[index].append(line.rstrip("\n"))
                 self._changed.notify_all()
 
-    def _wait(self, index: int, process: subprocess.Popen[str], reader: threading.Thread) -> None:
+    def _wait(self, index: int, process: Process, reader: threading.Thread) -> None:
         code = process.wait()
         # All output comes before the end; but what the process started may hold its end of the pipe open.
         reader.join(_LAST_OUTPUT.total_seconds())
@@ -211,6 +212,22 @@ class Job:
             for stream in (process.stdin, process.stdout):
                 if stream is not None:
                     stream.close()
+            if isinstance(process, Forked):
+                process.close()
+
+
+def _started(arguments: list[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", __name__, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        cwd=REPOSITORY,
+        env=dict(environment),
+        start_new_session=True,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,18 +256,25 @@ def _reserved_address() -> Iterator[str]:
         yield f"127.0.0.1:{held.getsockname()[1]}"
 
 
+def run_one(plan: str, index: str, address: str) -> None:
+    """The main program of a process of a job."""
+    _main(_Plan.from_json(plan), int(index), address)
+
+
 def _main(plan: _Plan, index: int, address: str) -> None:
     """One process of the job: joins, runs the function, leaves its result behind."""
     threading.Thread(target=_end_with_parent, daemon=True, name="end with parent").start()
     import jax
 
+    if index:
+        _wait_for_listener(address)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(
         coordinator_address=address,
         coordinator_bind_address=address,
         num_processes=plan.process_count,
         process_id=index,
-        initialization_timeout=60,
+        initialization_timeout=round(_START.total_seconds()),
         heartbeat_timeout_seconds=plan.heartbeat_seconds,
     )
     module, _, name = plan.target.partition(":")
@@ -265,6 +289,16 @@ def _main(plan: _Plan, index: int, address: str) -> None:
     jax.distributed.shutdown()
 
 
+def _wait_for_listener(address: str) -> None:
+    """Who asks for the coordination service before it is there asks again a second later only."""
+    host, _, port = address.partition(":")
+    deadline = time.monotonic() + _START.total_seconds()
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=1):
+            return
+        time.sleep(0.01)
+
+
 def _end_with_parent() -> None:
     while os.read(sys.stdin.fileno(), 1):
         pass
@@ -272,4 +306,4 @@ def _end_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    _main(_Plan.from_json(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    run_one(*sys.argv[1:])

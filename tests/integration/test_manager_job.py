@@ -18,6 +18,9 @@ from emergency_ckpt.cli.launcher.ramdisk import remove_tree
 from tests.integration.processes import Job, run_job
 from tests.integration.training_job import live_through, train, train_until_preempted
 
+# The job that tells the stories has a limit of its own.
+pytestmark = pytest.mark.timeout(400)
+
 NO_LOCAL_TIER = {
     "enable_emergency_checkpoint": False,
     "local_checkpoint_directory": "",
@@ -348,7 +351,7 @@ def test_sigkill_of_a_slice_at_any_moment_loses_no_complete_step(ramdisk: Path, 
     """Whatever step any process said to be complete is restored at least, without the slice that was lost."""
     chance = random.Random(seed)
     victims = chance.choice([(0, 1), (2, 3)])
-    with Job(train, 4, str(ramdisk), 2, 10_000, {}) as running:
+    with Job(train, 4, str(ramdisk), 2, 10_000, {}, heartbeat_seconds=10) as running:
         running.wait_for_line(0, f"step {chance.randrange(3, 40)} ")
         for victim in victims:
             running.signal(victim, signal.SIGKILL)

@@ -20,7 +20,7 @@ from emergency_ckpt.agent.client import PeerClient
 from emergency_ckpt.agent.record import LOG, agent_directory, read_record
 from emergency_ckpt.cli.launcher.ramdisk import remove_tree
 from emergency_ckpt.persistent.store import PersistentStore
-from tests.agent.served import agents_of, start
+from tests.agent.served import agents_of, start, wait_until_gone
 from tests.integration.outliving_job import agent_pid, train_and_stay
 from tests.integration.processes import REPOSITORY, Job, run_job
 from tests.integration.training_job import train
@@ -37,7 +37,7 @@ def root(ramdisk: Path) -> Iterator[Path]:
         for agent in agents_of(ramdisk / f"ramdisk_{process}"):
             agent.send_signal(signal.SIGCONT)
             agent.kill()
-            agent.wait(20)
+            wait_until_gone(agent.pid)
 
 
 def committed(root: Path) -> list[int]:
@@ -87,7 +87,7 @@ def assert_restored_without_ramdisks(root: Path, processes: int, step: int) -> N
     for process in range(processes):
         for agent in agents_of(root / f"ramdisk_{process}"):
             agent.kill()
-            agent.wait(20)
+            wait_until_gone(agent.pid)
         remove_tree(root / f"ramdisk_{process}")
     for process, life in enumerate(run_job(train, processes, str(root), processes, step, {})):
         assert (life["start"], life["source"]) == (step, "persistent")

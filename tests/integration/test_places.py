@@ -20,7 +20,7 @@ HOSTS = [[0, 1], [2, 3]]
 @pytest.mark.long
 def test_hosts_that_changed_places_restore_without_the_network_once_the_mesh_is_arranged(ramdisk: Path) -> None:
     """Jobs of two slices with two hosts each; every story trains first, and then lives on elsewhere."""
-    sharded = {"fully_sharded": True, "checkpoint_period": 1000, "save_checkpoint_on_completion": False}
+    sharded = {"cut": "all", "checkpoint_period": 1000, "save_checkpoint_on_completion": False}
     replicated = {"checkpoint_period": 1000, "save_checkpoint_on_completion": False}
 
     def arranged(flags: dict[str, object], what: str) -> dict[str, object]:

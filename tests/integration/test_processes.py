@@ -1,10 +1,12 @@
 """The helper that starts jobs for tests: results come back, failures and leftovers do not stay hidden."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+import uuid
 from datetime import timedelta
 from pathlib import Path
 
@@ -12,13 +14,18 @@ import jax
 import psutil
 import pytest
 
+from tests.agent.served import wait_until_gone
 from tests.integration.processes import Job, run_job
 
 LIMIT = timedelta(seconds=60)
 
 
 def describe_place(greeting):
-    return [greeting, jax.process_index(), jax.process_count(), jax.device_count(), os.environ["EXTRA"]]
+    return [greeting, jax.process_index(), jax.process_count(), jax.device_count(), os.environ.get("EXTRA", "")]
+
+
+def describe_chances():
+    return [hash("text"), random.random(), uuid.uuid4().hex, os.getpid()]
 
 
 def fail_in_one(directory: str):
@@ -39,9 +46,16 @@ def start_a_child_and_wait():
     signal.pause()
 
 
-def test_each_process_returns_its_result():
-    found = run_job(describe_place, 2, "hello", devices_per_process=2, environment={"EXTRA": "x"})
-    assert found == [["hello", 0, 2, 4, "x"], ["hello", 1, 2, 4, "x"]]
+@pytest.mark.parametrize("environment", [None, {"EXTRA": "x"}], ids=["forked", "started"])
+def test_each_process_returns_its_result(environment: dict[str, str] | None):
+    found = run_job(describe_place, 2, "hello", devices_per_process=2, environment=environment)
+    extra = environment["EXTRA"] if environment else ""
+    assert found == [["hello", 0, 2, 4, extra], ["hello", 1, 2, 4, extra]]
+
+
+def test_processes_of_one_job_have_hashes_and_chances_of_their_own():
+    found = run_job(describe_chances, 2)
+    assert all(one != other for one, other in zip(*found, strict=True)), found
 
 
 def test_a_failure_ends_the_job_and_shows_all_output(tmp_path: Path):
@@ -59,10 +73,8 @@ def test_signals_lines_and_leftovers():
         processes = [process.pid for process in job.processes]
     for pid in processes:
         assert not psutil.pid_exists(pid)
-    _, alive = psutil.wait_procs(
-        [psutil.Process(pid) for pid in children if psutil.pid_exists(pid)], timeout=30
-    )
-    assert [p for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
+    for child in children:
+        wait_until_gone(child)
 
 
 def test_a_line_that_never_comes_is_reported_with_the_output():

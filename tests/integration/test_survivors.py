@@ -135,7 +135,7 @@ def test_copies_make_good_what_no_other_host_holds_by_nature(ramdisk: Path) -> N
 
 def test_slices_keep_copies_for_each_other_where_the_state_is_sharded_over_them_too(ramdisk: Path) -> None:
     """Two slices that hold different halves: each keeps the other's."""
-    flags = {"local_checkpoint_copies": 2, "fully_sharded": True}
+    flags = {"local_checkpoint_copies": 2, "cut": "all"}
     told = lives_after(ramdisk, 2, 2, [[0, 1], [2, 3], [0, 3]], **flags)
     for name, life in told.items():
         assert [r.get("start") for r in life] == [14] * 4, (name, life)
@@ -143,7 +143,7 @@ def test_slices_keep_copies_for_each_other_where_the_state_is_sharded_over_them_
 
 
 def test_without_copies_the_loss_of_a_host_of_such_a_state_costs_its_newest_step(ramdisk: Path) -> None:
-    (life,) = lives_after(ramdisk, 2, 2, [[3]], fully_sharded=True).values()
+    (life,) = lives_after(ramdisk, 2, 2, [[3]], cut="all").values()
     assert [r["start"] for r in life] == [10] * 4
     assert {r["counters"]["survives_host_losses"] for r in life} == {0}
 

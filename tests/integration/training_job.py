@@ -34,9 +34,12 @@ ROWS = 16
 COLUMNS = 300  # enough for shards that are not kept within the index of the persistent array database
 
 
-def make_mesh(slices: int, fully_sharded: bool = False) -> Mesh:
-    """States on it are replicated over its first axis, or sharded over that one too."""
-    return Mesh(np.array(jax.devices()).reshape(slices, -1), ("replica", "all" if fully_sharded else "fsdp"))
+def make_mesh(slices: int, cut: str = "fsdp") -> Mesh:
+    """States on it are replicated over its first axis, or sharded over that one too (`cut`: "all").
+
+    `cut` "columns": the weights are cut between columns instead of rows.
+    """
+    return Mesh(np.array(jax.devices()).reshape(slices, -1), ("replica", cut))
 
 
 def make_weights(step: int, rows: int = ROWS) -> np.ndarray:
@@ -45,12 +48,14 @@ def make_weights(step: int, rows: int = ROWS) -> np.ndarray:
 
 def make_state(mesh: Mesh, step: int, rows: int = ROWS) -> dict[str, Any]:
     """The state after `step` steps."""
-    over = P("fsdp") if "fsdp" in mesh.axis_names else P(mesh.axis_names)
-    sharded, replicated = NamedSharding(mesh, over), NamedSharding(mesh, P())
+    _, cut = mesh.axis_names
+    sharded = NamedSharding(mesh, P(mesh.axis_names) if cut == "all" else P(cut))
+    cut_weights = NamedSharding(mesh, P(None, cut)) if cut == "columns" else sharded
+    replicated = NamedSharding(mesh, P())
     weights = make_weights(step, rows)
     half = (np.arange(rows * 5) % 11 + step % 64).astype(jnp.bfloat16)
     values = {
-        "params": {"w": (weights, sharded), "half": (half, sharded)},
+        "params": {"w": (weights, cut_weights), "half": (half, sharded)},
         "count": (np.full((3,), step, np.int32), replicated),
     }
     return jax.tree.map(
@@ -115,7 +120,7 @@ def train(
     that starts from scratch has the state of step `loaded`.
     """
     flags = dict(flags)
-    mesh = make_mesh(slices, flags.pop("fully_sharded", False))
+    mesh = make_mesh(slices, flags.pop("cut", "fsdp"))
     arranged = flags.pop("arranged", None)  # "slices", or "hosts" as well
     config = make_config(root, flags)
     if arranged is not None:

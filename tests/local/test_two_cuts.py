@@ -220,3 +220,43 @@ def test_sealing_a_step_anew_takes_no_slot_that_holds_it_in_any_cut(hosts: Hosts
         store.seal_beside(slot, fill(slot, COLUMNS, 0))
     cuts = [each.layout.hash for each in store.sealed_slots(STEP)]
     assert cuts == [COLUMNS.hash, ROWS.hash], "a slot of the same cut is replaced, those of others are not"
+
+
+@pytest.mark.parametrize("damaged", [COLUMNS, ROWS], ids=["the job's cut", "the other"])
+def test_of_two_cuts_the_next_save_leaves_the_one_that_lacks_nothing(hosts: Hosts, damaged: Layout) -> None:
+    hosts.start(ROWS)
+    hosts.save(StepId(1, 4), ROWS)
+    hosts.save(STEP, ROWS)
+    restore_in_columns(hosts, range(HOSTS))
+    store = hosts.stores[0]
+    (bad,) = [slot for slot in store.sealed_slots(STEP) if slot.layout.hash == damaged.hash]
+    bad.data[3] ^= 1
+    store.verify()
+    store.learn_restorable([STEP])
+    for number in range(6, 6 + store.slot_count - 1):
+        slot, reason = store.begin(StepId(2, number), NO_WAIT)
+        assert slot is not None, reason
+    (left,) = store.sealed_slots(STEP)
+    assert (left.layout.hash, left.missing) == (({ROWS.hash, COLUMNS.hash} - {damaged.hash}).pop(), ())
+    slot, reason = store.begin(StepId(2, 9), NO_WAIT)
+    assert slot is None, "the last slot of the newest complete step stays"
+    assert "no newer step is known to be complete" in reason
+
+
+def test_a_host_that_could_not_seal_the_new_cut_keeps_the_old_one_until_a_newer_step_is_complete(
+    hosts: Hosts,
+) -> None:
+    """It has nothing else of the step, and its saves take every other slot but this one."""
+    hosts.start(ROWS)
+    hosts.save(StepId(1, 4), ROWS)
+    hosts.save(STEP, ROWS)
+    restore_in_columns(hosts, [1])
+    store = hosts.stores[0]
+    lost, reason = store.begin_anew(STEP, NO_WAIT)
+    assert lost is not None, reason
+    store.discard(lost)  # No room, or an error.
+    begun = [store.begin(StepId(2, number), NO_WAIT)[0] for number in range(6, 10)]
+    assert [slot is not None for slot in begun].count(True) == store.slot_count - 1
+    assert [slot.layout.hash for slot in store.sealed_slots(STEP)] == [ROWS.hash]
+    hosts.start(COLUMNS)
+    assert_restorable(hosts, COLUMNS)
