@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import operator
-import os
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
@@ -20,7 +19,6 @@ from orbax.checkpoint.checkpoint_manager import RootMetadata, StepMetadata
 from orbax.checkpoint.experimental.emergency import checkpoint_manager as orbax_emergency
 
 from emergency_ckpt.core.copies import Survivable, survivable
-from emergency_ckpt.core.locations import is_url
 from emergency_ckpt.core.schedule import Due
 from emergency_ckpt.errors import (
     ConfigError,
@@ -30,23 +28,20 @@ from emergency_ckpt.errors import (
     PersistentStoreError,
 )
 from emergency_ckpt.jaxio.state import without_arrays
-from emergency_ckpt.persistent.files import ObjectFiles
-from emergency_ckpt.persistent.object_store.opening import check_location, open_files
 from emergency_ckpt.preemption.notice import Notice
 from emergency_ckpt.runtime.agreed_steps import AgreedSteps
 from emergency_ckpt.runtime.arguments import plain_metadata, step_number
-from emergency_ckpt.runtime.bucket_datasets import BucketDatasets
-from emergency_ckpt.runtime.datasets import DatasetDirectory
 from emergency_ckpt.runtime.declared_extras import GlobalExtras as GlobalExtras
 from emergency_ckpt.runtime.declared_extras import ReshardedExtras as ReshardedExtras
 from emergency_ckpt.runtime.engine import Engine
 from emergency_ckpt.runtime.existing import StepAlreadyExistsError
-from emergency_ckpt.runtime.extras import WantedExtras, capture, fits
+from emergency_ckpt.runtime.extras import WantedExtras, capture
 from emergency_ckpt.runtime.failures import failures_of, raise_together
 from emergency_ckpt.runtime.items import DATASET, STATE, ItemHandlers, split_items
 from emergency_ckpt.runtime.leaving import Leaving
 from emergency_ckpt.runtime.loading import load_parameters, load_state
 from emergency_ckpt.runtime.notices import Notices
+from emergency_ckpt.runtime.own_datasets import OwnDatasets
 from emergency_ckpt.runtime.policies import Ranking
 from emergency_ckpt.runtime.progress import ProgressTeller, TrainingProgress
 from emergency_ckpt.runtime.restored_state import RestoredState
@@ -136,17 +131,18 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         self._start(settings, global_mesh, abstract_state, ItemHandlers(item_handlers, handler_registry))
         if persistent_non_replicated_directory is None:
             return
-        where = os.fspath(persistent_non_replicated_directory)
-        if is_url(where):
-            files = open_files(check_location(where))
-            assert isinstance(files, ObjectFiles)
-            try:
-                self._datasets = BucketDatasets(files, self._engine.job, self._handlers, settings.drain_timeout)
-            except BaseException:
-                self.close()
-                raise
-        else:
-            self._datasets = DatasetDirectory(where, options, item_handlers, handler_registry)
+        try:
+            self._datasets = OwnDatasets.at(
+                persistent_non_replicated_directory,
+                self._engine,
+                options,
+                self._handlers,
+                (item_handlers, handler_registry),
+                settings.drain_timeout,
+            )
+        except BaseException:
+            self.close()
+            raise
 
     @classmethod
     def from_config(cls, config: Config, mesh: jax.sharding.Mesh, abstract_state: PyTree) -> CheckpointManager:
@@ -194,7 +190,6 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         self._load_parameters_path = ""
         self._save_on_completion = True
         self._handlers = handlers or ItemHandlers()
-        self._datasets: DatasetDirectory | BucketDatasets | None = None
         self._notices = Notices(settings.signals, settings.preemption_grace)
         listens = settings.save_on_preemption
         self._progress = TrainingProgress(settings.stalls, last_call=listens)
@@ -207,6 +202,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
             self._notices.close()
             raise
         job = self._engine.job
+        self._datasets = OwnDatasets(self._engine)
         self._steps = AgreedSteps(job.coordinator, settings.coordination_timeout)
         self._leaving = Leaving(self._engine, self._steps)
         if listens:
@@ -215,7 +211,6 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         self._progress.begin_anew()
         self._teller.begin(job.peers.host, job.log)
         self._last_restore: RestoreReport | None = None
-        self._went_on_from: int | None = None  # restored, and datasets of later steps may still be there
 
     # What there is.
 
@@ -384,23 +379,12 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
             )
         with self._progress.paused():
             saved = self._engine.save(step, due, prepare, self._settings.slot_wait, self._leaving.remaining())
-            self._delete_void_datasets()
+            self._datasets.delete_void()
             if due.persistent:
-                self._save_dataset(step, args, custom_metadata, is_new)
+                self._datasets.save(step, args, custom_metadata, is_new)
             if saved and due.persistent and not self._settings.asynchronous:
                 raise_together(self._engine.await_drains(self._leaving.remaining))
         return saved
-
-    def _save_dataset(
-        self, step: int, args: PyTree, custom_metadata: Mapping[str, Any] | None, is_new: bool
-    ) -> None:
-        """Puts the dataset of a step that is due for the persistent tier where large ones go."""
-        dataset = args[DATASET] if isinstance(args, ocp.args.Composite) and DATASET in args else None
-        if self._datasets is None or dataset is None:
-            return
-        # The step may be on the ramdisks since an earlier save that was not for the persistent tier.
-        if is_new or (self._engine.is_newest(step) and step not in self._datasets.steps):
-            self._datasets.save(step, dataset, custom_metadata, self._engine.persistent_numbers())
 
     def _content(
         self,
@@ -411,11 +395,9 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
     ) -> SaveContent:
         state, items = split_items(args)
         given = bool(items)
-        if self._datasets is not None and isinstance(items.get(DATASET), ocp.args.Composite):
-            del items[DATASET]  # A whole checkpoint of its own.
+        self._datasets.take_whole_checkpoints(items)
         written = {name: self._handlers.save(name, item) for name, item in items.items()}
-        if self._datasets is not None and DATASET in written and not fits(written[DATASET]):
-            del written[DATASET]
+        self._datasets.take_large(written)
         return SaveContent(
             state, capture(extras, written, always=given), plain_metadata(custom_metadata, metrics)
         )
@@ -434,8 +416,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
             return  # What was to be saved is, as far as there was time for it.
         if not (self._save_on_completion and self._settings.schedule.persistent):
             self._engine.wait()
-            if self._datasets is not None:
-                self._datasets.wait()
+            self._datasets.wait()
             return
 
         def prepare() -> SaveContent:
@@ -444,10 +425,9 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         step = step_number(step)
         is_new = not self._engine.is_old(step)
         self._engine.finish(step, self._engine.due(step, force=True), prepare)
-        self._delete_void_datasets()
-        self._save_dataset(step, state, None, is_new)
-        if self._datasets is not None:
-            self._datasets.wait()
+        self._datasets.delete_void()
+        self._datasets.save(step, state, None, is_new)
+        self._datasets.wait()
 
     def _due(self, step: int, force: bool) -> Due:
         self._progress.note(step)
@@ -482,9 +462,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         step = None if step is None else step_number(step)
         items = dict(args.items()) if isinstance(args, ocp.args.Composite) else {STATE: args}
         asked = items.pop(STATE, None)
-        dataset = items.get(DATASET) if self._datasets is not None else None
-        elsewhere = {DATASET: self._datasets.steps} if self._datasets is not None else {}
-        beside = WantedExtras({}, items, elsewhere, self._handlers)
+        beside = WantedExtras({}, items, self._datasets.elsewhere, self._handlers)
         is_part = asks_for_part(asked)
         tree = self._tree_to_go_on_from(asked, beside) if is_part and not self._engine.began else None
         restored = (
@@ -492,8 +470,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         )
         state = restored.state if tree is None else tree(restored.state)
         found = dict(restored.received.items)
-        if self._datasets is not None and dataset is not None and not self._engine.on_all(DATASET in found):
-            found[DATASET] = self._datasets.restore(restored.report.step, dataset)
+        self._datasets.add_missing(restored.report.step, items, found)
         return ocp.args.Composite(state=state, **found)
 
     @_without_progress
@@ -562,19 +539,10 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
             self._steps.may_begin_anew()
             raise
         self._last_restore = restored.report
-        self._went_on_from = restored.report.step
         self._progress.begin_anew()
         self._expect_steps_after(restored.report.step)
-        self._delete_void_datasets()
+        self._datasets.note_restored(restored.report.step)
         return restored
-
-    def _delete_void_datasets(self) -> None:
-        """A step that is saved again must never meet the dataset of the life that has ended."""
-        if self._went_on_from is None or not self._engine.began:
-            return
-        restored, self._went_on_from = self._went_on_from, None
-        if self._datasets is not None and any(step > restored for step in self._datasets.steps):
-            self._datasets.delete_void(restored, self._engine.persistent_numbers())
 
     @_without_progress
     def reload(self) -> None:
@@ -592,8 +560,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
             self._engine.delete(step)
         finally:
             self._steps.may_begin_anew()
-        if self._datasets is not None:
-            self._datasets.delete(step)
+        self._datasets.delete(step)
 
     # What is known about saved steps.
 
@@ -634,7 +601,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         """
         step = step_number(step)
         contents = self._engine.catalog.contents(step)
-        beside = [*contents.items, *([DATASET] if self._datasets and step in self._datasets.steps else [])]
+        beside = [*contents.items, *([DATASET] if step in self._datasets.steps else [])]
         return ocp.args.Composite(state=contents.state(self._abstract_state), **dict.fromkeys(beside))
 
     # Ending.
@@ -646,18 +613,15 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         Local. Everything is waited for, whatever fails. CoordinationTimeoutError when something takes
         longer than its own time limits.
         """
-        waits = [self._engine.wait]
-        if self._datasets is not None:
-            waits.insert(0, self._datasets.wait)
-        raise_together([*failures_of(*waits), *self._engine.take_errors()])
+        failures = failures_of(self._datasets.wait, self._engine.wait)
+        raise_together([*failures, *self._engine.take_errors()])
 
     def check_for_errors(self) -> None:
         """Raises the first error that saves or drains in the background met since the last call. Local.
 
         The others are its notes. An error is raised once, here or by `wait_until_finished`, `finish`, `close`.
         """
-        checks = [] if self._datasets is None else [self._datasets.check_for_errors]
-        raise_together([*failures_of(*checks), *self._engine.take_errors()])
+        raise_together([*failures_of(self._datasets.check_for_errors), *self._engine.take_errors()])
 
     @_without_progress
     def close(self) -> None:
@@ -669,7 +633,7 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         remaining = self._leaving.remaining
         failures = failures_of(self._notices.leave)
         try:
-            failures += failures_of(self._close_datasets)
+            failures += failures_of(lambda: self._datasets.close(remaining()))
         finally:  # Also when somebody interrupts the waiting.
             try:
                 failures += failures_of(
@@ -678,18 +642,6 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
             finally:  # Until now a signal that the process is to end has limited the waiting.
                 failures += failures_of(lambda: self._notices.close(remaining()), self._handlers.close)
         raise_together([*failures, *self._engine.take_errors()])
-
-    def _close_datasets(self) -> None:
-        limit = self._leaving.remaining()
-        if self._datasets is None:
-            return
-        if limit is None:
-            self._datasets.close()
-            return
-        try:
-            self._datasets.close(max(limit, _LEAST_PATIENCE))
-        except Exception as error:  # The job leaves, and is to say so by its exit code.
-            self._engine.job.log.error("preemption", None, f"the newest dataset may not be saved: {error}")
 
     def __contextmanager__(self) -> Any:
         try:
