@@ -32,6 +32,8 @@ from emergency_ckpt.errors import ConfigError
 LONGEST_PERIOD = 86400.0
 """Seconds: a day between persistent saves is the most that is advised, however seldom the tier is needed."""
 
+_MOST_DIVISORS = 10**5
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Loss:
@@ -137,8 +139,6 @@ class JobPlan:
 
 def make_plan(request: Request) -> JobPlan:
     """Raises ConfigError for what is impossible, with the nearest plan that is not."""
-    if not 0 < request.step_seconds < math.inf:
-        raise ConfigError(f"a step of {request.step_seconds} seconds; give the time of a train step, above 0")
     _check_slots(request)
     if not request.fits:
         raise ConfigError(too_large(request))
@@ -147,10 +147,11 @@ def make_plan(request: Request) -> JobPlan:
     costs, step = request.costs, request.step_seconds
     best = choose_periods(plan.tiers, step, costs.local_lag, costs.persistent_lag, request.local_period)
     local, persistent = request.local_period, request.persistent_period
-    local = best.local if local is None else local
+    if local is None:
+        local = best.local if persistent is None else _beside(persistent, best.local, plan.tiers, request)
     persistent = best.persistent if persistent is None else persistent
     _check_period("local_checkpoint_period", local, step, costs.local_blocked + costs.local_lag)
-    _check_period("checkpoint_period", persistent, step, costs.persistent_blocked + costs.persistent_lag)
+    _check_period(request.persistent_flag, persistent, step, costs.persistent_blocked + costs.persistent_lag)
     return dataclasses.replace(plan, periods=Periods(local, persistent))
 
 
@@ -190,6 +191,15 @@ def policies(plan: JobPlan) -> tuple[tuple[Policy, Periods], ...]:
 def _steps(seconds: float, step_seconds: float, least_seconds: float) -> int:
     wanted = round(min(seconds, LONGEST_PERIOD) / step_seconds)
     return max(1, math.ceil(least_seconds / step_seconds), wanted)
+
+
+def _beside(persistent: int, wanted: int, tiers: TwoTiers, request: Request) -> int:
+    """The best local period that divides a persistent one that is given; `wanted` where none is near."""
+    step, wanted = request.step_seconds, min(wanted, persistent)
+    least = math.ceil((tiers.local_cost + request.costs.local_lag) / step)
+    small = [d for d in range(1, min(math.isqrt(persistent), _MOST_DIVISORS) + 1) if persistent % d == 0]
+    near = [d for d in {*small, *(persistent // d for d in small)} if max(least, wanted / 2) <= d <= wanted * 2]
+    return min(near, key=lambda d: tiers.waste(d * step, persistent * step), default=wanted)
 
 
 def _check_slots(request: Request) -> None:
@@ -243,7 +253,7 @@ def _notes(plan: JobPlan) -> Iterator[str]:
             f"{plan.tiers.missed:.0%} of the failures leave nothing on the ramdisks "
             f"({plan.recovery.survivable.describe()}); local_checkpoint_copies=2 would leave more."
         )
-    if plan.periods.persistent % plan.periods.local:
+    if plan.periods.persistent % plan.periods.local and of.persistent_flag == "checkpoint_period":
         local = plan.periods.local
         multiple = -(-plan.periods.persistent // local) * local
         yield (

@@ -15,6 +15,10 @@ from emergency_ckpt.core.machines import MIB
 from emergency_ckpt.core.save_costs import Costs
 from emergency_ckpt.core.sizing import BUFFER, HostMemory, Ramdisk, StateSize, quantity, slots_wanted
 from emergency_ckpt.core.storage_cost import Prices
+from emergency_ckpt.core.tpu_types import slice_with
+from emergency_ckpt.errors import ConfigError
+
+LEAST_STEP_SECONDS, MOST_STEP_SECONDS = 1e-6, 86400.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +31,8 @@ class Request:
       local_period, persistent_period: steps; None: the best ones.
       kept_persistent: steps kept in the persistent tier; None: all.
       prices: of the persistent tier; None: not known.
+      persistent_flag: what says the persistent period.
+      tpu_type: of a slice; None: slices of any number of hosts can be had.
     """
 
     shape: JobShape
@@ -42,6 +48,11 @@ class Request:
     persistent_period: int | None = None
     kept_persistent: int | None = None
     prices: Prices | None = None
+    persistent_flag: str = "checkpoint_period"
+    tpu_type: str | None = None
+
+    def __post_init__(self) -> None:
+        check_step_seconds(self.step_seconds)
 
     @property
     def ramdisk(self) -> Ramdisk:
@@ -52,6 +63,15 @@ class Request:
     def fits(self) -> bool:
         """Whether the memory of a host has room for the ramdisk."""
         return self.memory is None or self.ramdisk.least_mib * MIB <= self.memory.for_ramdisk
+
+
+def check_step_seconds(seconds: float) -> None:
+    """Raises ConfigError for what is no time of a train step."""
+    if not LEAST_STEP_SECONDS <= seconds <= MOST_STEP_SECONDS:
+        raise ConfigError(
+            f"--step-seconds {seconds:g}: give how long a train step takes, {LEAST_STEP_SECONDS:g} to "
+            f"{MOST_STEP_SECONDS:,.0f}"
+        )
 
 
 def too_large(request: Request) -> str:
@@ -73,10 +93,17 @@ def too_large(request: Request) -> str:
         words, smaller = nearest
         said.append(f"The nearest plan that fits: {words}, {quantity(smaller.ramdisk.least_mib)}")
     if hosts is not None:
-        said.append(f"As it is, it fits from {hosts} hosts per slice on")
+        said.append(f"As it is, it fits from {hosts} hosts per slice on{_as_tpu_type(request, hosts)}")
     elif nearest is None:
         said.append("No number of hosts makes it fit: choose machines with more memory")
     return ". ".join(said)
+
+
+def _as_tpu_type(request: Request, hosts: int) -> str:
+    if request.tpu_type is None:
+        return ""
+    larger = slice_with(request.tpu_type, hosts)
+    return f": --tpu-type {larger.name}" if larger else ", which no slice of this generation has"
 
 
 def _smaller(request: Request) -> Iterator[tuple[str, Request]]:
