@@ -11,6 +11,7 @@ import functools
 import math
 from collections.abc import Iterator
 
+from emergency_ckpt.core.failures import Kind
 from emergency_ckpt.core.intervals import TwoTiers, daly, young
 from emergency_ckpt.core.job_shape import JobShape
 from emergency_ckpt.core.plan_request import Request, too_large
@@ -114,7 +115,7 @@ class JobPlan:
     @property
     def losses(self) -> tuple[Loss, ...]:
         """From the death of a trainer to the loss of all."""
-        return tuple(self._loss(what, lost) for what, lost in _losses(self.request.shape))
+        return tuple(self._loss(*each) for each in _losses(self.request.shape))
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -126,14 +127,13 @@ class JobPlan:
         step = self.request.step_seconds
         return self.periods.local * step, self.periods.persistent * step
 
-    def _loss(self, what: str, lost: tuple[int, ...]) -> Loss:
+    def _loss(self, what: str, kind: Kind, lost: tuple[int, ...]) -> Loss:
         of, costs = self.request, self.request.costs
         source = self.recovery.restore(lost, 1, 0).source
         is_local = source is not Source.PERSISTENT
         period = self.periods.local if is_local else self.periods.persistent
         lag = costs.local_lag if is_local else costs.persistent_lag
-        repair = 0.0 if not lost else costs.repair_host if len(lost) <= 2 else costs.repair_slice
-        seconds = repair + costs.restart + restore_seconds(source, costs)
+        seconds = costs.repair(kind) + costs.restart + restore_seconds(source, costs)
         return Loss(what, source, period / 2 + lag / of.step_seconds, seconds)
 
 
@@ -223,22 +223,23 @@ def _check_period(flag: str, steps: int, step_seconds: float, save_seconds: floa
         )
 
 
-def _losses(shape: JobShape) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _losses(shape: JobShape) -> Iterator[tuple[str, Kind, tuple[int, ...]]]:
     last = shape.hosts - 1
-    yield "a trainer (its host stays)", ()
-    yield "a host", (last,)
+    yield "a trainer (its host stays)", Kind.PROCESS, ()
+    yield "a host", Kind.HOST, (last,)
     if shape.slices > 1:
-        yield "two hosts at the same place of two slices", (last - shape.hosts_per_slice, last)
+        yield "two hosts at the same place of two slices", Kind.HOST, (last - shape.hosts_per_slice, last)
         if shape.hosts_per_slice > 1:
-            yield "two hosts at different places of two slices", (last - shape.hosts_per_slice - 1, last)
-        yield "a slice", tuple(shape.hosts_of(shape.slices - 1))
+            lost = (last - shape.hosts_per_slice - 1, last)
+            yield "two hosts at different places of two slices", Kind.HOST, lost
+        yield "a slice", Kind.SLICE, tuple(shape.hosts_of(shape.slices - 1))
         if shape.slices > 2:
-            yield "all slices but one", tuple(range(shape.hosts_per_slice, shape.hosts))
+            yield "all slices but one", Kind.SLICE, tuple(range(shape.hosts_per_slice, shape.hosts))
     elif shape.hosts > 2:
-        yield "two neighbouring hosts", (0, 1)
-        yield "two hosts far from each other", (0, last)
+        yield "two neighbouring hosts", Kind.HOST, (0, 1)
+        yield "two hosts far from each other", Kind.HOST, (0, last)
     if shape.hosts > 1:
-        yield "all hosts", tuple(range(shape.hosts))
+        yield "all hosts", Kind.JOB, tuple(range(shape.hosts))
 
 
 def _notes(plan: JobPlan) -> Iterator[str]:

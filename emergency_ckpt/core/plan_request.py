@@ -114,19 +114,22 @@ def _smaller(request: Request) -> Iterator[tuple[str, Request]]:
     if protection.kept > 1:
         changes.append(("local_checkpoint_max_to_keep=1", dataclasses.replace(protection, kept=1)))
     once = dataclasses.replace(protection, kept=1)
+    keeping = "local_checkpoint_max_to_keep=1 " if protection.kept > 1 else ""
     shape = request.shape
     if shape.replicated and copies < shape.slices and not protection.spreads:
         if copies < 2 < shape.slices:
             changes.append(
                 (
-                    "local_checkpoint_copies=2 local_checkpoint_spread=True",
+                    f"{keeping}local_checkpoint_copies=2 local_checkpoint_spread=True",
                     dataclasses.replace(once, spreads=True, copies=2),
                 )
             )
         risk = "" if copies > 1 else " (one lost host then costs the step)"
-        changes.append((f"local_checkpoint_spread=True{risk}", dataclasses.replace(once, spreads=True)))
+        changes.append(
+            (f"{keeping}local_checkpoint_spread=True{risk}", dataclasses.replace(once, spreads=True))
+        )
     if copies > 1 and (not shape.replicated or shape.slices == 1 or protection.spreads):
-        changes.append(("local_checkpoint_copies=1", dataclasses.replace(once, copies=1)))
+        changes.append((f"{keeping}local_checkpoint_copies=1", dataclasses.replace(once, copies=1)))
     for words, changed in changes:
         for slots in (None, changed.kept + 1):
             if slots is None and not words:

@@ -53,6 +53,14 @@ def test_the_guides_example_is_planned(capsys: pytest.CaptureFixture[str]) -> No
     assert any("local saves wait" in note for note in plan["notes"])
 
 
+def test_a_slice_takes_as_long_to_repair_as_a_slice_does_however_small(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["plan", "--parameters", "1B", "--hosts-per-slice", "2", "--slices", "2", "--step-seconds", "5"]
+    plan = planned(capsys, *words, "--repair-slice-seconds", "9000")
+    assert {each["what"] for each in plan["losses"] if each["seconds"] > 9000} == {"a slice", "all hosts"}
+
+
 def test_the_table_and_the_json_say_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     words = [*GUIDE, "--store", "s3", "max_num_checkpoints_to_keep=5"]
     plan = planned(capsys, *words)
@@ -155,6 +163,8 @@ def test_backups_stay_backups(capsys: pytest.CaptureFixture[str]) -> None:
             {"checkpoint_period": 1000, "multi_tier_checkpointing_backup_interval_minutes": 5},
         ),
         (["checkpoint_period=50"], 50, {"checkpoint_period": 50}),
+        # A backup is of a local step: the first one after five minutes, which are 60 steps.
+        (["local_checkpoint_period=40"], 80, {"multi_tier_checkpointing_backup_interval_steps": 80}),
     ],
 )
 def test_backups_beside_a_persistent_period_count(
@@ -212,6 +222,8 @@ def test_where_fewer_slots_are_not_enough_slices_share_the_state(capsys: pytest.
     said = refused(capsys, *words)
     nearest = "local_checkpoint_copies=2 local_checkpoint_spread=True --slots 2"
     assert f"The nearest plan that fits: {nearest}" in said
+    more = refused(capsys, *words, "local_checkpoint_max_to_keep=2")
+    assert f"The nearest plan that fits: local_checkpoint_max_to_keep=1 {nearest}" in more
     assert main([*words, *nearest.split()]) == 0
 
 

@@ -162,6 +162,8 @@ def backup_steps(config: Config, step_seconds: float) -> int | None:
     """Steps between two backups, where an interval is set; of two the shorter one."""
     minutes = config.multi_tier_checkpointing_backup_interval_minutes
     of_minutes = max(1, round(minutes * 60 / step_seconds)) if minutes else None
+    if of_minutes and (local := config.local_checkpoint_period):
+        of_minutes = -(-of_minutes // local) * local  # The first local step when the time is over.
     return min(filter(None, (config.multi_tier_checkpointing_backup_interval_steps, of_minutes)), default=None)
 
 
