@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from emergency_ckpt.cli.planning.request import MEASURABLE, Asked, read_request
 from emergency_ckpt.config import load_config
 from emergency_ckpt.core.job_plan import JobPlan, make_plan, policies
 from emergency_ckpt.core.machines import MACHINES
+from emergency_ckpt.core.plan_request import check_step_seconds
 from emergency_ckpt.core.simulation import Simulated, compare
 from emergency_ckpt.core.sizing import BUFFER, BYTES_PER_PARAMETER, quantity
 from emergency_ckpt.errors import ConfigError
@@ -35,6 +37,8 @@ checked, others are chosen. What is impossible is refused with the nearest plan 
 docs/planning.md explains the figures."""
 _MOST_RUNS = 1000
 _MOST_DAYS = 3650
+_MOST_FAILURES = 5_000_000
+"""Of all runs; they take some minutes."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the plan; returns the exit status."""
     _check(args)
-    config = load_config(args.words)
+    config = load_config(args.words, _environment())
     asked = read_request(args, config)
     plan = make_plan(asked.request)
     simulated = _simulate(args, plan) if args.simulate else ()
@@ -66,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         _write(Path(args.plot), page(simulated, asked, args.days))
     if args.flags:
         print(flags_line(plan, config))
-        missing = [flag for flag in PLACEHOLDERS if not getattr(config, flag)]
+        missing = [flag for flag, name in PLACEHOLDERS.items() if getattr(config, flag) in ("", name)]
         told = f"ramdisk per host: {quantity(plan.ramdisk_mib)} (--mtc-ramdisk-size of XPK)"
         print(told + (f"; replace {', '.join(missing)}" if missing else ""), file=sys.stderr)
     elif args.json:
@@ -74,6 +78,11 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print(args, plan, asked, simulated)
     return 0
+
+
+def _environment() -> dict[str, str]:
+    """This process's, in which the run has a name: one plans before it has."""
+    return os.environ | {"JOBSET_NAME": os.environ.get("JOBSET_NAME") or PLACEHOLDERS["run_name"]}
 
 
 def _print(args: argparse.Namespace, plan: JobPlan, asked: Asked, simulated: tuple[Simulated, ...]) -> None:
@@ -92,6 +101,13 @@ def _print(args: argparse.Namespace, plan: JobPlan, asked: Asked, simulated: tup
 
 def _simulate(args: argparse.Namespace, plan: JobPlan) -> tuple[Simulated, ...]:
     of = plan.request
+    failures = args.days * 86400 * args.runs / of.model.mean_seconds(of.shape)
+    if failures > _MOST_FAILURES:
+        fit = 0.9 * args.days * _MOST_FAILURES / failures
+        raise ConfigError(
+            f"{failures:,.0f} failures in --runs {args.runs} of --days {args.days:g}: up to {_MOST_FAILURES:,} "
+            f"are simulated. The nearest that can be is --days {fit:.2g}"
+        )
     return compare(
         policies(plan), of.model, of.shape, of.costs, of.step_seconds, args.days * 86400, args.runs, args.seed
     )
@@ -107,8 +123,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    if args.step_seconds is None or not 0 < args.step_seconds < math.inf:
-        raise ConfigError(f"--step-seconds {args.step_seconds}: give how long a train step takes, above 0")
+    check_step_seconds(math.nan if args.step_seconds is None else args.step_seconds)
     if not 2 <= args.runs <= _MOST_RUNS:
         raise ConfigError(f"--runs {args.runs}: expected 2 to {_MOST_RUNS}; an interval needs two at least")
     if not 0 < args.days <= _MOST_DAYS:

@@ -49,6 +49,14 @@ for _tag, _pattern, _first in (
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
 
 
+def stands_for_itself(text: str, *, is_text: bool) -> bool:
+    """Whether text is read as it is after `key=` (`is_text`: of a flag that takes text), without quotes."""
+    read = read_value(text, "")
+    if is_text:  # Of which only what YAML calls nothing is read as YAML.
+        return read.text == text and read.value is not None
+    return type(read.value) is str and read.value == text
+
+
 def read_value(text: str, source: str) -> Given:
     """A value from a command line or the environment.
 

@@ -18,6 +18,8 @@ from emergency_ckpt.core.job_shape import JobShape
 from emergency_ckpt.errors import ConfigError
 
 HOUR = 3600.0
+LEAST_HOURS = 0.001
+"""What fails more often than every few seconds never runs."""
 
 _LLAMA_HOST_HOURS = 2048 * 54 * 24 / 419
 _LLAMA_HARDWARE = 0.78
@@ -48,9 +50,9 @@ class FailureModel:
 
     def __post_init__(self) -> None:
         for name in ("process_hours", "host_hours", "slice_hours", "job_hours"):
-            if not getattr(self, name) > 0:
+            if not getattr(self, name) >= LEAST_HOURS:
                 raise ConfigError(
-                    f"{name} is {getattr(self, name)}; hours between failures are above 0, or inf"
+                    f"{name} is {getattr(self, name)}; hours between failures are {LEAST_HOURS} or more, or inf"
                 )
         if not any(math.isfinite(hours) for hours in dataclasses.astuple(self)):
             raise ConfigError("nothing ever fails: give one mean time between failures that is finite")

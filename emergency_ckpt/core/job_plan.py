@@ -11,6 +11,7 @@ import functools
 import math
 from collections.abc import Iterator
 
+from emergency_ckpt.core.failures import Kind
 from emergency_ckpt.core.intervals import TwoTiers, daly, young
 from emergency_ckpt.core.job_shape import JobShape
 from emergency_ckpt.core.plan_request import Request, too_large
@@ -31,6 +32,8 @@ from emergency_ckpt.errors import ConfigError
 
 LONGEST_PERIOD = 86400.0
 """Seconds: a day between persistent saves is the most that is advised, however seldom the tier is needed."""
+
+_MOST_DIVISORS = 10**5
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -112,7 +115,7 @@ class JobPlan:
     @property
     def losses(self) -> tuple[Loss, ...]:
         """From the death of a trainer to the loss of all."""
-        return tuple(self._loss(what, lost) for what, lost in _losses(self.request.shape))
+        return tuple(self._loss(*each) for each in _losses(self.request.shape))
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -124,21 +127,18 @@ class JobPlan:
         step = self.request.step_seconds
         return self.periods.local * step, self.periods.persistent * step
 
-    def _loss(self, what: str, lost: tuple[int, ...]) -> Loss:
+    def _loss(self, what: str, kind: Kind, lost: tuple[int, ...]) -> Loss:
         of, costs = self.request, self.request.costs
         source = self.recovery.restore(lost, 1, 0).source
         is_local = source is not Source.PERSISTENT
         period = self.periods.local if is_local else self.periods.persistent
         lag = costs.local_lag if is_local else costs.persistent_lag
-        repair = 0.0 if not lost else costs.repair_host if len(lost) <= 2 else costs.repair_slice
-        seconds = repair + costs.restart + restore_seconds(source, costs)
+        seconds = costs.repair(kind) + costs.restart + restore_seconds(source, costs)
         return Loss(what, source, period / 2 + lag / of.step_seconds, seconds)
 
 
 def make_plan(request: Request) -> JobPlan:
     """Raises ConfigError for what is impossible, with the nearest plan that is not."""
-    if not 0 < request.step_seconds < math.inf:
-        raise ConfigError(f"a step of {request.step_seconds} seconds; give the time of a train step, above 0")
     _check_slots(request)
     if not request.fits:
         raise ConfigError(too_large(request))
@@ -147,10 +147,11 @@ def make_plan(request: Request) -> JobPlan:
     costs, step = request.costs, request.step_seconds
     best = choose_periods(plan.tiers, step, costs.local_lag, costs.persistent_lag, request.local_period)
     local, persistent = request.local_period, request.persistent_period
-    local = best.local if local is None else local
+    if local is None:
+        local = best.local if persistent is None else _beside(persistent, best.local, plan.tiers, request)
     persistent = best.persistent if persistent is None else persistent
     _check_period("local_checkpoint_period", local, step, costs.local_blocked + costs.local_lag)
-    _check_period("checkpoint_period", persistent, step, costs.persistent_blocked + costs.persistent_lag)
+    _check_period(request.persistent_flag, persistent, step, costs.persistent_blocked + costs.persistent_lag)
     return dataclasses.replace(plan, periods=Periods(local, persistent))
 
 
@@ -192,6 +193,15 @@ def _steps(seconds: float, step_seconds: float, least_seconds: float) -> int:
     return max(1, math.ceil(least_seconds / step_seconds), wanted)
 
 
+def _beside(persistent: int, wanted: int, tiers: TwoTiers, request: Request) -> int:
+    """The best local period that divides a persistent one that is given; `wanted` where none is near."""
+    step, wanted = request.step_seconds, min(wanted, persistent)
+    least = math.ceil((tiers.local_cost + request.costs.local_lag) / step)
+    small = [d for d in range(1, min(math.isqrt(persistent), _MOST_DIVISORS) + 1) if persistent % d == 0]
+    near = [d for d in {*small, *(persistent // d for d in small)} if max(least, wanted / 2) <= d <= wanted * 2]
+    return min(near, key=lambda d: tiers.waste(d * step, persistent * step), default=wanted)
+
+
 def _check_slots(request: Request) -> None:
     least, wanted = request.protection.kept + 1, slots_wanted(request.protection.kept, True)
     if request.slots is not None and not least <= request.slots <= wanted:
@@ -213,22 +223,23 @@ def _check_period(flag: str, steps: int, step_seconds: float, save_seconds: floa
         )
 
 
-def _losses(shape: JobShape) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _losses(shape: JobShape) -> Iterator[tuple[str, Kind, tuple[int, ...]]]:
     last = shape.hosts - 1
-    yield "a trainer (its host stays)", ()
-    yield "a host", (last,)
+    yield "a trainer (its host stays)", Kind.PROCESS, ()
+    yield "a host", Kind.HOST, (last,)
     if shape.slices > 1:
-        yield "two hosts at the same place of two slices", (last - shape.hosts_per_slice, last)
+        yield "two hosts at the same place of two slices", Kind.HOST, (last - shape.hosts_per_slice, last)
         if shape.hosts_per_slice > 1:
-            yield "two hosts at different places of two slices", (last - shape.hosts_per_slice - 1, last)
-        yield "a slice", tuple(shape.hosts_of(shape.slices - 1))
+            lost = (last - shape.hosts_per_slice - 1, last)
+            yield "two hosts at different places of two slices", Kind.HOST, lost
+        yield "a slice", Kind.SLICE, tuple(shape.hosts_of(shape.slices - 1))
         if shape.slices > 2:
-            yield "all slices but one", tuple(range(shape.hosts_per_slice, shape.hosts))
+            yield "all slices but one", Kind.SLICE, tuple(range(shape.hosts_per_slice, shape.hosts))
     elif shape.hosts > 2:
-        yield "two neighbouring hosts", (0, 1)
-        yield "two hosts far from each other", (0, last)
+        yield "two neighbouring hosts", Kind.HOST, (0, 1)
+        yield "two hosts far from each other", Kind.HOST, (0, last)
     if shape.hosts > 1:
-        yield "all hosts", tuple(range(shape.hosts))
+        yield "all hosts", Kind.JOB, tuple(range(shape.hosts))
 
 
 def _notes(plan: JobPlan) -> Iterator[str]:
@@ -243,7 +254,7 @@ def _notes(plan: JobPlan) -> Iterator[str]:
             f"{plan.tiers.missed:.0%} of the failures leave nothing on the ramdisks "
             f"({plan.recovery.survivable.describe()}); local_checkpoint_copies=2 would leave more."
         )
-    if plan.periods.persistent % plan.periods.local:
+    if plan.periods.persistent % plan.periods.local and of.persistent_flag == "checkpoint_period":
         local = plan.periods.local
         multiple = -(-plan.periods.persistent // local) * local
         yield (

@@ -1,4 +1,4 @@
-"""Machine types with accelerators: how much memory a host has, and how many hosts a TPU slice has.
+"""Machine types with accelerators: how much memory a host has. What TPU slices are made of is in `tpu_types`.
 
 Every figure is from the vendor's documentation, named beside it. Google gives memory in GB and Amazon in GiB;
 GB are taken as 10^9 bytes, the smaller reading.
@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from emergency_ckpt.errors import ConfigError
 
@@ -17,7 +16,6 @@ GB = 10**9
 GIB = 2**30
 MIB = 2**20
 
-_TPU_MACHINES = "docs.cloud.google.com/compute/docs/tpus/tpu-machines"
 _TPU_V4 = "docs.cloud.google.com/tpu/docs/v4"
 _TPU_V5E = "docs.cloud.google.com/tpu/docs/v5e"
 _TPU_V5P = "docs.cloud.google.com/tpu/docs/v5p"
@@ -86,89 +84,12 @@ def find_machine(name: str) -> Machine:
     """The machine type of this name. Raises ConfigError for one that the table does not have."""
     found = MACHINES.get(name.removeprefix("ml."))
     if found is None:
+        close = difflib.get_close_matches(name, list(MACHINES), n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
         raise ConfigError(
-            f"machine type {name!r} is not in the table, which has {', '.join(MACHINES)}."
-            f"{_nearest(name, MACHINES)} For others give the memory of a host by hand (--machine-memory 448GB)."
+            f"machine type {name!r} is not in the table, which has {', '.join(MACHINES)}.{hint} For "
+            "others give the memory of a host by hand (--machine-memory 448GB)."
         )
-    return found
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class TpuSlice:
-    """What one slice of a TPU type is made of."""
-
-    machine: Machine
-    hosts: int
-
-    @property
-    def chips(self) -> int:
-        return self.hosts * self.machine.chips
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Generation:
-    """How the types of one generation count: in cores or in chips, and which numbers there are."""
-
-    machine: str
-    cores_per_chip: int
-    most: int
-    small: Mapping[int, str]
-    multiple: int
-    source: str
-
-    def rule(self, name: str) -> str:
-        unit = "chips" if self.cores_per_chip == 1 else "cores, two of each chip"
-        larger = f", or a multiple of {self.multiple} up to {self.most}" if self.multiple else ""
-        small = ", ".join(map(str, self.small))
-        return f"{name}-N counts {unit}: N is one of {small}{larger} ({self.source})"
-
-    def slice_of(self, number: int) -> TpuSlice | None:
-        if number in self.small:
-            machine = MACHINES[self.small[number]]
-        elif self.multiple and 0 < number <= self.most and number % self.multiple == 0:
-            machine = MACHINES[self.machine]
-        else:
-            return None
-        return TpuSlice(machine, max(1, number // self.cores_per_chip // machine.chips))
-
-
-def _three_dimensional(machine: str, most: int, source: str) -> _Generation:
-    # Two cores per chip, four chips per host; from a cube of 4x4x4 chips on, whole cubes.
-    return _Generation(machine, 2, most, dict.fromkeys((8, 16, 32, 64), machine), 128, source)
-
-
-def _two_dimensional(prefix: str, source: str) -> _Generation:
-    several = dict.fromkeys((16, 32, 64, 128, 256), f"{prefix}-4t")
-    return _Generation(
-        f"{prefix}-4t", 1, 256, {1: f"{prefix}-1t", 4: f"{prefix}-4t", 8: f"{prefix}-8t"} | several, 0, source
-    )
-
-
-_GENERATIONS = {
-    "v4": _three_dimensional("ct4p-hightpu-4t", 8192, _TPU_V4),
-    "v5litepod": _two_dimensional("ct5lp-hightpu", _TPU_V5E),
-    "v5p": _three_dimensional("ct5p-hightpu-4t", 12288, _TPU_V5P),
-    "v6e": _two_dimensional("ct6e-standard", _TPU_V6E),
-    "tpu7x": _three_dimensional("tpu7x-standard-4t", 18432, _TPU_MACHINES),
-}
-_TPU_TYPE = re.compile(r"([a-z0-9]+)-([0-9]{1,6})", re.ASCII)
-
-
-def tpu_slice(tpu_type: str) -> TpuSlice:
-    """What `v5p-128`, `v6e-256` and the like stand for, as `gcloud` and XPK take them (`--tpu-type`).
-
-    Raises ConfigError, with the rule, for a type that there is not.
-    """
-    name = tpu_type.partition("-")[0]
-    match, generation = _TPU_TYPE.fullmatch(tpu_type), _GENERATIONS.get(name)
-    if generation is None:
-        raise ConfigError(
-            f"TPU type {tpu_type!r} is unknown. A type is a generation and a number: "
-            f"{', '.join(f'{each}-N' for each in _GENERATIONS)}.{_nearest(name, _GENERATIONS)}"
-        )
-    found = generation.slice_of(int(match[2])) if match else None
-    if found is None:
-        raise ConfigError(f"TPU type {tpu_type!r} does not exist: {generation.rule(name)}.")
     return found
 
 
@@ -183,8 +104,3 @@ def gke_reserved_bytes(memory_bytes: int) -> int:
         part = min(left, gib * GIB)
         reserved, left = reserved + share * part, left - part
     return int(reserved + 0.02 * left) + 100 * MIB
-
-
-def _nearest(name: str, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(names), n=1)
-    return f" Did you mean {close[0]}?" if close else ""

@@ -15,6 +15,10 @@ from emergency_ckpt.core.machines import MIB
 from emergency_ckpt.core.save_costs import Costs
 from emergency_ckpt.core.sizing import BUFFER, HostMemory, Ramdisk, StateSize, quantity, slots_wanted
 from emergency_ckpt.core.storage_cost import Prices
+from emergency_ckpt.core.tpu_types import slice_with
+from emergency_ckpt.errors import ConfigError
+
+LEAST_STEP_SECONDS, MOST_STEP_SECONDS = 1e-6, 86400.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +31,8 @@ class Request:
       local_period, persistent_period: steps; None: the best ones.
       kept_persistent: steps kept in the persistent tier; None: all.
       prices: of the persistent tier; None: not known.
+      persistent_flag: what says the persistent period.
+      tpu_type: of a slice; None: slices of any number of hosts can be had.
     """
 
     shape: JobShape
@@ -42,6 +48,11 @@ class Request:
     persistent_period: int | None = None
     kept_persistent: int | None = None
     prices: Prices | None = None
+    persistent_flag: str = "checkpoint_period"
+    tpu_type: str | None = None
+
+    def __post_init__(self) -> None:
+        check_step_seconds(self.step_seconds)
 
     @property
     def ramdisk(self) -> Ramdisk:
@@ -52,6 +63,15 @@ class Request:
     def fits(self) -> bool:
         """Whether the memory of a host has room for the ramdisk."""
         return self.memory is None or self.ramdisk.least_mib * MIB <= self.memory.for_ramdisk
+
+
+def check_step_seconds(seconds: float) -> None:
+    """Raises ConfigError for what is no time of a train step."""
+    if not LEAST_STEP_SECONDS <= seconds <= MOST_STEP_SECONDS:
+        raise ConfigError(
+            f"--step-seconds {seconds:g}: give how long a train step takes, {LEAST_STEP_SECONDS:g} to "
+            f"{MOST_STEP_SECONDS:,.0f}"
+        )
 
 
 def too_large(request: Request) -> str:
@@ -73,10 +93,17 @@ def too_large(request: Request) -> str:
         words, smaller = nearest
         said.append(f"The nearest plan that fits: {words}, {quantity(smaller.ramdisk.least_mib)}")
     if hosts is not None:
-        said.append(f"As it is, it fits from {hosts} hosts per slice on")
+        said.append(f"As it is, it fits from {hosts} hosts per slice on{_as_tpu_type(request, hosts)}")
     elif nearest is None:
         said.append("No number of hosts makes it fit: choose machines with more memory")
     return ". ".join(said)
+
+
+def _as_tpu_type(request: Request, hosts: int) -> str:
+    if request.tpu_type is None:
+        return ""
+    larger = slice_with(request.tpu_type, hosts)
+    return f": --tpu-type {larger.name}" if larger else ", which no slice of this generation has"
 
 
 def _smaller(request: Request) -> Iterator[tuple[str, Request]]:
@@ -87,19 +114,22 @@ def _smaller(request: Request) -> Iterator[tuple[str, Request]]:
     if protection.kept > 1:
         changes.append(("local_checkpoint_max_to_keep=1", dataclasses.replace(protection, kept=1)))
     once = dataclasses.replace(protection, kept=1)
+    keeping = "local_checkpoint_max_to_keep=1 " if protection.kept > 1 else ""
     shape = request.shape
     if shape.replicated and copies < shape.slices and not protection.spreads:
         if copies < 2 < shape.slices:
             changes.append(
                 (
-                    "local_checkpoint_copies=2 local_checkpoint_spread=True",
+                    f"{keeping}local_checkpoint_copies=2 local_checkpoint_spread=True",
                     dataclasses.replace(once, spreads=True, copies=2),
                 )
             )
         risk = "" if copies > 1 else " (one lost host then costs the step)"
-        changes.append((f"local_checkpoint_spread=True{risk}", dataclasses.replace(once, spreads=True)))
+        changes.append(
+            (f"{keeping}local_checkpoint_spread=True{risk}", dataclasses.replace(once, spreads=True))
+        )
     if copies > 1 and (not shape.replicated or shape.slices == 1 or protection.spreads):
-        changes.append(("local_checkpoint_copies=1", dataclasses.replace(once, copies=1)))
+        changes.append((f"{keeping}local_checkpoint_copies=1", dataclasses.replace(once, copies=1)))
     for words, changed in changes:
         for slots in (None, changed.kept + 1):
             if slots is None and not words:

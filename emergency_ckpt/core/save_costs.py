@@ -37,6 +37,10 @@ class Rates:
                 raise ConfigError(f"a rate of {getattr(self, field.name)} bytes per second ({field.name})")
 
 
+MOST_SECONDS = 30 * 86400
+"""A month: what takes longer is a slip in a unit or a rate."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Costs:
     """Seconds.
@@ -69,8 +73,11 @@ class Costs:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            if not 0 <= getattr(self, field.name) < float("inf"):
-                raise ConfigError(f"{field.name} is {getattr(self, field.name)} seconds; expected 0 or more")
+            if not 0 <= getattr(self, field.name) <= MOST_SECONDS:
+                raise ConfigError(
+                    f"{field.name} is {getattr(self, field.name):g} seconds; expected 0 to {MOST_SECONDS:,}. "
+                    "Give what was measured, or the rates that it is assumed from"
+                )
 
     def repair(self, kind: Kind) -> float:
         """Until what failed is replaced."""

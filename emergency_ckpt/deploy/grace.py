@@ -18,8 +18,8 @@ XPK_POLL_SECONDS = 5
 AGENT_FINISH_SECONDS = 25
 """What a sidecar agent has after the program's container has ended."""
 
-GKE_SPOT_SECONDS = 15
-"""What GKE gives the pods of a spot machine, whatever they ask for (its page on Spot VMs, 2026)."""
+SPOT_SECONDS = {"gke": 15, "eks": 120}
+"""What pods of a spot machine get, whatever they ask for (GKE's page on Spot VMs, 2026; Amazon's notice)."""
 
 _HOLD_FACTOR = 1.5
 _LEAST_HOLD_SECONDS = 30

@@ -8,10 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from emergency_ckpt.config import advice
-from emergency_ckpt.deploy.grace import GKE_SPOT_SECONDS
 from emergency_ckpt.deploy.plan import Plan
-
-_SPOT_SECONDS = {"gke": GKE_SPOT_SECONDS, "eks": 120}
 
 
 def about_recovery(plan: Plan) -> Iterator[str]:
@@ -29,10 +26,9 @@ def about_recovery(plan: Plan) -> Iterator[str]:
         f"- A save at the end is planned to take {values.planned_save_seconds:g} s: the program is held for "
         f"{grace.hold_seconds} s after SIGTERM, the pod is killed after {grace.pod_seconds} s."
     )
-    platform = "gke" if plan.target in ("xpk", "gcluster") else values.platform
-    if values.capacity == "spot" and grace.hold_seconds > _SPOT_SECONDS[platform]:
+    if plan.spot_seconds is not None and grace.hold_seconds > plan.spot_seconds:
         yield (
-            f"- Pods on spot machines are gone {_SPOT_SECONDS[platform]} s after a notice, whatever the grace "
+            f"- Pods on spot machines are gone {plan.spot_seconds} s after a notice, whatever the grace "
             "period says: a save that takes longer is not finished, and the newest complete one counts."
         )
     if not plan.config.enable_autocheckpoint:

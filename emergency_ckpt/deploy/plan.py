@@ -13,10 +13,10 @@ from emergency_ckpt.config import Config, load_config
 from emergency_ckpt.config.load import is_given
 from emergency_ckpt.config.names import misspelt
 from emergency_ckpt.config.values import read_value
+from emergency_ckpt.core.tpu_types import TpuType, tpu_type
 from emergency_ckpt.deploy import grace
 from emergency_ckpt.deploy.checks import FROM_GOOGLE, problems
 from emergency_ckpt.deploy.program import MAXTEXT_ADAPTER, program_words
-from emergency_ckpt.deploy.tpu_types import TpuType, tpu_type
 from emergency_ckpt.deploy.values import DEFAULT_RESTART_CODES, FIELDS, PREFIX, Deployment
 from emergency_ckpt.errors import ConfigError
 
@@ -78,9 +78,15 @@ class Plan:
         if not self.config.enable_autocheckpoint or is_given(self.config, flag) or not self._reads_all_flags:
             return self.config
         seconds = self.grace.hold_seconds
-        if self.values.capacity == "spot" and self.values.platform == "gke" and self.target != "hyperpod":
-            seconds = min(seconds, grace.GKE_SPOT_SECONDS)
+        if self.spot_seconds is not None:
+            seconds = min(seconds, self.spot_seconds)
         return self.config.replace("deploy_planned_save_seconds", **{flag: float(seconds)})
+
+    @property
+    def spot_seconds(self) -> int | None:
+        """What is left after a notice on a spot machine; None on others."""
+        of_google = self.target in FROM_GOOGLE or (self.values.platform == "gke" and self.target == "k8s")
+        return grace.SPOT_SECONDS["gke" if of_google else "eks"] if self.values.capacity == "spot" else None
 
     @property
     def _reads_all_flags(self) -> bool:

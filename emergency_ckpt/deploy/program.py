@@ -15,7 +15,7 @@ from typing import Any
 from emergency_ckpt.config import FLAGS, Config
 from emergency_ckpt.config.load import is_given
 from emergency_ckpt.config.names import MAXTEXT_FLAGS, MAXTEXT_HANDS_ON, MAXTEXT_WORDS_VARIABLE
-from emergency_ckpt.config.values import read_value
+from emergency_ckpt.config.values import stands_for_itself
 from emergency_ckpt.deploy.names import is_secret
 from emergency_ckpt.deploy.values import PREFIX
 from emergency_ckpt.errors import ConfigError
@@ -92,16 +92,9 @@ def _text(value: Any, *, is_text: bool) -> str:
     if value is None or isinstance(value, bool | int | float):
         return str(value)
     if isinstance(value, str):
-        text = value if _stands_for_itself(value, is_text) else json.dumps(value, ensure_ascii=False)
+        text = value if stands_for_itself(value, is_text=is_text) else json.dumps(value, ensure_ascii=False)
     else:
         text = json.dumps(value, ensure_ascii=False, default=str)
     if not text.isprintable():
         raise ConfigError(f"{value!r} has characters that are not printable; a command line cannot carry them.")
     return text
-
-
-def _stands_for_itself(value: str, is_text: bool) -> bool:
-    read = read_value(value, "")
-    if is_text:  # a flag that takes text, of which only what YAML calls nothing is read as YAML
-        return read.text == value and read.value is not None
-    return type(read.value) is str and read.value == value

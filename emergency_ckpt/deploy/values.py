@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from emergency_ckpt.config.names import did_you_mean
+from emergency_ckpt.core.tpu_types import tpu_type
 from emergency_ckpt.deploy.names import (
     Bucket,
     CleanPath,
@@ -35,7 +36,6 @@ from emergency_ckpt.deploy.names import (
     Word,
     is_secret,
 )
-from emergency_ckpt.deploy.tpu_types import tpu_type
 from emergency_ckpt.errors import ConfigError
 
 PREFIX = "deploy_"
@@ -211,11 +211,12 @@ def _explain(error: ValidationError, sources: dict[str, str]) -> str:
         name = str(problem["loc"][0])
         key, where = PREFIX + name, sources.get(name, "given in Python")
         if problem["type"] == "extra_forbidden":
-            line = f"{key}: there is no such value ({where}).{did_you_mean(name, FIELDS)}"
+            hint = did_you_mean(key, [PREFIX + field for field in FIELDS])
+            line = f"{key}: there is no such value ({where}).{hint}"
         elif problem["type"] == "missing":
             line = f"{key} is missing: {Deployment.model_fields[name].description}"
         else:
-            reason = problem.get("ctx", {}).get("error") or problem["msg"]
-            line = f"{key}: {problem['input']!r} cannot be used ({where}). Expected: {reason}."
+            reason = str(problem.get("ctx", {}).get("error") or problem["msg"]).removeprefix("Input should be ")
+            line = f"{key}: {problem['input']!r} cannot be used ({where}). Expected: {reason.rstrip('.')}."
         lines.setdefault(name, line)
     return "The deployment cannot be rendered:\n" + "\n".join(f"  - {line}" for line in lines.values())

@@ -9,4 +9,6 @@ if __name__ == "__main__":
     try:
         run_program(sys.argv[1:])
     except ConfigError as error:
-        sys.exit(f"emergency_ckpt.maxtext: {error}")
+        # Not 1, after which a job is started again: no restart mends it.
+        print(f"emergency_ckpt.maxtext: {error}", file=sys.stderr)
+        sys.exit(2)

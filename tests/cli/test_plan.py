@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from emergency_ckpt.cli.main import main
@@ -53,6 +53,14 @@ def test_the_guides_example_is_planned(capsys: pytest.CaptureFixture[str]) -> No
     assert any("local saves wait" in note for note in plan["notes"])
 
 
+def test_a_slice_takes_as_long_to_repair_as_a_slice_does_however_small(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["plan", "--parameters", "1B", "--hosts-per-slice", "2", "--slices", "2", "--step-seconds", "5"]
+    plan = planned(capsys, *words, "--repair-slice-seconds", "9000")
+    assert {each["what"] for each in plan["losses"] if each["seconds"] > 9000} == {"a slice", "all hosts"}
+
+
 def test_the_table_and_the_json_say_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     words = [*GUIDE, "--store", "s3", "max_num_checkpoints_to_keep=5"]
     plan = planned(capsys, *words)
@@ -76,6 +84,7 @@ NAMES = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_
 
 
 @settings(max_examples=30, deadline=None)
+@example("None", "/ramdisk/x", 1, 1, False, None)
 @given(
     NAMES.filter(lambda name: bool(name) and not name.startswith("/") and ".." not in name.split("/")),
     NAMES.map(lambda name: f"/ramdisk/{name}".rstrip()),
@@ -143,6 +152,52 @@ def test_backups_stay_backups(capsys: pytest.CaptureFixture[str]) -> None:
     assert (loaded.checkpoint_period, loaded.multi_tier_checkpointing_backup_interval_steps) == (0, 360)
 
 
+@pytest.mark.parametrize(
+    ("words", "steps", "flags"),
+    [
+        # The one that comes first, whether or not there is another.
+        ([], 60, {"checkpoint_period": 0, "multi_tier_checkpointing_backup_interval_steps": 60}),
+        (
+            ["checkpoint_period=1000"],
+            60,
+            {"checkpoint_period": 1000, "multi_tier_checkpointing_backup_interval_minutes": 5},
+        ),
+        (["checkpoint_period=50"], 50, {"checkpoint_period": 50}),
+        # A backup is of a local step: the first one after five minutes, which are 60 steps.
+        (["local_checkpoint_period=40"], 80, {"multi_tier_checkpointing_backup_interval_steps": 80}),
+    ],
+)
+def test_backups_beside_a_persistent_period_count(
+    words: list[str], steps: int, flags: dict[str, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*GUIDE, "multi_tier_checkpointing_backup_interval_minutes=5", *words]
+    plan = planned(capsys, *words)
+    assert plan["periods"]["persistent_steps"] == steps
+    assert flags.items() <= plan["flags"].items()
+    assert main([*words, "--flags"]) == 0
+    line = capsys.readouterr().out
+    assert planned(capsys, *GUIDE, *shlex.split(line))["periods"] == plan["periods"]
+
+
+def test_a_local_period_is_chosen_that_a_given_persistent_one_is_a_multiple_of(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plan = planned(capsys, *GUIDE, "checkpoint_period=1000")
+    assert plan["periods"]["local_steps"] == 250
+    assert not any("multiple" in note for note in plan["notes"])
+    alone = planned(capsys, *GUIDE, "checkpoint_period=997")  # a prime: no period near the best one
+    assert any("no multiple" in note for note in alone["notes"])
+
+
+def test_the_first_command_of_the_page_prints_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "planning.md").read_text()
+    command = page.partition("    emergency-ckpt ")[2].partition("\n\n")[0]
+    assert main(shlex.split(command.replace("\\\n", " "))) == 0
+    assert "persistent tier per month" in capsys.readouterr().out
+    assert main([*shlex.split(command.replace("\\\n", " ")), "--flags"]) == 0
+    assert "replace run_name, base_output_directory, local_checkpoint_directory" in capsys.readouterr().err
+
+
 def test_a_ramdisk_that_does_not_fit_is_refused_with_one_that_does(capsys: pytest.CaptureFixture[str]) -> None:
     words = [*V5E, "--hosts-per-slice", "16"]
     said = refused(capsys, *words)
@@ -154,11 +209,21 @@ def test_a_ramdisk_that_does_not_fit_is_refused_with_one_that_does(capsys: pytes
     assert main([*V5E, "--hosts-per-slice", "18"]) == 2
 
 
+def test_the_next_size_of_slices_that_fits_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "--parameters", "70B", "--slices", "4", "--step-seconds", "5"]
+    assert "fits from 19 hosts per slice on: --tpu-type v5litepod-128" in refused(
+        capsys, *words, "--tpu-type", "v5litepod-64"
+    )
+    assert main([*words, "--tpu-type", "v5litepod-128"]) == 0
+
+
 def test_where_fewer_slots_are_not_enough_slices_share_the_state(capsys: pytest.CaptureFixture[str]) -> None:
     words = [*V5E, "--hosts-per-slice", "9"]
     said = refused(capsys, *words)
     nearest = "local_checkpoint_copies=2 local_checkpoint_spread=True --slots 2"
     assert f"The nearest plan that fits: {nearest}" in said
+    more = refused(capsys, *words, "local_checkpoint_max_to_keep=2")
+    assert f"The nearest plan that fits: local_checkpoint_max_to_keep=1 {nearest}" in more
     assert main([*words, *nearest.split()]) == 0
 
 
@@ -174,15 +239,20 @@ def test_a_period_that_is_shorter_than_the_save_is_refused_with_one_that_is_not(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--tpu-type", "v6e-100"], "N is one of 1, 4, 8"),
+        (["--tpu-type", "v6e-100"], "followed by one of the topologies 1x1"),
+        (["--tpu-type", "v6e-128", "--chips-per-host", "8"], "contradicts --chips-per-host 8"),
+        (["--chips-per-host", "0"], "a job has one at least"),
         (["--tpu-type", "v6e-256"], "contradicts --hosts-per-slice 32"),
         (["--machine", "p5.48xlrge"], "Did you mean p5.48xlarge"),
         (["--machine-memory", "448 gigs"], "expected bytes such as 448GB"),
         (["--slots", "7"], "the nearest is 3"),
-        (["--host-mtbf-hours", "0"], "above 0, or inf"),
-        (["--restart-seconds", "-1"], "expected 0 or more"),
+        (["--host-mtbf-hours", "1e-300"], "0.001 or more, or inf"),
+        (["--restart-seconds", "-1"], "expected 0 to 2,592,000"),
+        (["--device-rate", "1"], "or the rates that it is assumed from"),
         (["--store-rate", "0"], "out of range"),
         (["--step-seconds", "nan"], "how long a train step takes"),
+        (["--step-seconds", "1e-12", "--simulate"], "how long a train step takes, 1e-06"),
+        (["--host-mtbf-hours", "0.01", "--simulate"], "up to 5,000,000 are simulated. The nearest that can be"),
         (["--simulate", "--runs", "1"], "an interval needs two"),
         (["--simulate", "--days", "1e9"], "expected above 0"),
         (["--hosts-per-slice", "0"], "a job has one at least"),

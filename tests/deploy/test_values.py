@@ -16,7 +16,6 @@ from emergency_ckpt.cli.main import main
 from emergency_ckpt.config import Config
 from emergency_ckpt.deploy.grace import under_xpk, with_sidecar
 from emergency_ckpt.deploy.plan import TARGETS, Target, load_plan
-from emergency_ckpt.deploy.tpu_types import tpu_type
 from emergency_ckpt.deploy.values import FIELDS, PREFIX, Deployment
 from emergency_ckpt.errors import ConfigError
 from tests.deploy.plans import FOR_XPK, JOB, ON_GPUS, ON_TPUS, config, plan
@@ -58,7 +57,7 @@ MAXTEXT_BASE = ROOT / "tests" / "config" / "data" / "maxtext_base.yml"
         ({"role_arn": "arn:aws:iam::1:role/x"}, "arn:aws:iam::ACCOUNT:role/NAME"),
         ({"gcp_service_account": "x"}, "iam.gserviceaccount.com"),
         ({"ramdisk_host_path": "/a/../b"}, "an absolute path"),
-        ({"slises": 2}, "Did you mean slices"),
+        ({"slises": 2}, "Did you mean deploy_slices"),
     ],
 )
 def test_a_value_that_a_tool_would_refuse_is_refused_with_the_rule(changes: dict[str, Any], rule: str) -> None:
@@ -160,13 +159,9 @@ def test_a_program_reckons_with_the_time_that_its_pod_has(
     assert [float(flag.rpartition("=")[2]) for flag in said] == ([] if seconds is None else [seconds])
     told = plan("xpk", {**FOR_XPK, "capacity": "spot"}, config(preemption_grace_seconds=20)).run_words
     assert "preemption_grace_seconds=20.0" in told
-
-
-def test_tpu_types_have_the_hosts_that_google_says() -> None:
-    found = {
-        name: (tpu_type(name).hosts, tpu_type(name).topology) for name in ("v5p-256", "v6e-8", "v4-8", "v6e-1")
-    }
-    assert found == {"v5p-256": (32, "4x4x8"), "v6e-8": (2, "2x4"), "v4-8": (1, "2x2x1"), "v6e-1": (1, "1x1")}
+    # Amazon's machines are gone after two minutes.
+    of_amazon = plan("k8s", {**ON_GPUS, "capacity": "spot", "planned_save_seconds": 300}).run_words
+    assert "preemption_grace_seconds=120.0" in of_amazon
 
 
 # Files and words.

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
+from emergency_ckpt.core.tpu_types import FAMILIES, tpu_type
 from emergency_ckpt.deploy.plan import Plan
-from emergency_ckpt.deploy.tpu_types import FAMILIES, tpu_type
 from emergency_ckpt.deploy.xpk import XPK_VERSION, render_xpk
 from emergency_ckpt.errors import ConfigError
 from tests.deploy.plans import FOR_XPK, config, expanded, plan, refers_to_variables

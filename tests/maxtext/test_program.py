@@ -6,6 +6,7 @@ MaxText itself is not among the packages of the tests; `imitation/` makes its ca
 from __future__ import annotations
 
 import importlib
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,6 +101,17 @@ def test_where_there_is_no_maxtext_it_is_said() -> None:
 def test_a_program_has_to_be_named() -> None:
     with pytest.raises(ConfigError, match="no program is named"):
         run_program(["-m"])
+
+
+def test_what_no_restart_mends_does_not_end_with_the_code_that_restarts() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "emergency_ckpt.maxtext"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert (done.returncode, "no program is named" in done.stderr) == (2, True)
 
 
 @pytest.mark.usefixtures("_importable")

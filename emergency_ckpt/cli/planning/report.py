@@ -11,9 +11,10 @@ import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from emergency_ckpt.cli.planning.request import Asked
+from emergency_ckpt.cli.planning.request import Asked, backup_steps
 from emergency_ckpt.config import Config
-from emergency_ckpt.config.values import read_value
+from emergency_ckpt.config.load import is_given
+from emergency_ckpt.config.values import stands_for_itself
 from emergency_ckpt.core.job_plan import JobPlan
 from emergency_ckpt.core.machines import MIB
 from emergency_ckpt.core.recovery import Source
@@ -133,7 +134,8 @@ def to_json(plan: JobPlan, asked: Asked, config: Config, simulated: Sequence[Sim
 def flags(plan: JobPlan, config: Config) -> Iterator[tuple[str, Any]]:
     """The flags that say this plan, by name: with what the configuration sets of what they need."""
     of = plan.request
-    backs_up = config.backs_up and not config.checkpoint_period
+    backs_up = backup_steps(config, of.step_seconds) is not None
+    saves_both = backs_up and is_given(config, "checkpoint_period") and config.checkpoint_period > 0
     for flag, placeholder in PLACEHOLDERS.items():
         yield flag, getattr(config, flag) or placeholder
     yield "enable_checkpointing", True
@@ -145,15 +147,16 @@ def flags(plan: JobPlan, config: Config) -> Iterator[tuple[str, Any]]:
     yield "local_checkpoint_max_to_keep", of.protection.kept
     yield "local_checkpoint_copies", of.protection.copies
     yield "local_checkpoint_spread", of.protection.spreads
-    if backs_up:
-        yield "checkpoint_period", 0
-        yield "multi_tier_checkpointing_backup_interval_steps", plan.periods.persistent
-    else:
-        yield "checkpoint_period", plan.periods.persistent
+    if saves_both:
+        yield "checkpoint_period", config.checkpoint_period
         for name in ("minutes", "steps"):
             flag = f"multi_tier_checkpointing_backup_interval_{name}"
             if getattr(config, flag):
                 yield flag, getattr(config, flag)
+    else:
+        yield "checkpoint_period", 0 if backs_up else plan.periods.persistent
+        if backs_up:
+            yield "multi_tier_checkpointing_backup_interval_steps", plan.periods.persistent
     yield "max_num_checkpoints_to_keep", of.kept_persistent
 
 
@@ -163,10 +166,9 @@ def flags_line(plan: JobPlan, config: Config) -> str:
 
 
 def _word(value: Any) -> str:
-    text = str(value)
-    if isinstance(value, str) and read_value(text, "").text != text:
-        return json.dumps(text)  # What YAML would read otherwise is quoted.
-    return text
+    if isinstance(value, str) and not stands_for_itself(value, is_text=True):
+        return json.dumps(value, ensure_ascii=not value.isprintable())
+    return str(value)
 
 
 def _summary(plan: JobPlan, asked: Asked) -> Iterator[tuple[str, str]]:

@@ -12,14 +12,15 @@ from collections.abc import Sequence
 
 from emergency_ckpt.cli.planning.quantities import parse_bytes, parse_count
 from emergency_ckpt.config import Config
-from emergency_ckpt.config.load import PACKAGED_BASE
+from emergency_ckpt.config.load import is_given
 from emergency_ckpt.core.failures import FailureModel
 from emergency_ckpt.core.job_shape import JobShape, Protection
-from emergency_ckpt.core.machines import Machine, find_machine, tpu_slice
+from emergency_ckpt.core.machines import MACHINES, Machine, find_machine
 from emergency_ckpt.core.plan_request import Request
 from emergency_ckpt.core.save_costs import DRAIN_SLOWS, Costs, Rates, assumed_costs
 from emergency_ckpt.core.sizing import StateSize, evenly_sharded, host_memory
 from emergency_ckpt.core.storage_cost import PRICES
+from emergency_ckpt.core.tpu_types import tpu_type
 from emergency_ckpt.errors import ConfigError
 
 MEASURABLE = {
@@ -83,6 +84,7 @@ def read_request(args: argparse.Namespace, config: Config) -> Asked:
         memory_bytes = parse_bytes(args.machine_memory)
     trainer = None if args.trainer_memory is None else parse_bytes(args.trainer_memory)
     is_on_gke = machine is None or machine.is_on_gke
+    persistent_period, persistent_flag = _persistent_period(config, args.step_seconds)
     request = Request(
         shape,
         protection,
@@ -94,9 +96,11 @@ def read_request(args: argparse.Namespace, config: Config) -> Asked:
         args.slots,
         args.buffer,
         config.local_checkpoint_period or None,
-        _persistent_period(config, args.step_seconds),
+        persistent_period,
         config.max_num_checkpoints_to_keep,
         PRICES.get(args.store or config.base_output_directory.partition("://")[0]),
+        persistent_flag,
+        args.tpu_type,
     )
     return Asked(request, machine, tuple(_assumptions(args, request, rates, measured, trainer)))
 
@@ -104,22 +108,24 @@ def read_request(args: argparse.Namespace, config: Config) -> Asked:
 def _machine(args: argparse.Namespace) -> tuple[Machine | None, int, int]:
     """(machine type, hosts per slice, chips per host)."""
     machine = None if args.machine is None else find_machine(args.machine)
-    hosts = args.hosts_per_slice
+    hosts, chips = args.hosts_per_slice, args.chips_per_host
     if args.tpu_type is not None:
-        found = tpu_slice(args.tpu_type)
+        found = tpu_type(args.tpu_type)
         for flag, given, is_wrong in (
-            ("--machine", args.machine, machine is not None and machine is not found.machine),
+            ("--machine", args.machine, machine is not None and machine.name != found.machine),
             ("--hosts-per-slice", hosts, hosts is not None and hosts != found.hosts),
+            ("--chips-per-host", chips, chips is not None and chips != found.chips_per_host),
         ):
             if is_wrong:
                 raise ConfigError(
-                    f"--tpu-type {args.tpu_type} is {found.hosts} hosts of {found.machine.name}, which "
-                    f"contradicts {flag} {given}. Give one of the two"
+                    f"--tpu-type {args.tpu_type} is {found.hosts} hosts of {found.machine} with "
+                    f"{found.chips_per_host} chips, which contradicts {flag} {given}. Give one of the two"
                 )
-        machine, hosts = found.machine, found.hosts
+        machine, hosts = MACHINES[found.machine], found.hosts
     if hosts is None:
         raise ConfigError("how many hosts a slice has is not known: give --hosts-per-slice or --tpu-type")
-    chips = args.chips_per_host or (machine.chips if machine else 1)
+    if chips is None:
+        chips = machine.chips if machine else 1
     return machine, hosts, chips
 
 
@@ -152,16 +158,22 @@ def _costs(args: argparse.Namespace, assumed: Costs) -> tuple[Costs, frozenset[s
     return costs, frozenset(given)
 
 
-def _persistent_period(config: Config, step_seconds: float) -> int | None:
-    """What the user has set; None where it is the packaged default, which nobody chose."""
-    if config.backs_up and not config.checkpoint_period:
-        minutes = config.multi_tier_checkpointing_backup_interval_minutes
-        steps = config.multi_tier_checkpointing_backup_interval_steps
-        return steps or max(1, round((minutes or 0) * 60 / step_seconds))
-    source = config.source_of("checkpoint_period")
-    if source == "default" or source.startswith(str(PACKAGED_BASE)):
-        return None
-    return config.checkpoint_period or None
+def backup_steps(config: Config, step_seconds: float) -> int | None:
+    """Steps between two backups, where an interval is set; of two the shorter one."""
+    minutes = config.multi_tier_checkpointing_backup_interval_minutes
+    of_minutes = max(1, round(minutes * 60 / step_seconds)) if minutes else None
+    if of_minutes and (local := config.local_checkpoint_period):
+        of_minutes = -(-of_minutes // local) * local  # The first local step when the time is over.
+    return min(filter(None, (config.multi_tier_checkpointing_backup_interval_steps, of_minutes)), default=None)
+
+
+def _persistent_period(config: Config, step_seconds: float) -> tuple[int | None, str]:
+    """What the user has set, and by which flag; None where nobody did. What comes first counts."""
+    given = config.checkpoint_period if is_given(config, "checkpoint_period") else None
+    backups = backup_steps(config, step_seconds)
+    if backups and (not given or backups <= given):
+        return backups, "multi_tier_checkpointing_backup_interval_steps"
+    return given or None, "checkpoint_period"
 
 
 def _assumptions(

@@ -94,6 +94,18 @@ def tpu_type(name: str) -> TpuType:
     )
 
 
+def slice_with(name: str, hosts: int) -> TpuType | None:
+    """The smallest slice of the generation of `name` that has so many hosts; None where none has."""
+    family_name = name.partition("-")[0]
+    family = FAMILIES[family_name]
+    chips = [math.prod(sides) for sides in (family.flat or _SMALL)]
+    chips += [cubes * _CUBE for cubes in range(1, family.most_cubes + 1)]
+    for count in chips:
+        if count >= hosts * CHIPS_PER_HOST and _by_count(family, count * family.cores_per_chip):
+            return tpu_type(f"{family_name}-{count * family.cores_per_chip}")
+    return None
+
+
 def _topology(family: Family, size: str) -> Topology | None:
     if re.fullmatch(r"[1-9][0-9]{0,5}", size):
         return _by_count(family, int(size))
