@@ -7,16 +7,14 @@ is given up. A step that waits leaves its slot to a save that finds none.
 from __future__ import annotations
 
 import dataclasses
-import random
 import threading
 import time
 
 from emergency_ckpt.agent.drain import DrainJob, Verdict
 from emergency_ckpt.agent.drain_queue import DrainQueue, Waiting
+from emergency_ckpt.core.jitter import JITTER
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.errors import EmergencyCheckpointError
-
-_JITTER = random.Random()
 
 
 @dataclasses.dataclass(eq=False)
@@ -195,7 +193,7 @@ class DrainSchedule:
 
     def _wait_for_next_try(self, chosen: Waiting, verdict: Verdict) -> None:
         self.failures, self.last_failure = self.failures + 1, verdict
-        pause = self._job.pauses.before(self.failures, verdict.cause, _JITTER.random())
+        pause = self._job.pauses.before(self.failures, verdict.cause, JITTER.random())
         self._not_before = time.monotonic() + pause
         self.queue.add(chosen)
         self.queue.keep_newest("a newer step goes in its place")

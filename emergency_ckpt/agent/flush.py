@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import random
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -18,6 +17,7 @@ from emergency_ckpt.agent.endpoint import Endpoint
 from emergency_ckpt.agent.leading import FlushResult, Leader, stands_down
 from emergency_ckpt.agent.orders import Registration
 from emergency_ckpt.agent.trainers import State, Trainers
+from emergency_ckpt.core.jitter import JITTER
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.core.retrying import Pauses, is_final, store_reason
 from emergency_ckpt.core.trouble import Trouble
@@ -135,7 +135,7 @@ class FlushSession:
                 self._times.store,
                 error,
             )
-        self._stopped.wait(self._times.pauses.before(failures, reason, random.random()))
+        self._stopped.wait(self._times.pauses.before(failures, reason, JITTER.random()))
 
     # Who leads.
 

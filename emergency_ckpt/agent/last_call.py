@@ -8,7 +8,6 @@ such a call the one of the lowest process leads. One that fails lets others go f
 from __future__ import annotations
 
 import logging
-import random
 import threading
 import time
 from collections.abc import Callable, Collection
@@ -19,6 +18,7 @@ from emergency_ckpt.agent.leading import FlushResult, Leader, stands_down
 from emergency_ckpt.agent.lives import CallReport
 from emergency_ckpt.agent.orders import Registration
 from emergency_ckpt.agent.trainers import Trainers
+from emergency_ckpt.core.jitter import JITTER
 from emergency_ckpt.core.last_call import (
     Estimate,
     LastCall,
@@ -249,7 +249,7 @@ class LastCallSession:
         self._say(what, str(error))
         self._state = "aside"
         longest = min(_PAUSE_SECONDS * 2 ** min(self._failures - 1, 10), _LONGEST_PAUSE_SECONDS)
-        self._wait(longest * (0.5 + random.random()))
+        self._wait(longest * (0.5 + JITTER.random()))
         self._yield()
 
     def _busy(self, step: StepId) -> str | None:

@@ -7,11 +7,11 @@ one line is logged, and one of a source that is switched off.
 from __future__ import annotations
 
 import logging
-import random
 import threading
 import time
 from collections.abc import Callable, Sequence
 
+from emergency_ckpt.core.jitter import JITTER
 from emergency_ckpt.core.trouble import Trouble
 from emergency_ckpt.preemption.notice import Known, Notice
 from emergency_ckpt.preemption.source import NotHereError, Source, SourceError
@@ -95,7 +95,7 @@ class Watch:
                 failures, pause = 0, source.period_seconds
                 if notice is not None:
                     self._tell(notice)
-            self._stop.wait(pause * random.uniform(0.8, 1.2))
+            self._stop.wait(pause * JITTER.uniform(0.8, 1.2))
         with self._guard:
             self._watched -= 1
 

@@ -77,4 +77,8 @@ def test_only_the_module_of_the_chosen_subcommand_is_imported() -> None:
         "print(*[name for name in sys.modules if name.startswith('emergency_ckpt.cli.')], file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
-    assert done.stderr.split() == ["emergency_ckpt.cli.main", "emergency_ckpt.cli.flags"]
+    assert done.stderr.split() == [
+        "emergency_ckpt.cli.main",
+        "emergency_ckpt.cli.flag_page",
+        "emergency_ckpt.cli.flags",
+    ]

@@ -6,19 +6,16 @@ A request that hangs is left behind in its thread, which ends with the time limi
 from __future__ import annotations
 
 import dataclasses
-import random
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from emergency_ckpt.core.jitter import JITTER
 from emergency_ckpt.errors import PersistentStoreError, StoreUnreachableError
 from emergency_ckpt.persistent.bounded import within
 from emergency_ckpt.persistent.object_store.operations import Limits
 
 _T = TypeVar("_T")
-
-# Of its own: a program that seeds Python's generator gets the same numbers whatever happens here.
-_JITTER = random.Random()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -78,7 +75,7 @@ def repeated(
 def _pause(limits: Limits, tries: int) -> float:
     """Doubling from try to try, and different for each of many clients that were refused together."""
     shortest, longest = limits.pause_seconds
-    return _JITTER.uniform(0.5, 1.5) * min(shortest * 2**tries, longest)
+    return JITTER.uniform(0.5, 1.5) * min(shortest * 2**tries, longest)
 
 
 def _after(error: PersistentStoreError, tries: int, seconds: float) -> PersistentStoreError:
