@@ -124,7 +124,7 @@ class PlannedRecovery:
             number = {s: i for i, s in enumerate(sorted({s for of in different for s in of}))}
             renamed = {of: tuple(number[s] for s in of) for of in different}
             devices, storage = ([renamed[of] for of in each] for each in held)
-            slices = tuple(self._devices.process_slice[p] for p in processes)
+            slices = _ranks([self._devices.process_slice[p] for p in processes])
             key = slices, tuple(devices), tuple(storage)
             if key not in kinds:
                 kinds[key] = len(layouts)
@@ -175,14 +175,19 @@ def _groups(layout: Layout) -> list[list[int]]:
     return list(found.values())
 
 
+def _ranks(slices: Sequence[int]) -> tuple[int, ...]:
+    """The same slices, counted from 0: groups of other slices that are alike are of one kind."""
+    numbers = {s: i for i, s in enumerate(sorted(set(slices)))}
+    return tuple(numbers[s] for s in slices)
+
+
 def _small_layouts(count: int, slices: Sequence[int], *held: Sequence[Sequence[int]]) -> tuple[Layout, Layout]:
     """Layouts of `count` shards, as these processes hold them; the very same object where they are equal."""
-    numbers = {s: i for i, s in enumerate(sorted(set(slices)))}
     devices, storage = (
         Layout.build_from_boxes(
             [LeafSpec("state", (count,), "uint8")],
             {"state": {p: [Box((s,), (s + 1,)) for s in of] for p, of in enumerate(each)}},
-            tuple(numbers[s] for s in slices),
+            tuple(slices),
         )
         for each in held
     )

@@ -57,6 +57,14 @@ def test_groups_of_hosts_restore_what_the_whole_job_restores(
     assert found == by_the_whole_job(shape, protection, lost, persistent)
 
 
+def test_groups_of_other_slices_that_are_alike_are_planned_once() -> None:
+    """Otherwise a job of 100,000 slices asks the planner about 50,000 kinds at every failure."""
+    recovery = PlannedRecovery(JobShape(40, 1, replicated=False), Protection(1, 2))
+    for host in range(40):
+        recovery.restore((host,), 1, 0)
+    assert len(recovery._known) <= 3  # pyright: ignore[reportPrivateUsage]
+
+
 def test_nothing_on_the_ramdisks_or_something_older_comes_from_the_persistent_tier() -> None:
     recovery = PlannedRecovery(JobShape(2, 2), Protection())
     assert recovery.restore((), None, 7) == Restored(7, Source.PERSISTENT)
