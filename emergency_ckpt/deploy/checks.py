@@ -13,6 +13,8 @@ from emergency_ckpt.config.load import is_given
 from emergency_ckpt.core.locations import is_url
 from emergency_ckpt.deploy.names import check_path, mebibytes
 from emergency_ckpt.deploy.values import Deployment
+from emergency_ckpt.errors import ConfigError
+from emergency_ckpt.persistent.object_store.urls import parse_url
 
 if TYPE_CHECKING:
     from emergency_ckpt.deploy.plan import Plan
@@ -50,6 +52,11 @@ def _about_flags(config: Config) -> Iterator[str]:
             f"base_output_directory={config.base_output_directory!r} is a directory, and the pods mount none "
             "that they share. Set it to gs://bucket/prefix or s3://bucket/prefix."
         )
+    else:
+        try:
+            parse_url(config.base_output_directory)
+        except ConfigError as error:
+            yield f"base_output_directory: {error}"
     if config.checkpoint_agent == "off":
         yield "checkpoint_agent=off: nobody would drain or serve what a dead program left. Set it to auto."
     directory = config.local_checkpoint_directory

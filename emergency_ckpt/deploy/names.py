@@ -15,6 +15,8 @@ from pydantic import AfterValidator, Field
 _SECRET = re.compile(
     r"(^|_)(token|secret|password|passwd|credentials?|api_key|access_key|secret_access_key|private_key)$"
 )
+_OF_TEXT = re.compile(r"(^|_)(eos|bos|pad|unk|mask|sep|cls|start|end|image|audio)_token$")
+"""Names of what a tokenizer knows, which are no secrets."""
 _UNITS = {"Mi": 1, "Gi": 1024}
 _MOST_MEBIBYTES = 64 * 1024 * 1024
 
@@ -56,7 +58,8 @@ def _quantity(value: str) -> str:
 
 def is_secret(name: str) -> bool:
     """Whether a key or variable of that name holds something that belongs into no command and no manifest."""
-    return bool(_SECRET.search(name.lower()))
+    name = name.lower()
+    return bool(_SECRET.search(name)) and not _OF_TEXT.search(name)
 
 
 def mebibytes(quantity: str) -> int:

@@ -78,6 +78,7 @@ MULTI_TIER: Mapping[str, Any] = {
     [
         ("xpk", FOR_XPK, {"enable_emergency_checkpoint": False}, "the local tier is off"),
         ("xpk", FOR_XPK, {"base_output_directory": "/mnt/x"}, "is a directory, and the pods mount none"),
+        ("xpk", FOR_XPK, {"base_output_directory": "gs://b/x"}, "no valid bucket"),
         ("xpk", FOR_XPK, {"checkpoint_agent": "off"}, "nobody would drain"),
         ("xpk", FOR_XPK, {"local_checkpoint_directory": "/dev/shm/x"}, "lies in /dev"),
         ("xpk", FOR_XPK, {"local_checkpoint_directory": "/a b"}, "an absolute path other than /"),
@@ -87,7 +88,7 @@ MULTI_TIER: Mapping[str, Any] = {
         ("xpk", {**FOR_XPK, "zone": None}, {}, "deploy_zone is missing"),
         ("xpk", {**FOR_XPK, "tpu_type": None}, {}, "XPK mounts no ramdisk for GPUs"),
         ("xpk", {**FOR_XPK, "capacity": "reservation"}, {}, "given together or not at all"),
-        ("xpk", FOR_XPK, {"base_output_directory": "s3://b/x"}, "deploy_mtc_bucket is missing"),
+        ("xpk", FOR_XPK, {"base_output_directory": "s3://bucket/x"}, "deploy_mtc_bucket is missing"),
         ("xpk", {**FOR_XPK, "env": {"A": 'a"b'}}, {}, "between quotes"),
         (
             "xpk",
@@ -126,7 +127,7 @@ def test_what_would_not_recover_is_refused_with_the_rule(
 def test_secrets_and_endless_lists_of_keys_do_not_get_into_a_command() -> None:
     with pytest.raises(ConfigError, match="hf_access_token looks like a secret"):
         plan("xpk", FOR_XPK, config({"hf_access_token": "hf_x"}))
-    plan("xpk", FOR_XPK, config({"hf_access_token": "", "tokenizer_path": "x"}))
+    plan("xpk", FOR_XPK, config({"hf_access_token": "", "tokenizer_path": "x", "eos_token": "</s>"}))
     with pytest.raises(ConfigError, match="more than 100000 characters"):
         plan("xpk", FOR_XPK, config({f"key_{i}": "x" * 100 for i in range(1000)}))
 
@@ -172,10 +173,10 @@ ANSWERS = {
         "deploy_cluster=c",
         "deploy_project=p",
         "deploy_zone=z",
-        "base_output_directory=gs://b/j",
+        "base_output_directory=gs://bucket/j",
     ),
-    "k8s": ("spot_s3.yml", "base_output_directory=s3://b/j"),
-    "hyperpod": ("hyperpod.yml", "base_output_directory=s3://b/j"),
+    "k8s": ("spot_s3.yml", "base_output_directory=s3://bucket/j"),
+    "hyperpod": ("hyperpod.yml", "base_output_directory=s3://bucket/j"),
 }
 REST = ("deploy_workload=r1", "deploy_image=r.example/i:1")
 
@@ -201,7 +202,7 @@ def test_the_preset_for_slices_of_tpus_serves_google_s_tools_and_manifests_alike
 def test_words_count_more_than_the_file_and_messages_say_where_a_value_stands(tmp_path: Path) -> None:
     file = tmp_path / "my.yml"
     file.write_text(
-        "base_config: gke_multislice.yml\nbase_output_directory: gs://b/j\nsteps: 120\n"
+        "base_config: gke_multislice.yml\nbase_output_directory: gs://bucket/j\nsteps: 120\n"
         "deploy_workload: from-file\ndeploy_image: r.example/i:1\ndeploy_program: own\n"
         "deploy_cluster: c\ndeploy_project: p\ndeploy_zone: z\ndeploy_command: [python3, 'a b']\n"
     )
