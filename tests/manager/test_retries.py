@@ -98,6 +98,18 @@ def test_a_step_that_is_deleted_is_not_tried_again(
     assert committed(tmp_path) == [5]
 
 
+def test_the_last_step_is_not_there_because_it_was_before_it_was_deleted(
+    manager: CheckpointManager, mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_all(manager, mesh, range(2, 6))
+    manager.delete(5)
+    with full_disk(monkeypatch), pytest.raises(PersistentStoreError, match="disk full"):
+        manager.finish(5, make_state(mesh, 5))
+    assert committed(tmp_path) == [2]
+    manager.finish(5, make_state(mesh, 5))
+    assert committed(tmp_path) == [2, 5]
+
+
 def test_a_restore_ends_the_tries_and_the_next_step_that_is_due_is_drained(
     manager: CheckpointManager, mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
