@@ -174,7 +174,10 @@ class Leaving:
     def _await_durable(self, reaction: _Reaction) -> None:
         remaining, done = self.remaining(), False
         while not done and (remaining is None or remaining):
-            done = self._engine.wait_a_while(_LOOK if remaining is None else min(remaining, _LOOK))
+            look = _LOOK if remaining is None else min(remaining, _LOOK)
+            until = time.monotonic() + look.total_seconds()
+            if not (done := self._engine.wait_a_while(look)):
+                time.sleep(max(until - time.monotonic(), 0.0))  # What failed at once is tried once a look.
             remaining = self.remaining()
         if self._engine.job.leads:
             persistent, complete = self._engine.newest_persistent, self._engine.newest_on_ramdisks
