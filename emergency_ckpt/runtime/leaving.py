@@ -109,8 +109,9 @@ class Leaving:
         if self._step is None:
             assert self._reaction is not None
             return self._reaction
-        step, self._step = self._step, None
+        step = self._step
         left, raw, leaving = self._engine.tell_all("leaving", lambda: self._decide(step))
+        self._step = None  # Where that fails it is asked for again: all fail alike.
         decision = Decision(**raw)
         now = time.monotonic()
         self._reaction = _Reaction(step, decision, None if left is None else now + left, now)

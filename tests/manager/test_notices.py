@@ -17,6 +17,7 @@ from emergency_ckpt import CheckpointManager, Config
 from emergency_ckpt.agent import draining
 from emergency_ckpt.errors import LocalDirectoryError, NoRestorableStepError, StorePermissionError
 from emergency_ckpt.preemption.notice import Notice
+from emergency_ckpt.runtime import leaving
 from tests.manager.states import Unreliable, make_state
 
 
@@ -268,3 +269,16 @@ def test_a_store_that_refuses_at_once_is_not_asked_without_a_pause_while_the_job
     assert 1 <= manager.metrics_snapshot()["drains_failed"] <= 10
     with pytest.raises(StorePermissionError):
         manager.close()
+
+
+def test_a_decision_that_failed_is_made_when_the_step_is_saved_again(
+    mesh: Mesh, ramdisk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(tmp_path, ramdisk, local_checkpoint_period=1000, checkpoint_period=1000)
+    with CheckpointManager.from_config(config, mesh, make_state(mesh, 0)) as manager:
+        manager._notices.hear(Notice("file", "terminate", time.time(), time.time() + 60))
+        Unreliable(monkeypatch, leaving, "decide", ArithmeticError("no"))
+        with pytest.raises(ArithmeticError):
+            manager.save(1, make_state(mesh, 1))
+        assert manager.save(1, make_state(mesh, 1))
+        assert manager.should_exit
