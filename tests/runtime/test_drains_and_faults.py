@@ -206,6 +206,12 @@ def test_who_hears_last_that_a_step_is_complete_may_do_so_after_the_end_of_all_d
         assert_all_went_well(two)
 
 
+def test_a_last_word_that_fails_in_whatever_way_ends_no_close(ramdisk: Path, tmp_path: Path) -> None:
+    mute = over(Fault("/call", ValueError("no answer")))
+    with two_processes(ramdisk, tmp_path, {1: mute}) as two:
+        two.processes[1].worker.close()
+
+
 def test_who_closes_without_having_been_told_of_a_step_is_not_waited_for(ramdisk: Path, tmp_path: Path) -> None:
     deaf = over(Fault("/call", PeerFailedError("lost")))
     with two_processes(ramdisk, tmp_path, {1: deaf}) as two:
