@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import sys
 import threading
 from collections.abc import Callable
@@ -227,3 +228,17 @@ def test_who_closes_without_having_been_told_of_a_step_is_not_waited_for(ramdisk
         (error,) = first.worker.take_errors()
         assert "processes [1] have closed their managers" in str(error)
         assert not first.worker.busy
+
+
+def test_a_store_that_is_not_mounted_for_a_while_gets_the_step_afterwards(
+    ramdisk: Path, tmp_path: Path
+) -> None:
+    with two_processes(ramdisk, tmp_path) as two:
+        aside = two.bucket.rename(two.bucket.with_name("aside"))
+        two.bucket.mkdir()
+        two.fail(1)
+        assert "not mounted" in str(two.processes[0].worker.take_errors()[0])
+        shutil.rmtree(two.bucket)
+        aside.rename(two.bucket)
+        two.wait()
+        assert two.committed == [1]
