@@ -26,7 +26,7 @@ class Aftermath:
         """In the committer, after a commit: older steps go, and what failed attempts left."""
         try:
             self._job.on_commit()
-        except (EmergencyCheckpointError, OSError) as error:
+        except Exception as error:  # Whatever it is, the others are to hear of the commit.
             told = PersistentStoreError(f"after the commit of {step}, old steps could not be deleted: {error}")
             self._errors.after_commit("retention", step, told, error)
         self._abandon_left()
@@ -43,7 +43,7 @@ class Aftermath:
             return
         try:
             self._job.after_commit()
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # The thread goes on, whatever the user's raises.
             told = EmergencyCheckpointError(
                 f"{step} was committed, but the callback after it failed: {type(error).__name__}: {error}"
             )
@@ -54,7 +54,7 @@ class Aftermath:
         for number, attempt in enumerate(some, 1):
             try:
                 self._job.abandon(attempt)
-            except (EmergencyCheckpointError, OSError) as error:
+            except Exception as error:
                 self._left += [*some[number:], attempt]
                 said = f"what {attempt} left is removed another time: {error}"
                 self._job.log.warning("drain", attempt.step, said)

@@ -45,7 +45,7 @@ class DrainErrors:
             self._told = {known for known in self._told if known[0] == step} | {key}
 
     def after_commit(
-        self, operation: str, step: StepId, told: EmergencyCheckpointError, cause: Exception
+        self, operation: str, step: StepId, told: EmergencyCheckpointError, cause: BaseException
     ) -> None:
         """Something failed after a commit, which stands."""
         told.__cause__ = cause

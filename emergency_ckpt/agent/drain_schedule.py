@@ -83,14 +83,14 @@ class DrainSchedule:
 
     def add(self, step: StepId, slot: int | None) -> None:
         """A step is to be drained, from a slot that is pinned. With the lock."""
-        if self.closed:
-            self.queue.unpin(slot)
-            raise EmergencyCheckpointError(f"{step} is not drained: {self.closed}")
         if step == self.running or step in self.queue:
             self.queue.unpin(slot)  # It is on its way.
             self._not_before = 0.0
         elif self.queue.is_over(step):
             self.queue.unpin(slot)  # This process learns late that it is complete.
+        elif self.closed:
+            self.queue.unpin(slot)
+            raise EmergencyCheckpointError(f"{step} is not drained: {self.closed}")
         else:
             self.queue.add(Waiting(step, slot))
             if self.failures:
@@ -154,11 +154,14 @@ class DrainSchedule:
         self.running, self.since = step, time.monotonic()
         return self.queue.take_step(step) or Waiting(step, None)
 
-    def drop(self, chosen: Waiting) -> None:
-        """What was taken is not drained: the attempt did not begin."""
+    def put_back(self, chosen: Waiting) -> None:
+        """What was taken waits as before, unless nothing does any more: the attempt did not begin."""
         with self.changed:
-            self.queue.unpin(chosen.slot)
             self.running = None
+            if self.closed:
+                self.queue.unpin(chosen.slot)
+            else:
+                self.queue.add(chosen)
             self.changed.notify_all()
 
     # How it ended.

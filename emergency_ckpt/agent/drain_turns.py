@@ -74,13 +74,18 @@ class Choosing(Turns):
             if self._words.is_urged(ordinal):
                 schedule.end_pause()
         try:
-            self._words.call(ordinal, chosen.step)
+            called = self._words.call(ordinal, chosen.step)
         except Exception as error:
-            schedule.drop(chosen)
+            schedule.put_back(chosen)
             if isinstance(error, EmergencyCheckpointError):
                 return None  # This process ends.
             raise
-        return chosen
+        if called == chosen.step:
+            return chosen
+        # The others heard of that one, by a call that seemed to have failed.
+        schedule.put_back(chosen)
+        with self._changed:
+            return schedule.take_step(called)
 
 
 class Listening(Turns):

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
 
-from emergency_ckpt.agent.drain import DrainJob, Verdict
+from emergency_ckpt.agent.drain import OVER, DrainJob, Verdict
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.errors import CoordinationTimeoutError, EmergencyCheckpointError
 from emergency_ckpt.persistent.attempts import Attempt
@@ -33,9 +33,9 @@ class DrainWords:
 
     # Which attempt is next.
 
-    def call(self, ordinal: int, step: StepId) -> None:
-        """In the committer. Raises EmergencyCheckpointError where this process ends first."""
-        self._insist(step, lambda: self._board.call(self._generation, ordinal, step))
+    def call(self, ordinal: int, step: StepId) -> StepId:
+        """In the committer; returns what stands. Raises EmergencyCheckpointError where this process ends."""
+        return self._insist(step, lambda: self._board.call(self._generation, ordinal, step))
 
     def hear(self, ordinal: int, *, expected: bool) -> StepId | None:
         """In the others: what the attempt with this number is for; None where that has not been said.
@@ -66,8 +66,9 @@ class DrainWords:
 
     def leave(self, ordinal: int) -> None:
         """In another process, as its last word: from this attempt on its part is waited for in vain."""
-        with contextlib.suppress(EmergencyCheckpointError):
-            self._board.leave(self._generation, ordinal)
+        with contextlib.suppress(Exception):  # Whatever it is, this process goes on to end.
+            if self._board.called(self._generation, ordinal) != OVER:
+                self._board.leave(self._generation, ordinal)
 
     # What became of an attempt.
 
@@ -76,7 +77,8 @@ class DrainWords:
         return self._insist(attempt.step_id, lambda: self._board.announce(attempt, verdict))
 
     def peek(self, attempt: Attempt) -> Verdict | None:
-        return self._board.peek(attempt)
+        """What stands by now. Raises EmergencyCheckpointError where this process ends first."""
+        return self._insist(attempt.step_id, lambda: self._board.peek(attempt))
 
     def await_verdict(self, attempt: Attempt) -> Verdict:
         """What the committer says of an attempt, however long he takes.
@@ -89,19 +91,30 @@ class DrainWords:
             try:
                 return self._insist(step, lambda: self._board.wait(attempt, limit))
             except CoordinationTimeoutError as error:
-                if self._closes(0.0) or self._insist(step, lambda: self._is_called(following)):
+                is_over = self._closes(0.0) or self._insist(step, lambda: self._is_called(following))
+                if (stands := self.peek(attempt)) is not None:
+                    return stands  # It came meanwhile.
+                if is_over:
                     raise
                 if not warned:
                     self._job.log.warning("drain", attempt.step, f"the committer is still at it: {error}")
                 warned = True
 
     def why_given_up(self, attempt: Attempt) -> str | None:
-        """Why the committer need not wait for the parts of others any more."""
-        stands = self._board.peek(attempt)
-        return stands.reason if stands else self.who_left(attempt)
+        """Why the committer need not wait for the parts of others any more, as far as that can be found out."""
+        with contextlib.suppress(EmergencyCheckpointError):  # It is asked for again.
+            stands = self._board.peek(attempt)
+            return stands.reason if stands else self._who_left(attempt)
+        return None
 
     def who_left(self, attempt: Attempt) -> str | None:
-        """Which processes take no part in this attempt, nor in a later one; None where all do."""
+        """Which processes take no part in this attempt, nor in a later one; None where all do.
+
+        Raises EmergencyCheckpointError where this process ends first.
+        """
+        return self._insist(attempt.step_id, lambda: self._who_left(attempt))
+
+    def _who_left(self, attempt: Attempt) -> str | None:
         left = self._board.left(self._generation)
         gone = sorted(process for process, ordinal in left.items() if ordinal <= attempt.ordinal)
         return f"processes {gone} have closed their managers, and write no part" if gone else None

@@ -132,6 +132,9 @@ class DrainWorker:
         """
         with self._changed:
             self._schedule.give_up(reason, step)
+            committed = self._newest_committed
+            if step is not None and committed is not None and committed.step == step:
+                self._newest_committed = None  # It may be gone, and what is saved anew is another one.
 
     # Waiting.
 
@@ -167,7 +170,7 @@ class DrainWorker:
             runs, listens = schedule.running is not None, not self._job.commits and schedule.expects
             first_without = schedule.ended + runs
             schedule.stop(_MANAGER_ENDS)
-        if not self._job.commits and (runs or listens):
+        if not self._job.commits:  # The committer may know of a step that this process has not been told of.
             self._words.leave(first_without)
         # The thread of a process that listens does so until the committer closes.
         self._thread.join(0.0 if runs or listens else 5.0)

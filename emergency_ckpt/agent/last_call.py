@@ -127,7 +127,7 @@ class LastCallSession:
                 try:
                     result = self._run()
                     done, came = result.ending in ("committed", "nothing_left"), result.reason
-                except EmergencyCheckpointError as error:
+                except Exception as error:  # Whatever it is, a notice that came meanwhile is met.
                     result, done, came = error, False, f"the newest step could not be drained: {error}"
                 if ended := self._ends(done=done):
                     if isinstance(result, FlushResult):

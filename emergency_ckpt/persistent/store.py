@@ -428,16 +428,21 @@ class PersistentStore:
     def check_generation(self, attempt: Attempt) -> None:
         """Raises StaleGenerationError unless the newest generation of the run makes this attempt.
 
-        A step of an earlier one is refused, too, once a restore has left it behind.
+        A step of an earlier one is refused, too, once a restore has left it behind. Raises PersistentStoreError
+        where nothing tells which is the newest: that may pass.
         """
         newest = self.newest_generation()
+        if newest is None:
+            raise PersistentStoreError(
+                f"{attempt} is refused: {self.files.locate()} has no record of any life of the run: it was "
+                "emptied, or is not mounted here"
+            )
         writer = attempt.by or attempt.generation
         mine = (writer.number, writer.nonce)
-        if newest is None or (newest.number, newest.nonce) != mine:
-            found = f"{newest.number} ({newest.nonce})" if newest else "no generation"
+        if (newest.number, newest.nonce) != mine:
             raise StaleGenerationError(
                 f"{attempt} is refused: it is of generation {writer.number}"
-                f" ({writer.nonce}), the newest in {self.files.locate()} is {found}."
+                f" ({writer.nonce}), the newest in {self.files.locate()} is {newest.number} ({newest.nonce})."
                 " Another job has taken over this directory; end this one."
             )
         if attempt.by is not None and is_void(attempt.step_id, self.activations()):

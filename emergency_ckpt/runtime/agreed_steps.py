@@ -176,6 +176,8 @@ class AgreedSteps:
         Raises PeerFailedError where the coordination service cannot be reached.
         """
         with self._looking:
+            if self._closed:
+                self.close()  # Where that could not be told, the others would wait for this process.
             self._post()
             told = self._coordinator.entries(_TOLD)
             notices = _notices_in(told)

@@ -352,10 +352,11 @@ class Engine:
                 self.job.log.warning("retention", None, f"datasets that may go stay for now: {error}")
                 return []
 
-        call = self._calls["committed"]
-        if self.job.leads and call > 1:
-            self.job.coordinator.delete(f"committed/{call - 1}")  # Nobody is two such calls behind.
-        return self._tell(self._call("committed"), find)
+        call, before = self._call("committed"), self._calls["committed"] - 2
+        if self.job.leads and before > 0:
+            with contextlib.suppress(EmergencyCheckpointError):
+                self.job.coordinator.delete(f"committed/{before}")  # Nobody is two such calls behind.
+        return self._tell(call, find)
 
     def _begin_without_restore(self) -> bool:
         """Agrees that this generation goes on from the newest step although its state was not restored here.
@@ -606,7 +607,8 @@ class Engine:
         self._workers.close()
         if job.leads:
             # All have taken part in the survey: nobody waits for a decision.
-            self._workers.decisions.forget_generation()
+            with contextlib.suppress(EmergencyCheckpointError):  # The others go on, whether keys stay or not.
+                self._workers.decisions.forget_generation()
         job.begin_generation(generation)
         work_on(job)
         self.survey = survey
@@ -654,7 +656,7 @@ class Engine:
         if self._closed:
             return
         self._closed = True
-        done = remaining() is None
+        done = False
         try:
             self._restorer.end_early()
             done = self._wait_within(remaining)

@@ -109,8 +109,9 @@ class Leaving:
         if self._step is None:
             assert self._reaction is not None
             return self._reaction
-        step, self._step = self._step, None
+        step = self._step
         left, raw, leaving = self._engine.tell_all("leaving", lambda: self._decide(step))
+        self._step = None  # Where that fails it is asked for again: all fail alike.
         decision = Decision(**raw)
         now = time.monotonic()
         self._reaction = _Reaction(step, decision, None if left is None else now + left, now)
@@ -174,7 +175,10 @@ class Leaving:
     def _await_durable(self, reaction: _Reaction) -> None:
         remaining, done = self.remaining(), False
         while not done and (remaining is None or remaining):
-            done = self._engine.wait_a_while(_LOOK if remaining is None else min(remaining, _LOOK))
+            look = _LOOK if remaining is None else min(remaining, _LOOK)
+            until = time.monotonic() + look.total_seconds()
+            if not (done := self._engine.wait_a_while(look)):
+                time.sleep(max(until - time.monotonic(), 0.0))  # What failed at once is tried once a look.
             remaining = self.remaining()
         if self._engine.job.leads:
             persistent, complete = self._engine.newest_persistent, self._engine.newest_on_ramdisks

@@ -57,7 +57,8 @@ class Notices:
         self._host: HostAgent | None = None
         self._process = 0
         self._stop = threading.Event()
-        self._fresh = threading.Event()
+        self._fresh = threading.Event()  # something to look for
+        self._untold = threading.Event()  # something to tell the agent
         self._signals: Signals | None = None
         self._watch: Watch | None = None
         self._threads: list[threading.Thread] = []
@@ -104,13 +105,16 @@ class Notices:
         with self._guard:
             self._process, self._host = process, host
             self._log, self._steps = log, steps
-            self._write()
             early, self._early = self._early, []
+            if host is None:
+                self._unpassed.clear()
+        self._write()
         for notice in early:
             self._tell(steps, log, notice)
         self._run("looking", self._look, steps, log)
         if host is not None:
             self._run("notices", self._keep, host, alone is not None, log)
+            self._run("passing on", self._pass_on, host)
         elif alone is not None:
             self._watch = Watch(choose_sources(alone), self.hear)
 
@@ -124,6 +128,7 @@ class Notices:
         deadline = time.monotonic() + (_CLOSE_SECONDS if limit is None else limit.total_seconds())
         self._stop.set()
         self._fresh.set()
+        self._untold.set()
         if self._signals is not None:
             self._signals.close()
         if self._watch is not None:
@@ -168,8 +173,9 @@ class Notices:
     def _to_agent(self, notice: JobNotice) -> None:
         if notice.notice.kind == "terminate":
             with self._guard:
-                self._unpassed.append(notice)
-            self._fresh.set()
+                if self._host is not None or self._log is None:  # Before `begin` nobody knows.
+                    self._unpassed.append(notice)
+            self._untold.set()
 
     # Threads.
 
@@ -192,9 +198,9 @@ class Notices:
                 return
 
     def _look(self, steps: AgreedSteps, log: CheckpointLogger) -> None:
-        """Looks for what other processes heard, does this one's part of agreeing on a step, tells the agent."""
+        """Looks for what other processes heard, and does this one's part of agreeing on a step."""
         share = steps.process_count / _PROCESSES_PER_SECOND
-        failures, trouble = 0, Trouble()
+        trouble = Trouble()
         while not self._stop.is_set():
             pause = max(_LOOK_SECONDS, share)
             try:
@@ -204,10 +210,9 @@ class Notices:
             except Exception as error:  # The others wait for this process, whatever it is.
                 if trouble.is_new(_said(error)) and not self._stop.is_set():
                     log.warning("preemption", None, f"what others hear of is not known for now: {_said(error)}")
-            self._fresh.clear()
-            failures = failures + 1 if self._pass_on(is_last=failures + 1 >= _PASS_ON_TRIES) else 0
             if not self._stop.is_set():
                 self._fresh.wait(pause)
+            self._fresh.clear()
 
     def _look_once(self, steps: AgreedSteps, log: CheckpointLogger) -> bool:
         """Whether the next look is to come soon."""
@@ -229,14 +234,21 @@ class Notices:
                 log.warning("preemption", None, f"{who} of the job heard from {found.notice}")
                 self._to_agent(found)
 
-    def _pass_on(self, is_last: bool) -> bool:
-        """Tells the agent of this host what it does not know; whether it could not be told."""
+    def _pass_on(self, host: HostAgent) -> None:
+        """Tells the agent of this host what it does not know. Others wait for a look, not for an agent."""
+        failures = 0
+        while not self._stop.is_set():
+            self._untold.wait(_LOOK_SECONDS)
+            self._untold.clear()
+            failures = failures + 1 if self._pass_all_on(host, is_last=failures + 1 >= _PASS_ON_TRIES) else 0
+
+    def _pass_all_on(self, host: HostAgent, *, is_last: bool) -> bool:
+        """Whether it is to be tried again."""
         with self._guard:
-            host, waiting = self._host, tuple(self._unpassed)
+            waiting = tuple(self._unpassed)
         for notice in waiting:
             try:
-                if host is not None:
-                    host.pass_on(notice.notice, notice.process)
+                host.pass_on(notice.notice, notice.process)
             except Exception as error:
                 if not is_last:
                     return True
@@ -248,13 +260,16 @@ class Notices:
     def _say(self, line: str) -> None:
         with self._guard:
             self._unlogged.append(line)
-            self._write()
+        self._write()
 
     def _write(self) -> None:
-        if self._log is not None:
-            for line in self._unlogged:
-                self._log.warning("preemption", None, line)
-            self._unlogged.clear()
+        """Without the lock: whoever gets lines of the log may ask what was heard."""
+        with self._guard:
+            if (log := self._log) is None:
+                return
+            lines, self._unlogged = self._unlogged, []
+        for line in lines:
+            log.warning("preemption", None, line)
 
 
 def _said(error: Exception) -> str:

@@ -22,9 +22,12 @@ from emergency_ckpt.agent.client import PeerClient
 from emergency_ckpt.agent.connection import PeerConnection
 from emergency_ckpt.agent.counters import Counters
 from emergency_ckpt.agent.endpoint import Endpoint
+from emergency_ckpt.agent.last_call import LastCallSession
+from emergency_ckpt.agent.leading import FlushResult
 from emergency_ckpt.agent.orders import Registration
 from emergency_ckpt.agent.progress import ProgressBoard
 from emergency_ckpt.agent.trainers import Trainers
+from emergency_ckpt.core.last_call import Estimate
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.errors import PeerUnavailableError
 from emergency_ckpt.persistent.store import PersistentStore
@@ -361,6 +364,37 @@ def test_a_notice_that_comes_while_a_call_leads_that_fails_is_met_by_another_one
         slow.goes_on.set()
         job.wait_for(lambda: StepId(1, 9) in job.committed)
     assert "step 7 (generation 1) was not committed" in job.log
+
+
+class Broken(LastCallSession):
+    """Ends by what nobody thought of while it leads, and a notice comes then."""
+
+    calls = 0
+
+    def _run(self) -> FlushResult:
+        self.calls += 1
+        if self.calls > 1:
+            return FlushResult("committed", "the other one")
+        self._state = "leading"
+        assert self.hurry(time.monotonic() + 60)
+        raise KeyError("7")
+
+
+def test_a_notice_that_comes_while_a_call_leads_is_met_however_that_ends(job: Job) -> None:
+    own = Endpoint("127.0.0.1", 1, "token")
+    registration = Registration(job.destination, 0, (own,), flush=True)
+    session = Broken(
+        registration,
+        Trainers(),
+        own,
+        own.host,
+        threading.Event(),
+        time.monotonic(),
+        lambda: Estimate(1.0, "measured"),
+        lambda: [],
+    )
+    assert session.run().reason == "the other one"
+    assert session.report() is not None
 
 
 def test_a_host_that_dies_with_its_store_standing_still_comes_back_to_the_step_before(

@@ -15,9 +15,10 @@ from jax.sharding import Mesh
 
 from emergency_ckpt import CheckpointManager, Config
 from emergency_ckpt.agent import draining
-from emergency_ckpt.errors import LocalDirectoryError, NoRestorableStepError
+from emergency_ckpt.errors import LocalDirectoryError, NoRestorableStepError, StorePermissionError
 from emergency_ckpt.preemption.notice import Notice
-from tests.manager.states import make_state
+from emergency_ckpt.runtime import leaving
+from tests.manager.states import Unreliable, make_state
 
 
 def make_config(tmp_path: Path, ramdisk: Path, **flags: Any) -> Config:
@@ -254,3 +255,30 @@ def test_a_process_that_is_alone_hears_signals_itself(mesh: Mesh, ramdisk: Path,
         CheckpointManager.from_config(failing, mesh, make_state(mesh, 0))
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("emergency_ckpt")]
+
+
+def test_a_store_that_refuses_at_once_is_not_asked_without_a_pause_while_the_job_leaves(
+    mesh: Mesh, ramdisk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Unreliable(monkeypatch, draining, "write_part", StorePermissionError("no"), times=10**9)
+    config = make_config(tmp_path, ramdisk, local_checkpoint_period=1, checkpoint_period=1)
+    manager = CheckpointManager.from_config(config, mesh, make_state(mesh, 0))
+    manager._notices.hear(Notice("file", "terminate", time.time(), time.time() + 6))
+    assert manager.save(1, make_state(mesh, 1))
+    assert manager.should_exit
+    assert 1 <= manager.metrics_snapshot()["drains_failed"] <= 10
+    with pytest.raises(StorePermissionError):
+        manager.close()
+
+
+def test_a_decision_that_failed_is_made_when_the_step_is_saved_again(
+    mesh: Mesh, ramdisk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(tmp_path, ramdisk, local_checkpoint_period=1000, checkpoint_period=1000)
+    with CheckpointManager.from_config(config, mesh, make_state(mesh, 0)) as manager:
+        manager._notices.hear(Notice("file", "terminate", time.time(), time.time() + 60))
+        Unreliable(monkeypatch, leaving, "decide", ArithmeticError("no"))
+        with pytest.raises(ArithmeticError):
+            manager.save(1, make_state(mesh, 1))
+        assert manager.save(1, make_state(mesh, 1))
+        assert manager.should_exit

@@ -17,7 +17,9 @@ from orbax import checkpoint as ocp
 from emergency_ckpt import CheckpointManager
 from emergency_ckpt.agent import draining
 from emergency_ckpt.core.retrying import Pauses
-from emergency_ckpt.errors import CoordinationTimeoutError, PersistentStoreError
+from emergency_ckpt.errors import CoordinationTimeoutError, PeerFailedError, PersistentStoreError
+from emergency_ckpt.runtime.decisions import ToldDecisions
+from emergency_ckpt.runtime.workers import Workers
 from tests.manager.states import Opener, Unreliable, assert_same, make_state, save_all
 
 
@@ -98,6 +100,18 @@ def test_a_step_that_is_deleted_is_not_tried_again(
     assert committed(tmp_path) == [5]
 
 
+def test_the_last_step_is_not_there_because_it_was_before_it_was_deleted(
+    manager: CheckpointManager, mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_all(manager, mesh, range(2, 6))
+    manager.delete(5)
+    with full_disk(monkeypatch), pytest.raises(PersistentStoreError, match="disk full"):
+        manager.finish(5, make_state(mesh, 5))
+    assert committed(tmp_path) == [2]
+    manager.finish(5, make_state(mesh, 5))
+    assert committed(tmp_path) == [2, 5]
+
+
 def test_a_restore_ends_the_tries_and_the_next_step_that_is_due_is_drained(
     manager: CheckpointManager, mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,6 +123,20 @@ def test_a_restore_ends_the_tries_and_the_next_step_that_is_due_is_drained(
     assert committed(tmp_path) == []
     save_all(manager, mesh, range(6, 11))
     assert committed(tmp_path) == [6, 10], "the persistent tier has none yet, so that the first one is due"
+
+
+def test_keys_of_before_that_cannot_be_deleted_put_process_0_out_of_step_with_nobody(
+    manager: CheckpointManager, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = manager._engine
+    save_all(manager, mesh, range(2, 6))
+    Unreliable(monkeypatch, ToldDecisions, "forget_generation", PeerFailedError("lost"))
+    assert_same(manager.restore(None).state, make_state(mesh, 5))
+    assert manager.generation == 2
+    for _ in range(2):
+        assert engine.persistent_numbers() == [2, 5]
+    Unreliable(monkeypatch, type(engine.job.coordinator), "delete", PeerFailedError("lost"))
+    assert engine.persistent_numbers() == [2, 5]
 
 
 def test_who_waits_in_vain_is_told_what_is_being_drained(
@@ -125,6 +153,20 @@ def test_who_waits_in_vain_is_told_what_is_being_drained(
         with pytest.raises(CoordinationTimeoutError, match=r"after 0 s: step 5 \(generation 1\) waits"):
             manager.wait_until_finished()
     worker.release()
+
+
+def test_who_closes_without_having_waited_to_the_end_says_no_goodbye_to_the_agent(
+    opened: Opener, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager: Any = opened()
+    save_all(manager, mesh, range(2, 6))
+    peers, said = manager._engine.job.peers, []
+    with monkeypatch.context() as failing:
+        Unreliable(failing, Workers, "wait", CoordinationTimeoutError("drains were still running"))
+        failing.setattr(peers, "close", lambda *, is_done, limit: said.append(is_done))
+        with pytest.raises(CoordinationTimeoutError):
+            manager.close()
+    assert said == [False]
 
 
 def test_closing_in_an_outage_ends_after_one_more_try(

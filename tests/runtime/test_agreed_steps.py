@@ -206,3 +206,20 @@ def test_a_process_alone_reacts_at_its_next_step() -> None:
     assert not part.reached(6)
     part.post(SAVE, 0)
     assert part.reached(9)
+
+
+@pytest.mark.parametrize("leaving", [0, 1])
+def test_who_could_not_say_that_it_leaves_says_so_at_its_next_look(leaving: int) -> None:
+    jobs = Jobs(2, 1)
+    other = jobs.parts[1 - leaving]
+    jobs.services[leaving].faults.append("refused")
+    with pytest.raises(PeerFailedError):
+        jobs.parts[leaving].close()
+    other.post(LEAVE, 1 - leaving)
+    other.look()
+    assert other.holds
+    jobs.parts[leaving].look()
+    other.look()
+    assert not other.holds
+    assert not other.reached(1)
+    assert [part.take_trouble() for part in jobs.parts] == ["", ""]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from typing import Literal
+from typing import Literal, cast
 
 import pytest
 
-from emergency_ckpt.jaxio.coordination import SingleProcess
+from emergency_ckpt.agent.host_agent import HostAgent
+from emergency_ckpt.jaxio.coordination import InMemoryCluster, SingleProcess
 from emergency_ckpt.preemption.notice import Notice, new_id
 from emergency_ckpt.runtime.agreed_steps import AgreedSteps
 from emergency_ckpt.runtime.jax_signal import JaxSignal
@@ -111,3 +113,63 @@ def test_a_request_that_hangs_does_not_keep_a_job_that_has_no_time() -> None:
     process.notices.close(timedelta(seconds=0.1))
     assert not over.is_set()
     released.set()
+
+
+class HangingAgent:
+    """Takes no notice before `goes_on`."""
+
+    def __init__(self) -> None:
+        self.asked, self.goes_on = threading.Event(), threading.Event()
+
+    def hold_on(self, *, starts: bool) -> None: ...
+
+    def pass_on(self, notice: Notice, process: int | None) -> None:
+        self.asked.set()
+        assert self.goes_on.wait(60)
+
+
+def test_an_agent_that_hangs_does_not_hold_up_the_step_that_all_agree_on() -> None:
+    cluster, agent = InMemoryCluster(2), HangingAgent()
+    leader, other = (AgreedSteps(cluster.coordinator(process), timedelta(seconds=60)) for process in (0, 1))
+    notices = Notices(None, GRACE)
+    notices.begin(
+        leader, 0, cast(HostAgent, agent), None, CheckpointLogger(LogContext(None, 1, 0, 0), Metrics())
+    )
+    try:
+        other.post(Notice("file", "terminate", NOW, NOW + 60), 1)
+        assert agent.asked.wait(20)
+        deadline = time.monotonic() + 10
+        while other.look() or other.holds:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert leader.reached(1)
+        assert other.reached(1)
+    finally:
+        agent.goes_on.set()
+        notices.close()
+
+
+class Asking(logging.Handler):
+    """Of the user: with each line it asks what was heard."""
+
+    def __init__(self, notices: Notices) -> None:
+        super().__init__()
+        self._notices = notices
+
+    def emit(self, record: logging.LogRecord) -> None:
+        assert self._notices.heard == ()
+
+
+def test_who_gets_lines_of_the_log_may_ask_what_was_heard() -> None:
+    process = Process()
+    process.begin()
+    handler = Asking(process.notices)
+    logging.getLogger("absl").addHandler(handler)
+    try:
+        saying = threading.Thread(target=process.notices._say, args=("a handler was replaced",), daemon=True)
+        saying.start()
+        saying.join(10)
+        assert not saying.is_alive()
+    finally:
+        logging.getLogger("absl").removeHandler(handler)
+    process.notices.close()
