@@ -23,11 +23,11 @@ from emergency_ckpt.cli.planning.report import (
 )
 from emergency_ckpt.cli.planning.request import MEASURABLE, Asked, read_request
 from emergency_ckpt.config import load_config
-from emergency_ckpt.core.job_plan import JobPlan, make_plan, policies
+from emergency_ckpt.core.forecast.job_plan import JobPlan, make_plan, policies
+from emergency_ckpt.core.forecast.plan_request import check_step_seconds
+from emergency_ckpt.core.forecast.simulation import Simulated, compare
+from emergency_ckpt.core.forecast.sizing import BUFFER, BYTES_PER_PARAMETER, quantity
 from emergency_ckpt.core.machines import MACHINES
-from emergency_ckpt.core.plan_request import check_step_seconds
-from emergency_ckpt.core.simulation import Simulated, compare
-from emergency_ckpt.core.sizing import BUFFER, BYTES_PER_PARAMETER, quantity
 from emergency_ckpt.errors import ConfigError
 
 _DESCRIPTION = """\

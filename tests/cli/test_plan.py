@@ -19,7 +19,7 @@ from emergency_ckpt.cli.planning.quantities import parse_bytes, parse_count
 from emergency_ckpt.cli.planning.report import flags_line
 from emergency_ckpt.cli.planning.request import read_request
 from emergency_ckpt.config import load_config
-from emergency_ckpt.core.job_plan import make_plan
+from emergency_ckpt.core.forecast.job_plan import make_plan
 from emergency_ckpt.errors import ConfigError
 from tests.test_import_rules import run_command
 

@@ -8,15 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emergency_ckpt.core.failures import HOUR, FailureModel
-from emergency_ckpt.core.intervals import (
+from emergency_ckpt.core.forecast.failures import HOUR, FailureModel
+from emergency_ckpt.core.forecast.intervals import (
     TwoTiers,
     daly,
     effective_time_ratio,
     exact_wall_seconds,
     young,
 )
-from emergency_ckpt.core.job_shape import JobShape
+from emergency_ckpt.core.forecast.job_shape import JobShape
 from emergency_ckpt.errors import ConfigError
 
 NEVER = math.inf

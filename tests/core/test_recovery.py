@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from emergency_ckpt.core.forecast.job_shape import JobShape, Protection, layouts_of
+from emergency_ckpt.core.forecast.recovery import PlannedRecovery, Restored, Source
+from emergency_ckpt.core.forecast.simulated_policies import OrbaxEmergency
 from emergency_ckpt.core.inventory import Holding, Inventory
-from emergency_ckpt.core.job_shape import JobShape, Protection, layouts_of
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.core.planner import Planner
-from emergency_ckpt.core.recovery import PlannedRecovery, Restored, Source
-from emergency_ckpt.core.simulated_policies import OrbaxEmergency
 from emergency_ckpt.core.storage import either
 
 

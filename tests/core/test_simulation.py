@@ -10,19 +10,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emergency_ckpt.core.failures import Failure, FailureModel, Kind, failure_trace
-from emergency_ckpt.core.intervals import exact_wall_seconds
-from emergency_ckpt.core.job_shape import JobShape, Protection
-from emergency_ckpt.core.recovery import PlannedRecovery, Source
-from emergency_ckpt.core.save_costs import Costs
-from emergency_ckpt.core.simulated_policies import (
+from emergency_ckpt.core.forecast.failures import Failure, FailureModel, Kind, failure_trace
+from emergency_ckpt.core.forecast.intervals import exact_wall_seconds
+from emergency_ckpt.core.forecast.job_shape import JobShape, Protection
+from emergency_ckpt.core.forecast.recovery import PlannedRecovery, Source
+from emergency_ckpt.core.forecast.save_costs import Costs
+from emergency_ckpt.core.forecast.simulated_policies import (
     OrbaxEmergency,
     PersistentOnly,
     Policy,
     ThisPackage,
     two_tiers,
 )
-from emergency_ckpt.core.simulation import Periods, compare, gain, interval, simulate
+from emergency_ckpt.core.forecast.simulation import Periods, compare, gain, interval, simulate
 
 NEVER = math.inf
 DAY = 86400.0

@@ -6,9 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emergency_ckpt.core.job_shape import JobShape, Protection, layouts_of, stored_share
-from emergency_ckpt.core.machines import MIB
-from emergency_ckpt.core.sizing import (
+from emergency_ckpt.core.forecast.job_shape import JobShape, Protection, layouts_of, stored_share
+from emergency_ckpt.core.forecast.sizing import (
     Ramdisk,
     evenly_sharded,
     host_memory,
@@ -16,7 +15,8 @@ from emergency_ckpt.core.sizing import (
     round_up,
     slots_wanted,
 )
-from emergency_ckpt.core.storage_cost import OBJECT_BYTES, PRICES, monthly_cost, requests_of_save
+from emergency_ckpt.core.forecast.storage_cost import OBJECT_BYTES, PRICES, monthly_cost, requests_of_save
+from emergency_ckpt.core.machines import MIB
 from emergency_ckpt.errors import ConfigError
 from emergency_ckpt.persistent import arrays
 

@@ -14,10 +14,10 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from emergency_ckpt.core.job_shape import JobShape, Protection
+from emergency_ckpt.core.forecast.job_shape import JobShape, Protection
+from emergency_ckpt.core.forecast.sizing import StateSize, evenly_sharded
 from emergency_ckpt.core.layout import Layout, LeafSpec
 from emergency_ckpt.core.shards import Box, dtype_of
-from emergency_ckpt.core.sizing import StateSize, evenly_sharded
 from emergency_ckpt.core.storage import storage_layout
 from emergency_ckpt.errors import ConfigError, EmergencyCheckpointError
 

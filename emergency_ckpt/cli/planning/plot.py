@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from emergency_ckpt.cli.planning.report import ASSUMED_BY_SIMULATION
 from emergency_ckpt.cli.planning.request import Asked
-from emergency_ckpt.core.simulation import Simulated, gain
+from emergency_ckpt.core.forecast.simulation import Simulated, gain
 
 _SHARES = (
     ("useful", "progress", "#2a7f4f"),

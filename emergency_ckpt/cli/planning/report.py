@@ -15,12 +15,12 @@ from emergency_ckpt.cli.planning.request import Asked, backup_steps
 from emergency_ckpt.config import Config
 from emergency_ckpt.config.load import is_given
 from emergency_ckpt.config.values import stands_for_itself
-from emergency_ckpt.core.job_plan import JobPlan
+from emergency_ckpt.core.forecast.job_plan import JobPlan
+from emergency_ckpt.core.forecast.recovery import Source
+from emergency_ckpt.core.forecast.simulation import Interval, Simulated, gain
+from emergency_ckpt.core.forecast.sizing import quantity
+from emergency_ckpt.core.forecast.storage_cost import requests_of_save
 from emergency_ckpt.core.machines import MIB
-from emergency_ckpt.core.recovery import Source
-from emergency_ckpt.core.simulation import Interval, Simulated, gain
-from emergency_ckpt.core.sizing import quantity
-from emergency_ckpt.core.storage_cost import requests_of_save
 from emergency_ckpt.telemetry.units import format_bytes, format_seconds
 
 PLACEHOLDERS = {

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from emergency_ckpt.cli.planning.quantities import parse_bytes, parse_count
 from emergency_ckpt.config import Config
 from emergency_ckpt.config.load import is_given
-from emergency_ckpt.core.failures import FailureModel
-from emergency_ckpt.core.job_shape import JobShape, Protection
+from emergency_ckpt.core.forecast.failures import FailureModel
+from emergency_ckpt.core.forecast.job_shape import JobShape, Protection
+from emergency_ckpt.core.forecast.plan_request import Request
+from emergency_ckpt.core.forecast.save_costs import DRAIN_SLOWS, Costs, Rates, assumed_costs
+from emergency_ckpt.core.forecast.sizing import StateSize, evenly_sharded, host_memory
+from emergency_ckpt.core.forecast.storage_cost import PRICES
 from emergency_ckpt.core.machines import MACHINES, Machine, find_machine
-from emergency_ckpt.core.plan_request import Request
-from emergency_ckpt.core.save_costs import DRAIN_SLOWS, Costs, Rates, assumed_costs
-from emergency_ckpt.core.sizing import StateSize, evenly_sharded, host_memory
-from emergency_ckpt.core.storage_cost import PRICES
 from emergency_ckpt.core.tpu_types import tpu_type
 from emergency_ckpt.errors import ConfigError
 

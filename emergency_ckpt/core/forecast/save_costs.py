@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from emergency_ckpt.core.failures import Kind
-from emergency_ckpt.core.job_shape import JobShape
-from emergency_ckpt.core.sizing import StateSize
+from emergency_ckpt.core.forecast.failures import Kind
+from emergency_ckpt.core.forecast.job_shape import JobShape
+from emergency_ckpt.core.forecast.sizing import StateSize
 from emergency_ckpt.errors import ConfigError
 
 

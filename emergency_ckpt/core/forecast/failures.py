@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from emergency_ckpt.core.job_shape import JobShape
+from emergency_ckpt.core.forecast.job_shape import JobShape
 from emergency_ckpt.errors import ConfigError
 
 HOUR = 3600.0

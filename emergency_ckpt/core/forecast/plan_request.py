@@ -9,12 +9,12 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-from emergency_ckpt.core.failures import FailureModel
-from emergency_ckpt.core.job_shape import JobShape, Protection, stored_share
+from emergency_ckpt.core.forecast.failures import FailureModel
+from emergency_ckpt.core.forecast.job_shape import JobShape, Protection, stored_share
+from emergency_ckpt.core.forecast.save_costs import Costs
+from emergency_ckpt.core.forecast.sizing import BUFFER, HostMemory, Ramdisk, StateSize, quantity, slots_wanted
+from emergency_ckpt.core.forecast.storage_cost import Prices
 from emergency_ckpt.core.machines import MIB
-from emergency_ckpt.core.save_costs import Costs
-from emergency_ckpt.core.sizing import BUFFER, HostMemory, Ramdisk, StateSize, quantity, slots_wanted
-from emergency_ckpt.core.storage_cost import Prices
 from emergency_ckpt.core.tpu_types import slice_with
 from emergency_ckpt.errors import ConfigError
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from emergency_ckpt.core.job_shape import JobShape, Protection, host_bytes, stored_share
+from emergency_ckpt.core.forecast.job_shape import JobShape, Protection, host_bytes, stored_share
 from emergency_ckpt.core.machines import GIB, MIB, gke_reserved_bytes
 
 BYTES_PER_PARAMETER = 12

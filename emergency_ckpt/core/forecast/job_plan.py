@@ -11,12 +11,12 @@ import functools
 import math
 from collections.abc import Iterator
 
-from emergency_ckpt.core.failures import Kind
-from emergency_ckpt.core.intervals import TwoTiers, daly, young
-from emergency_ckpt.core.job_shape import JobShape
-from emergency_ckpt.core.plan_request import Request, too_large
-from emergency_ckpt.core.recovery import PlannedRecovery, Source
-from emergency_ckpt.core.simulated_policies import (
+from emergency_ckpt.core.forecast.failures import Kind
+from emergency_ckpt.core.forecast.intervals import TwoTiers, daly, young
+from emergency_ckpt.core.forecast.job_shape import JobShape
+from emergency_ckpt.core.forecast.plan_request import Request, too_large
+from emergency_ckpt.core.forecast.recovery import PlannedRecovery, Source
+from emergency_ckpt.core.forecast.simulated_policies import (
     OrbaxEmergency,
     PersistentOnly,
     Policy,
@@ -25,9 +25,9 @@ from emergency_ckpt.core.simulated_policies import (
     restore_seconds,
     two_tiers,
 )
-from emergency_ckpt.core.simulation import Periods
-from emergency_ckpt.core.sizing import BUFFER, Ramdisk, slots_wanted
-from emergency_ckpt.core.storage_cost import MonthlyCost, monthly_cost
+from emergency_ckpt.core.forecast.simulation import Periods
+from emergency_ckpt.core.forecast.sizing import BUFFER, Ramdisk, slots_wanted
+from emergency_ckpt.core.forecast.storage_cost import MonthlyCost, monthly_cost
 from emergency_ckpt.errors import ConfigError
 
 LONGEST_PERIOD = 86400.0

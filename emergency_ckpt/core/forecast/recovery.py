@@ -12,8 +12,8 @@ import enum
 from collections.abc import Collection, Sequence
 
 from emergency_ckpt.core.copies import Survivable, survivable
+from emergency_ckpt.core.forecast.job_shape import JobShape, Protection, layouts_of
 from emergency_ckpt.core.inventory import Holding, Inventory
-from emergency_ckpt.core.job_shape import JobShape, Protection, layouts_of
 from emergency_ckpt.core.layout import Layout, LeafSpec
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.core.planner import Planner

@@ -9,11 +9,11 @@ import dataclasses
 from collections.abc import Collection
 from typing import Protocol
 
-from emergency_ckpt.core.failures import Failure, FailureModel, Kind, hosts_lost
-from emergency_ckpt.core.intervals import TwoTiers
-from emergency_ckpt.core.job_shape import JobShape
-from emergency_ckpt.core.recovery import PlannedRecovery, Restored, Source
-from emergency_ckpt.core.save_costs import Costs
+from emergency_ckpt.core.forecast.failures import Failure, FailureModel, Kind, hosts_lost
+from emergency_ckpt.core.forecast.intervals import TwoTiers
+from emergency_ckpt.core.forecast.job_shape import JobShape
+from emergency_ckpt.core.forecast.recovery import PlannedRecovery, Restored, Source
+from emergency_ckpt.core.forecast.save_costs import Costs
 
 
 class Policy(Protocol):

@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from emergency_ckpt.core.failures import Failure, FailureModel, failure_trace, hosts_lost
-from emergency_ckpt.core.job_shape import JobShape
-from emergency_ckpt.core.recovery import Source
-from emergency_ckpt.core.save_costs import Costs
-from emergency_ckpt.core.simulated_policies import (
+from emergency_ckpt.core.forecast.failures import Failure, FailureModel, failure_trace, hosts_lost
+from emergency_ckpt.core.forecast.job_shape import JobShape
+from emergency_ckpt.core.forecast.recovery import Source
+from emergency_ckpt.core.forecast.save_costs import Costs
+from emergency_ckpt.core.forecast.simulated_policies import (
     Policy,
     local_cost,
     persistent_cost,
