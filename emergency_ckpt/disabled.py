@@ -81,6 +81,9 @@ class DisabledCheckpointManager(CheckpointManager):
     def finish(self, step: int, state: Any, *, extras: Mapping[str, Any] | None = None) -> None:
         pass
 
+    def persist_newest(self) -> None:
+        pass
+
     def restore(self, step: int | None, args: Any = None) -> Any:
         raise NoRestorableStepError("nothing is saved or restored: enable_checkpointing is False")
 

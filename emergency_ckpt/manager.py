@@ -429,6 +429,19 @@ class CheckpointManager(ocp.AbstractCheckpointManager, epy.ContextManager):
         self._datasets.save(step, state, None, is_new)
         self._datasets.wait()
 
+    @_without_progress
+    def persist_newest(self) -> None:
+        """Takes the newest complete step of this life to the persistent tier, and waits for that. Collective.
+
+        For programs that end without `finish`. Nothing is done where it is there already, and where nothing was
+        saved since the start or the restore. Raises what `wait_until_finished` raises.
+        """
+        self._engine.wait()
+        newest = self._engine.newest_complete
+        if newest is not None and self._settings.schedule.persistent is not None:
+            self._engine.drain_complete(newest.step, self._settings.coordination_timeout)
+        self.wait_until_finished()
+
     def _due(self, step: int, force: bool) -> Due:
         self._progress.note(step)
         preempted = self._settings.save_on_preemption and self._leaving.reached(step)

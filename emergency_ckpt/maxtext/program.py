@@ -82,14 +82,17 @@ def run_program(words: Sequence[str]) -> NoReturn:
 def leave() -> int:
     """Closes the managers that MaxText made, and says with which code its program is to end. Collective.
 
-    That is `preemption_exit_code` where the job left because hosts of it go away, and 0 otherwise. Raises what
-    `CheckpointManager.close` raises.
+    That is `preemption_exit_code` where the job left because hosts of it go away. Otherwise it is 0, and the
+    newest step is made persistent: MaxText saves no last step that is on the ramdisks already. Raises what
+    `CheckpointManager.persist_newest` and `close` raise.
     """
     code = 0
     while _made:
         manager = _made.pop()
         if manager.should_exit:
             code = manager.exit_code
+        else:
+            manager.persist_newest()
         manager.close()
     return code
 

@@ -293,6 +293,7 @@ class LosingStore(Proxy):
         return lost
 
 
+@pytest.mark.long
 def test_where_a_commit_is_not_heard_of_the_next_try_finds_it(
     disk: Ramdisk, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,6 +75,7 @@ def test_declared_extras_come_back_on_another_number_of_processes(
     check_shared(told["failing"][1], 14)
 
 
+@pytest.mark.long
 def test_extras_that_nobody_has_any_more_are_named_by_their_owners(ramdisk: Path) -> None:
     """Each of four slices holds the whole state; process 0 keeps the extras of 0, 2 and 3."""
     told = told_by(

@@ -72,6 +72,7 @@ def test_the_job_comes_back_from_the_step_of_the_notice_wherever_that_meets_it(r
     assert_goes_on_from(ramdisk, left_at, 2)
 
 
+@pytest.mark.long
 def test_a_wish_for_a_save_is_met_each_time_and_a_notice_after_it_still_counts(ramdisk: Path) -> None:
     notice = ramdisk / "notice"
     flags: dict[str, Any] = {

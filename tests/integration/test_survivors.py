@@ -83,6 +83,7 @@ def test_every_loss_that_leaves_each_shard_somewhere_is_made_good_by_the_survivo
             assert counters["fetched_bytes"] == fetched, (name, process)
 
 
+@pytest.mark.long
 def test_a_loss_of_all_copies_of_a_shard_falls_back_to_the_persistent_step(ramdisk: Path) -> None:
     (life,) = lives_after(ramdisk, 2, 2, [[1, 3]]).values()
     assert [r["start"] for r in life] == [10] * 4
@@ -92,8 +93,8 @@ def test_a_loss_of_all_copies_of_a_shard_falls_back_to_the_persistent_step(ramdi
 @pytest.mark.parametrize(
     ("before", "after", "copies"),
     [
-        ((1, 2), (2, 2), 1),
         ((2, 2), (1, 4), 2),
+        pytest.param((1, 2), (2, 2), 1, marks=pytest.mark.long),
         pytest.param((2, 2), (1, 2), 1, marks=pytest.mark.long),
         pytest.param((1, 4), (2, 2), 1, marks=pytest.mark.long),
     ],
@@ -142,6 +143,7 @@ def test_slices_keep_copies_for_each_other_where_the_state_is_sharded_over_them_
         assert {r["counters"]["survives_slice_losses"] for r in life} == {1}
 
 
+@pytest.mark.long
 def test_without_copies_the_loss_of_a_host_of_such_a_state_costs_its_newest_step(ramdisk: Path) -> None:
     (life,) = lives_after(ramdisk, 2, 2, [[3]], cut="all").values()
     assert [r["start"] for r in life] == [10] * 4

@@ -382,3 +382,18 @@ def test_a_state_of_another_shape_names_every_leaf_that_differs(
     assert "a: saved float32[4], wanted float32[5]" in str(caught.value)
     assert "b: saved float32[3], wanted int32[3]" in str(caught.value)
     assert "c:" not in str(caught.value)
+
+
+def test_the_newest_step_is_made_persistent_on_request_and_once(
+    opened: Opener, mesh: Mesh, tmp_path: Path
+) -> None:
+    manager = opened()
+    manager.persist_newest()  # There is none yet.
+    save_all(manager, mesh, range(1, 5))
+    assert [path.name for path in (tmp_path / "bucket").iterdir() if path.name.isdigit()] == ["1"]
+    manager.persist_newest()
+    committed = manager.metrics_snapshot()["drains_committed"]
+    assert sorted(path.name for path in (tmp_path / "bucket").iterdir() if path.name.isdigit()) == ["1", "4"]
+    manager.persist_newest()
+    assert manager.metrics_snapshot()["drains_committed"] == committed
+    assert_same(manager.restore(4).state, make_state(mesh, 4))

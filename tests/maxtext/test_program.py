@@ -36,8 +36,9 @@ def _importable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_importable")
+@pytest.mark.parametrize("slices", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_program_of_maxtext_comes_back_after_a_loss_and_after_a_notice(
-    ramdisk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ramdisk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slices: int
 ) -> None:
     flags = tmp_path / "ours.yml"
     flags.write_text("base_config: base.yml\npreemption_exit_code: 43\npreemption_grace_seconds: 60\n")
@@ -51,13 +52,13 @@ def test_a_program_of_maxtext_comes_back_after_a_loss_and_after_a_notice(
             *("local_checkpoint_directory={ramdisk}", "local_checkpoint_period=2", "checkpoint_period=20"),
             "terminate_at=21",
         ),
-        slices=2,
+        slices=slices,
         processes_per_slice=1,
-        devices_per_process=2,
+        devices_per_process=4 // slices,
         restarts=2,
         restart_on=parse_exit_codes("43,SIGKILL"),
-        kills=(KillSpec.parse("slice=1@step=13"),),
-        wipe_ramdisk=True,
+        kills=(KillSpec.parse(f"slice={slices - 1}@step=13"),),
+        wipe_ramdisk=slices > 1,
         ramdisk_root=ramdisk,
         grace_seconds=30,
         time_limit_seconds=200,

@@ -37,7 +37,7 @@ def sweep(store: PersistentStore, attempt: Attempt) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("take_away", [abandon, sweep])
-@pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.long)])
 def test_what_is_taken_away_while_it_is_committed_is_a_whole_step_or_none(
     ramdisk: Path, kind: str, take_away: Callable[[PersistentStore, Attempt], None], stride: int
 ) -> None:

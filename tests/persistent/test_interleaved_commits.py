@@ -62,7 +62,7 @@ def seed_of(store: PersistentStore, attempt: Attempt, whole: bool = True) -> int
     return int(arrays["count"])
 
 
-@pytest.mark.parametrize(("first", "second"), [(0, 1), (1, 0)])
+@pytest.mark.parametrize(("first", "second"), [(0, 1), pytest.param(1, 0, marks=pytest.mark.long)])
 def test_what_was_committed_stays_whole_whoever_comes_between(ramdisk: Path, first: int, second: int) -> None:
     store = open_weak_store(ramdisk, Honoured.YES)
     interference = Interference(store)

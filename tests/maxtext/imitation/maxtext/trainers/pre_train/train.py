@@ -60,7 +60,7 @@ def main(words: list[str]) -> None:
             time.sleep(float(flags.get("step_seconds", 0)))
             checkpointing.maybe_save_checkpoint(manager, state, period, step)
             report_step(int(step))
-            if step == int(flags.get("terminate_at", -1)) and jax.process_index() == 1:
+            if step == int(flags.get("terminate_at", -1)) and jax.process_index() == jax.process_count() - 1:
                 os.kill(os.getpid(), signal.SIGTERM)
         checkpointing.maybe_save_checkpoint(manager, state, period)
         manager.wait_until_finished()
