@@ -94,6 +94,7 @@ def test_the_connection_is_kept_and_is_opened_anew_when_the_agent_was_replaced(d
         assert client.manifest(slot).step == STEP
 
 
+@pytest.mark.long  # A thousand connections at once need a machine that does nothing else.
 def test_many_clients_at_once_are_all_served_or_told_to_come_back(disk: Ramdisk) -> None:
     slot = disk.save(STEP)
     endpoint = start(disk.root, connections=64)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
 from emergency_ckpt import CheckpointManager
 from emergency_ckpt.cli.launcher.ramdisk import remove_tree
@@ -45,6 +46,8 @@ def save_lose_and_go_on(root: str, url: str, no_bucket: str, changed: dict[str, 
                 manager.save(step, make_state(mesh, step), force=step == start + 4)
                 manager.wait_until_finished()
             manager.check_for_errors()
+            # Process 0 deletes, and waits until what it deletes is out of sight; the others do not.
+            multihost_utils.sync_global_devices(f"life {life}")
             told.append(
                 {
                     "start": start,

@@ -148,7 +148,7 @@ def test_a_copy_that_is_killed_again_and_again_shows_whole_steps_only_and_comes_
         process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
         assert process.stderr is not None
         said = process.stderr.readline()  # It begins.
-        time.sleep(chance.random() * 0.5)
+        time.sleep(chance.random() * 0.5 if killed else 0.0)
         process.kill()
         process.communicate()
         killed += process.returncode == -signal.SIGKILL
