@@ -33,7 +33,8 @@ from emergency_ckpt.errors import ConfigError
 
 _ENDPOINT = "AWS_EC2_METADATA_SERVICE_ENDPOINT"
 _LEAST_SECONDS_LEFT = 10.0
-_TOLD = ("notice", "decision", "durable", "gone", "back", "first step")
+_NOTICE = "notice"
+_TOLD = (_NOTICE, "decision", "durable", "gone", "back", "first step")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,13 +176,13 @@ class _Job:
                 pass
 
     def _hear(self, machine: str, process: int, line: str) -> None:
-        """A line of a process; those of the manager are JSON."""
-        if process or self._notice_given is None or not line.startswith("{"):
+        """A line of a process; those of the manager are JSON. Any process may hear of the notice first."""
+        if self._notice_given is None or not line.startswith("{"):
             return
         with contextlib.suppress(ValueError, KeyError):
             said = json.loads(line)
             for name in _kinds(said):
-                if not self._has(name):
+                if not self._has(name) and (process == 0 or name == _NOTICE):
                     self._add(name, f"{machine}: {said['message']}")
 
     def _has(self, name: str) -> bool:
@@ -205,7 +206,7 @@ def _kinds(said: dict[str, Any]) -> Iterator[str]:
     """What a line of the manager says about the preemption, as a name of a moment."""
     match said:
         case {"operation": "preemption", "source": _}:
-            yield "notice"
+            yield _NOTICE
         case {"operation": "preemption", "leaves": True}:
             yield "decision"
         case {"operation": "preemption", "in_time": True}:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from emergency_ckpt.cli.main import main
 from emergency_ckpt.demo.metadata import SpotMetadata
+from emergency_ckpt.demo.spot import SpotPlan, _Job
 from emergency_ckpt.preemption.aws import SpotInterruption
 
 
@@ -56,3 +59,15 @@ def test_what_would_show_nothing_is_refused(
     assert main(["demo", "--scenario", "spot", *words, "--directory", str(tmp_path)]) == 2
     assert capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_the_notice_is_that_of_whichever_process_hears_it_first_and_the_rest_is_of_process_0(
+    tmp_path: Path,
+) -> None:
+    job = _Job(SpotPlan(steps=3, processes=2, notice_step=1, seconds_left=60.0), tmp_path, Console(quiet=True))
+    job._notice_given = time.monotonic()
+    heard = {"operation": "preemption", "source": "aws-spot", "message": "notice"}
+    decided = {"operation": "preemption", "leaves": True, "message": "saved"}
+    for process, said in ((1, decided), (1, heard), (0, heard), (0, decided)):
+        job._hear("machine A", process, json.dumps(said))
+    assert [moment.name for moment in job.moments] == ["notice", "decision"]
