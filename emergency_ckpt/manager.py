@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import jax
@@ -54,7 +53,6 @@ if TYPE_CHECKING:
     from emergency_ckpt.config import Config
 
 PyTree = Any
-_LEAST_PATIENCE = timedelta(seconds=1)
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 

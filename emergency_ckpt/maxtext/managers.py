@@ -90,7 +90,7 @@ def settings_of(
     ]
     config = _load(words, environ)
     if not is_given(config, "enable_autocheckpoint"):
-        config = _load([*words, "enable_autocheckpoint=True"], environ)
+        config = config.replace(enable_autocheckpoint=True)
     return dataclasses.replace(
         settings_from_config(config), persistent_directory=check_location(persistent_directory)
     )
