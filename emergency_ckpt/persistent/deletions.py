@@ -101,10 +101,15 @@ class Deletions:
         with self._changed:
             return self._changed.wait_for(lambda: not self._open(self._steps), timeout.total_seconds())
 
+    def wait_done(self, timeout: timedelta) -> bool:
+        """Waits until nothing is left to be done but what failed; until then the directory may change."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._is_anything_open(), timeout.total_seconds())
+
     def close(self, timeout: timedelta) -> bool:
         """Waits for what is being deleted; False where some is left to the next life. Idempotent."""
+        done = self.wait_done(timeout)
         with self._changed:
-            done = self._changed.wait_for(lambda: not self._is_anything_open(), timeout.total_seconds())
             self._closed = True
             self._changed.notify_all()
             thread = self._thread
@@ -228,14 +233,15 @@ class Deletions:
             self._tell(None, f"removed {name}, which an earlier life of the run left uncommitted")
 
     def _point_at_newest(self) -> None:
-        with self._changed:
-            newest, self._newest = self._newest, None
-        if newest is None:
+        if (newest := self._newest) is None:
             return
         try:
             self._store.point_at(newest)
         except _FAILURES as error:
             self._warn(newest.step_id.step, f"the pointer to the newest step could not be written: {error}")
+        with self._changed:
+            if self._newest is newest:
+                self._newest = None
 
     def _forget(self, directory: str) -> None:
         with self._changed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,13 @@ def save_all(manager: CheckpointManager, mesh: Mesh, steps: range) -> list[int]:
     saved = [step for step in steps if manager.save(step, make_state(mesh, step))]
     manager.wait_until_finished()
     manager.check_for_errors()
+    settle(manager)
     return saved
+
+
+def settle(manager: CheckpointManager) -> None:
+    """Waits until nothing changes in the persistent directory any more, for tests that take it away."""
+    assert manager._engine.job.deletions.wait_done(timedelta(seconds=30))
 
 
 class Unreliable:

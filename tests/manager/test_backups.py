@@ -17,6 +17,7 @@ from emergency_ckpt import CheckpointManager, Config
 from emergency_ckpt.errors import LocalDirectoryError, PersistentStoreError
 from emergency_ckpt.runtime.settings import settings_from_config
 from tests.integration.training_job import check_state, make_state
+from tests.manager.states import settle
 
 MINUTES = "multi_tier_checkpointing_backup_interval_minutes"
 STEPS = "multi_tier_checkpointing_backup_interval_steps"
@@ -57,6 +58,7 @@ class Job:
         self.now = self.now if now is None else now
         assert self.manager.save(step, make_state(self.mesh, step))
         self.manager.wait_until_finished()
+        settle(self.manager)
 
     @property
     def committed(self) -> list[int]:
@@ -112,7 +114,7 @@ def test_a_store_that_failed_gets_the_next_step_and_a_step_of_the_period_is_a_ba
     checkpoints.touch()
     with pytest.raises(PersistentStoreError, match="did not reach the persistent tier"):
         job.save(4)
-    checkpoints.unlink()
+    checkpoints.unlink()  # What is tried meanwhile finds no record of a life, and writes nothing.
     away.rename(checkpoints)
     job.save(5)
     assert job.committed == [1, 5], "in the place of step 4, which waits for its next try"
