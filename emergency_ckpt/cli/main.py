@@ -90,7 +90,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     words, command = _split_command(words)
     chosen = next((word for word in words if not word.startswith("-")), None)
     parser = _parser(chosen)
-    args = parser.parse_args(words)
+    args, left = parser.parse_known_args(words)
+    if left:
+        # argparse gives a list of words only what stands together; `FILE --option x key=value` means one list.
+        unknown = [word for word in left if word.startswith("-") or not hasattr(args, "words")]
+        if unknown:
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        args.words += left
     if command is not None:
         if not SUBCOMMANDS[args.subcommand].takes_command:
             parser.error(f"{args.subcommand} takes no command after --")

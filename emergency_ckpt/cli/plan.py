@@ -12,17 +12,20 @@ import os
 import sys
 from pathlib import Path
 
+from emergency_ckpt.cli.planning.deployment import read_both
 from emergency_ckpt.cli.planning.plot import page
 from emergency_ckpt.cli.planning.report import (
     ASSUMED_BY_SIMULATION,
     PLACEHOLDERS,
+    deploy_line,
     flags_line,
+    notes,
     plan_lines,
     simulation_lines,
     to_json,
+    to_replace,
 )
 from emergency_ckpt.cli.planning.request import MEASURABLE, Asked, read_request
-from emergency_ckpt.config import load_config
 from emergency_ckpt.core.forecast.job_plan import JobPlan, make_plan, policies
 from emergency_ckpt.core.forecast.plan_request import check_step_seconds
 from emergency_ckpt.core.forecast.simulation import Simulated, compare
@@ -33,7 +36,8 @@ from emergency_ckpt.errors import ConfigError
 _DESCRIPTION = """\
 Says how large a ramdisk has to be, how often to save, what goodput to expect, what is lost when, and what
 the persistent tier costs. The flags of a configuration count as they are set: periods that it sets are
-checked, others are chosen. What is impossible is refused with the nearest plan that is not.
+checked, others are chosen. A file for `emergency-ckpt deploy` may be given as well: it says the shape of
+the job. What is impossible is refused with the nearest plan that is not.
 docs/planning.md explains the figures."""
 _MOST_RUNS = 1000
 _MOST_DAYS = 3650
@@ -62,17 +66,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the plan; returns the exit status."""
     _check(args)
-    config = load_config(args.words, _environment())
-    asked = read_request(args, config)
+    config, deployment = read_both(args.words, _environment())
+    asked = read_request(args, config, deployment)
     plan = make_plan(asked.request)
     simulated = _simulate(args, plan) if args.simulate else ()
     if args.simulate and args.plot:
         _write(Path(args.plot), page(simulated, asked, args.days))
-    if args.flags:
-        print(flags_line(plan, config))
-        missing = [flag for flag, name in PLACEHOLDERS.items() if getattr(config, flag) in ("", name)]
+    if args.flags or args.deploy_flags:
+        print(deploy_line(plan, asked, config) if args.deploy_flags else flags_line(plan, config))
+        missing = to_replace(config)
         told = f"ramdisk per host: {quantity(plan.ramdisk_mib)} (--mtc-ramdisk-size of XPK)"
         print(told + (f"; replace {', '.join(missing)}" if missing else ""), file=sys.stderr)
+        for note in notes(plan, asked):
+            print(f"Note: {note}", file=sys.stderr)
     elif args.json:
         print(json.dumps(to_json(plan, asked, config, simulated), indent=2))
     else:
@@ -156,9 +162,11 @@ def _add_state(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_job(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--slices", type=int, default=1, metavar="N", help="default: %(default)s")
+    group.add_argument("--slices", type=int, metavar="N", help="default: deploy_slices, or 1")
     group.add_argument(
-        "--tpu-type", metavar="TYPE", help="v5p-128, v6e-256, …: machine type and hosts per slice"
+        "--tpu-type",
+        metavar="TYPE",
+        help="v5p-128, v6e-256, …: machine type and hosts per slice (default: deploy_tpu_type)",
     )
     group.add_argument("--hosts-per-slice", type=int, metavar="N")
     group.add_argument("--machine", metavar="TYPE", help=f"machine type of a host: {', '.join(MACHINES)}")
@@ -206,6 +214,11 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     forms = group.add_mutually_exclusive_group()
     forms.add_argument("--json", action="store_true", help="print JSON in place of tables")
     forms.add_argument("--flags", action="store_true", help="print the flags of the plan, to paste")
+    forms.add_argument(
+        "--deploy-flags",
+        action="store_true",
+        help="print them with the deploy_… values that follow, for `emergency-ckpt deploy`",
+    )
 
 
 def _add_simulation(group: argparse._ArgumentGroup) -> None:

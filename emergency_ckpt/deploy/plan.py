@@ -6,7 +6,7 @@ A `Plan` that exists can be rendered for its target: what contradicts recovery i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from emergency_ckpt.config import Config, load_config
@@ -144,24 +144,39 @@ def load_plan(target: Target, file: str | None, words: Sequence[str]) -> Plan:
     program. Variables of this machine's environment do not count: what is rendered follows from files and
     words.
     """
-    ours = [word for word in words if word.startswith(PREFIX)]
-    argv = [*([file] if file else []), *(word for word in words if not word.startswith(PREFIX))]
+    argv = [*([file] if file else []), *words]
     # run_name may be missing: it is the name of the workload then, which the file may say.
-    config = load_config(argv, {"JOBSET_NAME": "unnamed"})
+    _, values, sources = read_words(argv, {"JOBSET_NAME": "unnamed"})
+    deployment = Deployment(sources, **values)
+    return Plan(target, load_config(_of_job(argv), {"JOBSET_NAME": deployment.workload}), deployment)
+
+
+def read_words(
+    words: Sequence[str], environment: Mapping[str, str]
+) -> tuple[Config, dict[str, Any], dict[str, str]]:
+    """The flags of the job; the values of the deployment, unchecked, and where each was said, by their names.
+
+    Raises ConfigError, also for values that do not exist.
+    """
+    config = load_config(_of_job(words), environment)
     given = {key: value for key, value in config.other_keys.items() if key.startswith(PREFIX)}
     sources = {key.removeprefix(PREFIX): config.source_of(key) for key in given}
     _refuse_misspelt(config)
     values: dict[str, Any] = {key.removeprefix(PREFIX): value for key, value in given.items()}
-    for word in ours:
+    for word in words:
+        if not word.startswith(PREFIX):
+            continue
         key, equals, text = word.partition("=")
         if not equals:
             raise ConfigError(f"command line: {word!r} is not of the form key=value.")
         name = key.removeprefix(PREFIX)
         values[name] = _value_of(text)
         sources[name] = "command line"
-    values = {name: value for name, value in values.items() if value is not None}
-    deployment = Deployment(sources, **values)
-    return Plan(target, load_config(argv, {"JOBSET_NAME": deployment.workload}), deployment)
+    return config, {name: value for name, value in values.items() if value is not None}, sources
+
+
+def _of_job(words: Sequence[str]) -> list[str]:
+    return [word for word in words if not word.startswith(PREFIX)]
 
 
 def _value_of(text: str) -> Any:

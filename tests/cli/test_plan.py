@@ -370,3 +370,87 @@ def test_a_plan_and_a_simulation_need_no_jax(tmp_path: Path) -> None:
     )
     assert any(line.startswith("ramdisk per host") for line in shown)
     assert heavy == ""
+
+
+DEPLOYED = """\
+base_config: gke_multislice.yml
+base_output_directory: gs://bucket/jobs
+deploy_workload: r1
+deploy_cluster: c1
+deploy_project: p1
+deploy_zone: us-central1-a
+deploy_image: registry.example/team/trainer:1
+"""
+
+
+@pytest.fixture
+def deployed(tmp_path: Path) -> str:
+    """A file for `emergency-ckpt deploy`: 2 slices of v5p-256, by its preset."""
+    file = tmp_path / "my.yml"
+    file.write_text(DEPLOYED)
+    return str(file)
+
+
+def test_a_file_of_a_deployment_says_the_shape_and_options_and_words_another_one(
+    deployed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["plan", deployed, "--parameters", "70B", "--step-seconds", "5"]
+    plan = planned(capsys, *words)
+    assert (plan["job"]["slices"], plan["job"]["hosts_per_slice"]) == (2, 32)
+    assert plan["machine"]["name"] == "ct5p-hightpu-4t"
+    assert plan["flags"]["run_name"] == "r1"
+    assert planned(capsys, *words, "deploy_slices=4")["job"]["slices"] == 4
+    assert planned(capsys, *words, "deploy_slices=4", "--slices", "3")["job"]["slices"] == 3
+    assert planned(capsys, *words, "--hosts-per-slice", "8")["machine"] is None
+    on_gpus = planned(
+        capsys, *words, "deploy_tpu_type=null", "deploy_hosts_per_slice=8", "deploy_instance_type=p5.48xlarge"
+    )
+    assert (on_gpus["job"]["hosts_per_slice"], on_gpus["machine"]["name"]) == (8, "p5.48xlarge")
+
+
+def test_what_a_plan_says_of_a_deployment_deploys(
+    deployed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["plan", deployed, "--parameters", "140B", "--step-seconds", "5", "--slices", "4"]
+    plan = planned(capsys, *words)
+    assert main([*words, "--deploy-flags"]) == 0
+    line = shlex.split(capsys.readouterr().out)
+    assert line[-len(plan["deployment"]) :] == [f"{name}={value}" for name, value in plan["deployment"].items()]
+    assert main(["deploy", "xpk", "--config", deployed, *line]) == 0
+    script = capsys.readouterr().out
+    assert "--num-slices=4" in script
+    assert f"--mtc-ramdisk-size={plan['ramdisk']['size']}" in script
+    assert len(plan["notes"]) == 1, "the file has another size"
+    assert planned(capsys, "plan", deployed, "--parameters", "140B", "--step-seconds", "5", *line) == plan | {
+        "notes": []
+    }
+
+
+def test_a_deployment_that_a_plan_finds_too_small_is_pointed_out(
+    deployed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["plan", deployed, "--parameters", "70B", "--step-seconds", "5"]
+    assert planned(capsys, *words)["notes"] == []
+    (note,) = planned(capsys, *words, "deploy_ramdisk_size=60000Mi")["notes"]
+    assert "deploy_ramdisk_size=60000Mi is less than the 90000Mi of this plan" in note
+    assert planned(capsys, *words, "deploy_ramdisk_size=60000Mi", "--slots", "2")["notes"] != [note]
+    (note,) = planned(capsys, *words, "deploy_planned_save_seconds=10")["notes"]
+    assert "a pod may be gone before its step is in the persistent tier" in note
+    (note,) = planned(capsys, *words, "--persistent-lag-seconds", "4000", "checkpoint_period=4000")["notes"]
+    assert "longer than any grace period" in note
+    assert (
+        "deploy_planned_save_seconds"
+        not in planned(capsys, *words, "--persistent-lag-seconds", "4000", "checkpoint_period=4000")[
+            "deployment"
+        ]
+    )
+    assert "Did you mean deploy_slices" in refused(capsys, *words, "deploy_slicez=3")
+    assert "cannot be used" in refused(capsys, *words, "deploy_slices=0")
+
+
+def test_words_may_stand_before_and_after_options(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "base.yml", *GUIDE[1:], "checkpoint_period=1000"]
+    assert planned(capsys, *words)["periods"]["persistent_steps"] == 1000
+    with pytest.raises(SystemExit, match="2"):
+        main([*words, "--nonsense"])
+    assert "unrecognized arguments: --nonsense" in capsys.readouterr().err

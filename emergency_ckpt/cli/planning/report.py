@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from emergency_ckpt.cli.planning.deployment import deploy_notes, deploy_values
 from emergency_ckpt.cli.planning.request import Asked, backup_steps
 from emergency_ckpt.config import Config
 from emergency_ckpt.config.load import is_given
@@ -29,6 +30,16 @@ PLACEHOLDERS = {
     "local_checkpoint_directory": "/local",
 }
 """Stand in the flags for what a configuration does not set, and have to be replaced."""
+
+
+def to_replace(config: Config) -> list[str]:
+    """The flags for which a placeholder stands. A directory `/local` may be meant."""
+    return [
+        flag
+        for flag, name in PLACEHOLDERS.items()
+        if not (given := getattr(config, flag)) or (given == name and flag != "local_checkpoint_directory")
+    ]
+
 
 _SOURCES = {
     Source.OWN: "own ramdisks",
@@ -51,8 +62,13 @@ def plan_lines(plan: JobPlan, asked: Asked) -> Iterator[str]:
     yield ""
     yield "what this rests on"
     yield from _table([(each.name, each.value, each.source) for each in asked.assumptions])
-    for note in plan.notes:
+    for note in notes(plan, asked):
         yield f"Note: {note}"
+
+
+def notes(plan: JobPlan, asked: Asked) -> Sequence[str]:
+    """What deserves a word."""
+    return (*plan.notes, *deploy_notes(asked.deployment, plan))
 
 
 def simulation_lines(simulated: Sequence[Simulated], days: float) -> Iterator[str]:
@@ -124,8 +140,9 @@ def to_json(plan: JobPlan, asked: Asked, config: Config, simulated: Sequence[Sim
         "monthly_cost": None if monthly is None else {**dataclasses.asdict(monthly), "total": monthly.total},
         "losses": [{**dataclasses.asdict(loss), "source": loss.source.name.lower()} for loss in plan.losses],
         "flags": dict(flags(plan, config)),
+        "deployment": dict(_deploy_values(plan, asked)),
         "assumptions": [dataclasses.asdict(each) for each in asked.assumptions],
-        "notes": list(plan.notes),
+        "notes": list(notes(plan, asked)),
         "simulation": [_simulated_json(each) for each in simulated],
         "simulation_assumptions": list(ASSUMED_BY_SIMULATION) if simulated else [],
     }
@@ -162,7 +179,20 @@ def flags(plan: JobPlan, config: Config) -> Iterator[tuple[str, Any]]:
 
 def flags_line(plan: JobPlan, config: Config) -> str:
     """The same as words for a shell: they may be pasted, or come from `$(…)` with `eval`."""
-    return " ".join(shlex.quote(f"{flag}={_word(value)}") for flag, value in flags(plan, config))
+    return _words(flags(plan, config))
+
+
+def deploy_line(plan: JobPlan, asked: Asked, config: Config) -> str:
+    """As `flags_line`, with the values of the deployment that follow from the plan."""
+    return f"{flags_line(plan, config)} {_words(_deploy_values(plan, asked))}"
+
+
+def _deploy_values(plan: JobPlan, asked: Asked) -> Iterator[tuple[str, Any]]:
+    return deploy_values(plan, asked.machine.name if asked.machine else None)
+
+
+def _words(values: Iterator[tuple[str, Any]]) -> str:
+    return " ".join(shlex.quote(f"{name}={_word(value)}") for name, value in values)
 
 
 def _word(value: Any) -> str:

@@ -8,8 +8,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
+from emergency_ckpt.cli.planning.deployment import take_shape
 from emergency_ckpt.cli.planning.quantities import parse_bytes, parse_count
 from emergency_ckpt.config import Config
 from emergency_ckpt.config.load import is_given
@@ -49,15 +52,24 @@ class Assumption:
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """A request, with what it was made of. `machine` None: only the memory is known, or nothing."""
+    """A request, with what it was made of.
+
+    Attributes:
+      machine: None where only the memory is known, or nothing.
+      deployment: the values of a deployment that were given.
+    """
 
     request: Request
     machine: Machine | None
     assumptions: tuple[Assumption, ...]
+    deployment: Mapping[str, Any]
 
 
-def read_request(args: argparse.Namespace, config: Config) -> Asked:
+def read_request(
+    args: argparse.Namespace, config: Config, deployment: Mapping[str, Any] = MappingProxyType({})
+) -> Asked:
     """Raises ConfigError for what is missing, contradicts itself or does not exist."""
+    take_shape(args, deployment)
     machine, hosts, chips = _machine(args)
     shape = JobShape(args.slices, hosts, chips, not args.sharded_over_slices)
     protection = Protection(
@@ -102,7 +114,8 @@ def read_request(args: argparse.Namespace, config: Config) -> Asked:
         persistent_flag,
         args.tpu_type,
     )
-    return Asked(request, machine, tuple(_assumptions(args, request, rates, measured, trainer)))
+    assumptions = tuple(_assumptions(args, request, rates, measured, trainer))
+    return Asked(request, machine, assumptions, deployment)
 
 
 def _machine(args: argparse.Namespace) -> tuple[Machine | None, int, int]:

@@ -1,0 +1,97 @@
+"""What a plan and `emergency-ckpt deploy` have in common: the shape of the job, its ramdisks, its last save.
+
+One file may have the values of both: the plan takes the shape from it, and says what belongs into it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from emergency_ckpt.config import Config
+from emergency_ckpt.core.forecast.job_plan import JobPlan
+from emergency_ckpt.core.forecast.sizing import quantity
+from emergency_ckpt.core.machines import MACHINES
+from emergency_ckpt.deploy.names import mebibytes
+from emergency_ckpt.deploy.plan import read_words
+from emergency_ckpt.deploy.values import PREFIX, Deployment
+
+_MOST_SAVE_SECONDS = 3600
+_SAID_LATER: Mapping[str, Any] = {
+    "workload": "later",
+    "image": "later",
+    "command": "later",
+    "ramdisk_size": "1Mi",
+}
+"""What a deployment needs and a plan does not."""
+
+
+def read_both(words: Sequence[str], environment: Mapping[str, str]) -> tuple[Config, Mapping[str, Any]]:
+    """The flags of a job, and those values of its deployment that were given, checked.
+
+    Raises ConfigError.
+    """
+    config, given, sources = read_words(words, environment)
+    checked = Deployment(sources, **{**_SAID_LATER, **given})
+    if "workload" in given:
+        config, _, _ = read_words(words, {**environment, "JOBSET_NAME": checked.workload})
+    return config, {name: getattr(checked, name) for name in given}
+
+
+def take_shape(args: argparse.Namespace, given: Mapping[str, Any]) -> None:
+    """Sets what options leave open to what the deployment says. Options that contradict it count."""
+    if args.slices is None:
+        args.slices = given.get("slices", 1)
+    if args.tpu_type is None and args.machine is None and args.hosts_per_slice is None:
+        args.tpu_type = given.get("tpu_type")
+    if args.tpu_type is None:
+        if args.hosts_per_slice is None:
+            args.hosts_per_slice = given.get("hosts_per_slice")
+        if args.machine is None and args.machine_memory is None and given.get("instance_type") in MACHINES:
+            args.machine = given["instance_type"]
+
+
+def deploy_values(plan: JobPlan, machine: str | None) -> Iterator[tuple[str, Any]]:
+    """The values of the deployment that follow from a plan, by name."""
+    of = plan.request
+    yield f"{PREFIX}slices", of.shape.slices
+    if of.tpu_type is not None:
+        yield f"{PREFIX}tpu_type", of.tpu_type
+    else:
+        yield f"{PREFIX}hosts_per_slice", of.shape.hosts_per_slice
+        if machine is not None:
+            yield f"{PREFIX}instance_type", machine
+    yield f"{PREFIX}ramdisk_size", quantity(plan.ramdisk_mib)
+    if (seconds := last_save_seconds(plan)) <= _MOST_SAVE_SECONDS:
+        yield f"{PREFIX}planned_save_seconds", seconds
+
+
+def last_save_seconds(plan: JobPlan) -> int:
+    """From a notice until a step that is saved for it is in the persistent tier, at most: whole seconds."""
+    of = plan.request
+    costs = of.costs
+    return math.ceil(of.step_seconds + costs.local_blocked + costs.local_lag + costs.persistent_lag)
+
+
+def deploy_notes(given: Mapping[str, Any], plan: JobPlan) -> Iterator[str]:
+    """What does not go together."""
+    asked = given.get("ramdisk_size")
+    if asked is not None and mebibytes(asked) * 2**20 < plan.ramdisk.needed_bytes:
+        yield (
+            f"{PREFIX}ramdisk_size={asked} is less than the {quantity(plan.ramdisk_mib)} of this plan: set"
+            " that, or plan with fewer --slots or a smaller --buffer."
+        )
+    planned = given.get("planned_save_seconds")
+    seconds = last_save_seconds(plan)
+    if planned is not None and planned < seconds <= _MOST_SAVE_SECONDS:
+        yield (
+            f"{PREFIX}planned_save_seconds={planned:g} is less than the {seconds} s that a last save takes by"
+            " this plan: a pod may be gone before its step is in the persistent tier."
+        )
+    if seconds > _MOST_SAVE_SECONDS:
+        yield (
+            f"a last save takes {seconds} s by this plan, longer than any grace period: what survives a notice "
+            "is on the ramdisks of others."
+        )
