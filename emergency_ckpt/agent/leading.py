@@ -21,7 +21,7 @@ from emergency_ckpt.agent.order_client import DrainReport, LifeReport, OrderClie
 from emergency_ckpt.agent.orders import Life, Registration, Share
 from emergency_ckpt.core.flush import Copy, Flush, choose_flush
 from emergency_ckpt.core.layout import Layout
-from emergency_ckpt.core.lineage import Activation, StepId
+from emergency_ckpt.core.lineage import Activation, StepId, is_void
 from emergency_ckpt.core.retrying import store_error
 from emergency_ckpt.errors import (
     CorruptDataError,
@@ -45,6 +45,7 @@ _ASKED_AT_ONCE = 32
 _LOOK = timedelta(seconds=2)
 _ASK = {"gone": _TIMEOUT, "urgent": timedelta(seconds=2)}
 _LOWER_AT_ONCE = 8
+_ASKED_EVERY = 1.0
 _log = logging.getLogger("emergency_ckpt.agent")
 
 
@@ -68,8 +69,13 @@ class Leader:
         stopped: threading.Event,
         occasion: Occasion = "gone",
         forgiving_seconds: float = 30.0,
+        waiting_seconds: float = 10.0,
     ) -> None:
-        """An agent that could not be reached is asked again after `forgiving_seconds`."""
+        """An agent that could not be reached is asked again after `forgiving_seconds`.
+
+        It is waited for `waiting_seconds` where it may hold what is missing of a step that others hold a part
+        of, unless time is short.
+        """
         self._registration = registration
         self._life = registration.life
         self._own = own
@@ -77,6 +83,8 @@ class Leader:
         self._stopped = stopped
         self._occasion: Occasion = occasion
         self._forgiving_seconds = forgiving_seconds
+        self._waiting_seconds = waiting_seconds if occasion == "gone" else 0.0
+        self._waits_until: float | None = None
         self._lost: dict[Endpoint, float] = {}  # agents that could not be reached, and when
         self._left: list[Attempt] = []  # that were not committed
         self._earlier: dict[int, Life | None] = {}  # lives of the run by generation, as the store knows them
@@ -167,9 +175,14 @@ class Leader:
         struck: set[tuple[int, StepId]] = set()
         layouts: dict[str, Layout] = {}
         for _ in range(_TRIES):
-            copies, layouts = self._gather(layouts, store)
-            usable = [copy for copy in copies if (copy.process, copy.step) not in struck]
-            flush, reason = choose_flush(usable, layouts, committed, activations, leaving)
+            while True:
+                copies, layouts = self._gather(layouts, store)
+                usable = [copy for copy in copies if (copy.process, copy.step) not in struck]
+                flush, reason = choose_flush(usable, layouts, committed, activations, leaving)
+                held = max((copy.step for copy in usable if not is_void(copy.step, activations)), default=None)
+                covered = flush.step if flush else committed
+                if held is None or (covered and held <= covered) or not self._wait_for_lost(held):
+                    break
             if flush is None:
                 return FlushResult("nothing_left", f"nothing is left to be drained: {reason}")
             if busy(flush.step) is not None:
@@ -193,6 +206,22 @@ class Leader:
             _log.warning("%s is tried again without processes %s", flush.step, sorted(p for p, _ in bad))
             struck |= bad
         raise PersistentStoreError(f"{_TRIES} tries came to nothing")
+
+    def _wait_for_lost(self, step: StepId) -> bool:
+        """Waits for agents that cannot be reached, which may hold what is missing of a step.
+
+        False where there are none, or where it was waited long enough.
+        """
+        if not self._lost or not self._waiting_seconds:
+            return False
+        now = time.monotonic()
+        if self._waits_until is None:
+            self._waits_until = now + self._waiting_seconds
+            _log.info("%s is not whole: agents that cannot be reached are asked again", step)
+        if now >= self._waits_until or self._stopped.wait(_ASKED_EVERY):
+            return False
+        self._lost.clear()
+        return True
 
     def _abandon_left(self, store: PersistentStore) -> None:
         """After a commit: what the tries before it left, whose agents died or could not reach the store."""

@@ -68,6 +68,7 @@ class Ramdisk:
     root: Path
     layout: Layout
     store: LocalStore
+    process: int = 0
 
     def save(self, step: StepId, outcome: Outcome | None = Outcome.COMPLETE, nonce: str = "n") -> SlotId:
         """Seals a step with the content that its name says."""
@@ -80,12 +81,12 @@ class Ramdisk:
                 slot.data[entry.offset : entry.offset + entry.nbytes],
                 shard_seed(step.generation, self.layout, entry.shard),
             )
-            for entry in self.layout.slot_entries(0)
+            for entry in self.layout.slot_entries(self.process)
         ]
-        self.store.seal(slot, Manifest(RUN, nonce, step, self.layout.hash, 0, 2, tuple(checksums)))
+        self.store.seal(slot, Manifest(RUN, nonce, step, self.layout.hash, self.process, 2, tuple(checksums)))
         if outcome:
             self.store.settle(step, outcome)
-        return SlotId(RUN, step, self.layout.hash, 0)
+        return SlotId(RUN, step, self.layout.hash, self.process)
 
     def other_slot(self, step: StepId, nonce: str) -> SealedSlot:
         """What the other process of the job holds of a step."""
@@ -123,12 +124,12 @@ class Ramdisk:
 
 
 @contextlib.contextmanager
-def open_ramdisk(root: Path) -> Iterator[Ramdisk]:
-    """A ramdisk directory with three slots for `make_layout`."""
+def open_ramdisk(root: Path, process: int = 0) -> Iterator[Ramdisk]:
+    """A ramdisk directory with three slots for `make_layout`, of one of its processes."""
     layout = make_layout()
-    store = LocalStore(StoreOptions(root, 1, 3, 2), RUN, layout, 0, lambda _: None)
+    store = LocalStore(StoreOptions(root, 1, 3, 2), RUN, layout, process, lambda _: None)
     try:
-        yield Ramdisk(root, layout, store)
+        yield Ramdisk(root, layout, store, process)
     finally:
         store.close()
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
+import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,7 +17,7 @@ from emergency_ckpt.agent.orders import Registration
 from emergency_ckpt.core.lineage import Activation, StepId
 from emergency_ckpt.persistent.store import PersistentStep
 from tests.agent.jobs import Job, make_job
-from tests.agent.served import Ramdisk, agents_of, start
+from tests.agent.served import Ramdisk, agents_of, ending_agents, open_ramdisk, pid_of, start
 from tests.servers.environment import use_gcs
 from tests.servers.fake_gcs import FakeGcs, running
 from tests.servers.proxy import Answer, Fault, Kind, Proxy, Request
@@ -195,3 +199,32 @@ def test_an_agent_that_is_back_is_asked_again(disk: Ramdisk, bucket: Path) -> No
             assert leader.reports() == {}
             start(disk.root)
             assert list(leader.reports()) == [endpoint]
+
+
+def test_an_agent_that_has_what_is_missing_of_a_step_is_waited_for(
+    disk: Ramdisk, bucket: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It stands still when the flush begins. The other one holds one shard of the step."""
+    job = make_job(disk, bucket)
+    job.save(7)
+    with ending_agents(tmp_path), open_ramdisk(tmp_path, process=1) as small, contextlib.ExitStack() as stack:
+        other = Job(small, job.store, job.destination)
+        other.save(7)
+        agents = (job.record.endpoint, other.record.endpoint)
+        there = [Registration(job.destination, process, agents, True) for process in (0, 1)]
+        stack.enter_context(job.trainer(registration=there[0]))
+        stack.enter_context(other.trainer(registration=there[1]))
+        leader = Leader(there[1], agents[1], "127.0.0.1", threading.Event())
+        stack.enter_context(contextlib.closing(leader))
+        led = stack.enter_context(ThreadPoolExecutor(1))
+        with caplog.at_level(logging.INFO, logger="emergency_ckpt.agent"):
+            os.kill(pid_of(disk.root), signal.SIGSTOP)
+            try:
+                result = led.submit(leader.lead, job.store, None, ())
+                job.wait_for(lambda: "agents that cannot be reached are asked again" in caplog.text)
+            finally:
+                os.kill(pid_of(disk.root), signal.SIGCONT)
+            said = result.result(60)
+        assert said is not None
+        assert said.ending == "committed", said
+        assert job.committed == [StepId(1, 7)]

@@ -94,6 +94,7 @@ def make_config(root: str, flags: dict[str, Any]) -> Config:
         "enable_emergency_checkpoint": True,
         "local_checkpoint_directory": str(local),
         "local_checkpoint_period": 2,
+        "local_checkpoint_slot_wait_seconds": 15,
         "checkpoint_period": 10,
         "checkpoint_coordination_timeout_seconds": 30,
         "checkpoint_drain_timeout_seconds": 60,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from emergency_ckpt import (
     CheckpointManager,
     CheckpointManagerOptions,
 )
-from emergency_ckpt.runtime.settings import AGENT_VARIABLE
+from emergency_ckpt.runtime.settings import AGENT_VARIABLE, Settings
 from tests.manager.states import OPTIONS, Opener, make_state
 
 
@@ -23,6 +25,19 @@ from tests.manager.states import OPTIONS, Opener, make_state
 def _without_agents(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drains run in this process: starting an agent for each manager would take longer than most tests."""
     monkeypatch.setenv(AGENT_VARIABLE, "off")
+
+
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that stands still no save is skipped, where a test does not say how long saves wait."""
+    start = CheckpointManager._start
+
+    def start_patiently(self: CheckpointManager, settings: Settings, *args: Any) -> None:
+        if settings.slot_wait == timedelta(seconds=1):
+            settings = dataclasses.replace(settings, slot_wait=timedelta(seconds=30))
+        start(self, settings, *args)
+
+    monkeypatch.setattr(CheckpointManager, "_start", start_patiently)
 
 
 @pytest.fixture(scope="module")
