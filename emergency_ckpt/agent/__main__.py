@@ -6,6 +6,7 @@ It tells by one line on the descriptor `--ready-fd` how its start went: `ready`,
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
@@ -16,6 +17,10 @@ def main() -> int:
     # he would have to wait for its end.
     if os.fork():
         os._exit(0)
+    # Imports take most of an agent's start. What they make stays, so that looking for garbage in it is in vain;
+    # and numpy would start threads for linear algebra, which turn in circles while they wait.
+    gc.disable()
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     import argparse
     import logging.handlers
     from pathlib import Path
@@ -25,6 +30,8 @@ def main() -> int:
     from emergency_ckpt.agent.record import LOG, AnotherAgentError, agent_directory
     from emergency_ckpt.errors import EmergencyCheckpointError
 
+    gc.freeze()
+    gc.enable()
     parser = argparse.ArgumentParser(prog="python -m emergency_ckpt.agent")
     add_arguments(parser)
     parser.add_argument("--ready-fd", type=int, required=True)

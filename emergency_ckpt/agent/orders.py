@@ -17,7 +17,7 @@ from emergency_ckpt.agent.endpoint import Endpoint
 from emergency_ckpt.agent.slot_id import SlotId
 from emergency_ckpt.core.lineage import StepId
 from emergency_ckpt.core.locations import is_url
-from emergency_ckpt.persistent.object_store.opening import check_location
+from emergency_ckpt.persistent.object_store.urls import check_location
 
 MAX_PROCESSES = 65536
 MAX_ORDER_BYTES = 32 * 1024 * 1024

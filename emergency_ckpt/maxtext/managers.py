@@ -20,7 +20,7 @@ from emergency_ckpt.config.load import is_given
 from emergency_ckpt.config.names import MAXTEXT_FILE_VARIABLE, MAXTEXT_WORDS_VARIABLE
 from emergency_ckpt.errors import ConfigError
 from emergency_ckpt.manager import CheckpointManager
-from emergency_ckpt.persistent.object_store.opening import check_location
+from emergency_ckpt.persistent.object_store.urls import check_location
 from emergency_ckpt.runtime.settings import Settings, settings_from_config
 
 _TO_SAVED_FORM = (

@@ -14,8 +14,9 @@ from emergency_ckpt.core.lineage import Activation, is_void
 from emergency_ckpt.core.locations import is_url
 from emergency_ckpt.persistent.attempts import TEMPORARY, PersistentStep, StepNames
 from emergency_ckpt.persistent.files import LocalFiles, ObjectFiles
-from emergency_ckpt.persistent.object_store.opening import check_location, open_files
+from emergency_ckpt.persistent.object_store.opening import open_files
 from emergency_ckpt.persistent.object_store.operations import Limits
+from emergency_ckpt.persistent.object_store.urls import check_location
 from emergency_ckpt.persistent.records import RUN_ID_FILE
 from emergency_ckpt.persistent.step_files import CLAIM_FILE, PARTS_DIRECTORY
 from emergency_ckpt.persistent.store import PersistentStore

@@ -6,12 +6,11 @@ order, and every answer on which a later collective call depends is the same on 
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -33,9 +32,10 @@ from emergency_ckpt.errors import (
 )
 from emergency_ckpt.jaxio.binding import StateBinder
 from emergency_ckpt.preemption.notice import Notice
-from emergency_ckpt.runtime.agreement import agree, tell
+from emergency_ckpt.runtime.calls import Calls
 from emergency_ckpt.runtime.catalog import Catalog
 from emergency_ckpt.runtime.extras import WantedExtras
+from emergency_ckpt.runtime.persisted import Persisted
 from emergency_ckpt.runtime.restoring import Restored
 from emergency_ckpt.runtime.saving import SaveContent
 from emergency_ckpt.runtime.settings import Settings
@@ -86,7 +86,8 @@ class Engine:
         self._began = False  # whether this generation has a beginning that all agreed on
         # Whether a restore of this generation failed when its activation may have been recorded already.
         self._doubtful = False
-        self._calls: collections.Counter[str] = collections.Counter()
+        self._calls = Calls(self.job)
+        self._persisted = Persisted(self.job, self.catalog, self._calls)
         self._errors: list[EmergencyCheckpointError] = []
         self._closed = False
         self._start_workers()
@@ -195,7 +196,7 @@ class Engine:
         if self.newest_complete == current:
             return self._drain_again(current)
         if not self._began and self._doubtful:
-            self._begin_generation(self._call("save"))
+            self._begin_generation(self._calls.begin("save"))
             current = StepId(self.job.generation.number, step)
         if not self._began and not self._begin_without_restore():
             return False
@@ -219,18 +220,18 @@ class Engine:
         Waits for what is on its way: that may be this very step.
         """
         self._check_open()
-        key = self._call("saved")
-        with self._quiet(key):
+        key = self._calls.begin("saved")
+        with self._calls.quiet(key, self._workers):
             if self._settings.schedule.persistent is not None:
-                return self._is_persistent(step, key)
-            return self._tell(f"{key}/local", lambda: step in self.step_numbers())
+                return self._persisted.has(step, key)
+            return self._calls.tell(f"{key}/local", lambda: step in self.step_numbers())
 
     def finish(self, step: int, due: Due, prepare: Prepare) -> None:
         """Saves the last step to the persistent tier, with all the patience that a drain may need. Collective.
 
         Raises PersistentStoreError on all processes when it did not get there.
         """
-        call = self._call("finish")
+        call = self._calls.begin("finish")
         deadline = time.monotonic() + self._settings.drain_timeout.total_seconds()
         for tries in itertools.count(1):
             current = StepId(self.job.generation.number, step)
@@ -239,10 +240,10 @@ class Engine:
             else:
                 self._drain_again(current)
             key = f"{call}/{tries}"
-            with self._quiet(key):
-                if self._is_committed(step, key):
+            with self._calls.quiet(key, self._workers):
+                if self._persisted.has_for_sure(step, key, self._workers.drain):
                     return
-                if not self._tell(f"{key}/again", lambda tries=tries: self._goes_on(tries, deadline)):
+                if not self._calls.tell(f"{key}/again", lambda tries=tries: self._goes_on(tries, deadline)):
                     self._workers.give_up_drains(f"{step} is the last one, and could not be drained")
                     break
         raise PersistentStoreError(
@@ -254,22 +255,6 @@ class Engine:
         failure = drain.last_failure if drain is not None else None
         causes = "; ".join(map(str, self.take_errors())) or (failure.reason if failure is not None else "")
         return causes or "its save was abandoned, or its drain failed on another process"
-
-    def _is_committed(self, step: int, key: str) -> bool:
-        """As `_is_persistent`, False where the store does not say so. Collective."""
-
-        def find() -> bool:
-            drain = self._workers.drain
-            if drain is not None and (newest := drain.newest_committed) is not None and newest.step == step:
-                return True
-            try:
-                return self._lists(step)
-            except PersistentStoreError as error:
-                self.job.log.warning("save", step, f"whether it is persistent cannot be found out: {error}")
-                return False
-
-        limit = self._settings.coordination_timeout + self._settings.drain_timeout
-        return tell(self.job.coordinator, f"{key}/committed", find, limit)
 
     def _goes_on(self, tries: int, deadline: float) -> bool:
         """Whether the last step is to be drained once more, after a pause: a store may be away for a while."""
@@ -298,9 +283,9 @@ class Engine:
                 return self._agree_to_repeat(newest)  # It was abandoned.
         if not due.persistent:
             return False
-        key = self._call("persistent")
-        with self._quiet(key):
-            return not self._is_committed(step, key)
+        key = self._calls.begin("persistent")
+        with self._calls.quiet(key, self._workers):
+            return not self._persisted.has_for_sure(step, key, self._workers.drain)
 
     def _agree_to_repeat(self, step: StepId) -> bool:
         """Whether all processes repeat an abandoned save. One that repeats it alone would be out of step."""
@@ -314,7 +299,7 @@ class Engine:
                 self.job.persistent.record_deletion(None)  # It comes back, and would be missed.
 
         try:
-            self._agree(key, lambda: step.step, decide)
+            self._calls.agree(key, lambda: step.step, decide)
         except EmergencyCheckpointError as error:
             self._errors.append(error)
             self.job.log.error("save", step.step, f"the abandoned save is not repeated by all: {error}")
@@ -334,29 +319,9 @@ class Engine:
         self._workers.drain.drain(step, slot.index if slot else None)
         return True
 
-    def _is_persistent(self, step: int, key: str) -> bool:
-        """Whether `step` is committed, as process 0 finds it. Collective."""
-        return self._tell(f"{key}/persistent", lambda: self._lists(step))
-
-    def _lists(self, step: int) -> bool:
-        """Whether the store lists `step` as committed. Raises PersistentStoreError."""
-        return any(held.step_id.step == step for held in self.catalog.persistent())
-
     def persistent_numbers(self) -> list[int]:
         """Numbers of the committed steps as process 0 knows them; empty where it cannot know. Collective."""
-
-        def find() -> list[int]:
-            try:
-                return [held.step_id.step for held in self._workers.retention.steps()]
-            except PersistentStoreError as error:
-                self.job.log.warning("retention", None, f"datasets that may go stay for now: {error}")
-                return []
-
-        call, before = self._call("committed"), self._calls["committed"] - 2
-        if self.job.leads and before > 0:
-            with contextlib.suppress(EmergencyCheckpointError):
-                self.job.coordinator.delete(f"committed/{before}")  # Nobody is two such calls behind.
-        return self._tell(call, find)
+        return self._persisted.numbers(self._workers.retention)
 
     def _begin_without_restore(self) -> bool:
         """Agrees that this generation goes on from the newest step although its state was not restored here.
@@ -371,7 +336,7 @@ class Engine:
             job.persistent.record_activation(activation)
 
         try:
-            self._agree(self._call("begin"), lambda: None, decide)
+            self._calls.agree(self._calls.begin("begin"), lambda: None, decide)
         except CoordinationTimeoutError:
             raise  # Others may have gone on: nothing that this process did now would be in step with them.
         except EmergencyCheckpointError as error:
@@ -395,21 +360,16 @@ class Engine:
             self._workers.backups.go_on_after(newest.step if newest else None, self._age_of(newest))
 
     def _age_of(self, step: StepId | None) -> float:
-        """Seconds since a persistent step was committed; 0 where nobody can tell."""
-        if step is None or self._settings.backups is None or self._settings.backups.seconds is None:
-            return 0.0
-        try:
-            committed = self.catalog.facts(step.step).committed_nanoseconds
-        except (EmergencyCheckpointError, OSError) as error:
-            self.job.log.warning("backup", step.step, f"when it was committed is not known: {error}")
-            return 0.0
-        return 0.0 if committed is None else max(time.time() - committed / 1e9, 0.0)
+        """Seconds since a persistent step was committed; 0 where nobody can tell, or wants to know."""
+        backups = self._settings.backups
+        age = None if step is None or not (backups and backups.seconds) else self._persisted.age_of(step)
+        return 0.0 if age is None else age.total_seconds()
 
     # Leaving.
 
     def tell_all(self, kind: str, make: Callable[[], Any]) -> Any:
         """What `make` gives on process 0, on all processes. Collective."""
-        return self._tell(self._call(kind), make)
+        return self._calls.tell(self._calls.begin(kind), make)
 
     def spare(self, step: int, leaving: tuple[int, ...]) -> None:
         """These processes write of `step`, which is not saved yet, as little as they can. All call it."""
@@ -434,7 +394,7 @@ class Engine:
 
     def on_all(self, here: bool) -> bool:
         """Whether something holds on all processes. Collective."""
-        return bool(self._agree(self._call("on_all"), lambda: here, all))
+        return bool(self._calls.agree(self._calls.begin("on_all"), lambda: here, all))
 
     # Restoring.
 
@@ -446,7 +406,7 @@ class Engine:
         Raises NoRestorableStepError, and ExtrasError where something wanted beside the arrays is not there.
         """
         self._check_open()
-        key = self._call("restore")
+        key = self._calls.begin("restore")
         if self._began or self._doubtful:
             self._begin_generation(key)
         elif not self._survey_is_fresh:
@@ -493,7 +453,7 @@ class Engine:
         """What `read` gives; raises on all processes when it fails on one. Collective."""
         loaded: list[Loaded] = []
         limit = self._settings.coordination_timeout + self._settings.drain_timeout
-        self._agree(self._call("load"), lambda: loaded.append(read()), limit=limit)
+        self._calls.agree(self._calls.begin("load"), lambda: loaded.append(read()), limit=limit)
         return loaded[0]
 
     def restore_part(self, step: int | None, make_wanted: Callable[[], Wanted]) -> Restored:
@@ -503,7 +463,7 @@ class Engine:
         `Restorer.restore_part` does.
         """
         self._check_open()
-        key, wanted = self._call("part"), None
+        key, wanted = self._calls.begin("part"), None
 
         def mine() -> str:
             nonlocal wanted
@@ -518,18 +478,18 @@ class Engine:
                     "give restore() the same leaves with the same shardings"
                 )
 
-        self._agree(f"{key}/wanted", mine, decide)
+        self._calls.agree(f"{key}/wanted", mine, decide)
         assert wanted is not None
         # A save or a drain in the background could take a slot, or delete a step, that is being read.
-        with self._quiet(key):
+        with self._calls.quiet(key, self._workers):
             survey = self.survey if self._survey_is_fresh else self._restorer.survey(key)
             return self._restorer.restore_part(survey, step, wanted, key)
 
     def reload(self) -> None:
         """Looks again at what can be restored. Collective."""
         self._check_open()
-        key = self._call("reload")
-        with self._quiet(key):
+        key = self._calls.begin("reload")
+        with self._calls.quiet(key, self._workers):
             self._look_again(key)
         if self._survey_is_fresh:
             self._restorer.begin_early(self.survey, key)
@@ -538,8 +498,8 @@ class Engine:
         """Deletes `step` on all tiers. Collective. Raises NoRestorableStepError when it is on none."""
         self._check_open()
         self._restorer.end_early()
-        key = self._call("delete")
-        with self._quiet(key):
+        key = self._calls.begin("delete")
+        with self._calls.quiet(key, self._workers):
             self._delete(step, key)
 
     def _delete(self, step: int, key: str) -> None:
@@ -556,10 +516,10 @@ class Engine:
             self._workers.give_up_drains("it is deleted", step)
             self.job.local.delete(step)
 
-        numbers = self._tell(f"{key}/persistent", remove)
+        numbers = self._calls.tell(f"{key}/persistent", remove)
         if numbers is not None:
             raise NoRestorableStepError(f"step {step} is on no tier; the steps that are: {numbers}")
-        self._agree(f"{key}/local", remove_here)
+        self._calls.agree(f"{key}/local", remove_here)
         before = self.newest
         self._look_again(key)
         self._workers.pipeline.forget(step, self.survey.newest)
@@ -570,7 +530,7 @@ class Engine:
         if before is None:
             return
         deletion = Deletion(before, self.survey.newest)
-        self._tell(f"{key}/record", lambda: self.job.persistent.record_deletion(deletion))
+        self._calls.tell(f"{key}/record", lambda: self.job.persistent.record_deletion(deletion))
         self.survey = dataclasses.replace(self.survey, lost=None)
 
     def _look_again(self, key: str) -> None:
@@ -594,7 +554,7 @@ class Engine:
 
     def _begin_generation(self, key: str) -> None:
         """Finishes all saves and begins a new generation, for a restore in the middle of a run. Collective."""
-        with self._quiet(key):
+        with self._calls.quiet(key, self._workers):
             self._end_generation(key)
 
     def _end_generation(self, key: str) -> None:
@@ -677,56 +637,6 @@ class Engine:
         if not done:
             self._workers.pipeline.wait(_SEAL_PATIENCE)
         return done
-
-    def _call(self, kind: str) -> str:
-        """The prefix of the keys of one call that all processes make.
-
-        It is taken before anything can fail, so that a process which fails on the way is in step with the
-        others at the next call.
-        """
-        self._calls[kind] += 1
-        return f"{kind}/{self._calls[kind]}"
-
-    @contextlib.contextmanager
-    def _quiet(self, key: str) -> Iterator[None]:
-        """Waits on all processes, and lets no drain begin until the block ends; what failed is tried again.
-
-        Where one of them waits in vain, all raise, and none goes on without it. All say first that they are
-        here, so that nobody waits for a silent process as long as for a drain. Collective. Process 0 ends the
-        quiet: where others need it, the block ends with something that all do together.
-        """
-        self._agree(f"{key}/here", lambda: None)
-        workers = self._workers
-        limit = workers.patience + self._settings.coordination_timeout
-
-        def lead() -> int:
-            workers.wait_for_saves()
-            return workers.hold_drains()
-
-        def wait() -> None:
-            if not self.job.leads:
-                workers.wait_for_saves()
-            ended = tell(self.job.coordinator, f"{key}/drains", lead, limit)
-            if not self.job.leads:
-                workers.await_held_drains(ended)
-
-        try:
-            self._agree(f"{key}/waited", wait, limit=limit)
-            yield
-        finally:
-            workers.release_drains()
-
-    def _agree(
-        self,
-        key: str,
-        mine: Callable[[], Any],
-        decide: Callable[[list[Any]], Any] = lambda _: None,
-        limit: timedelta | None = None,
-    ) -> Any:
-        return agree(self.job.coordinator, key, mine, decide, limit or self._settings.coordination_timeout)
-
-    def _tell(self, key: str, make: Callable[[], Any]) -> Any:
-        return tell(self.job.coordinator, key, make, self._settings.coordination_timeout)
 
     def _collect_errors(self) -> None:
         self._errors += self._workers.take_errors()

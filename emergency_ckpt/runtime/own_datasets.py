@@ -16,7 +16,8 @@ from etils import epath
 
 from emergency_ckpt.core.locations import is_url
 from emergency_ckpt.persistent.files import ObjectFiles
-from emergency_ckpt.persistent.object_store.opening import check_location, open_files
+from emergency_ckpt.persistent.object_store.opening import open_files
+from emergency_ckpt.persistent.object_store.urls import check_location
 from emergency_ckpt.runtime.bucket_datasets import BucketDatasets
 from emergency_ckpt.runtime.datasets import DatasetDirectory
 from emergency_ckpt.runtime.engine import Engine

@@ -23,7 +23,7 @@ from emergency_ckpt.errors import ConfigError
 from emergency_ckpt.jaxio.binding import HOST_PLATFORMS
 from emergency_ckpt.persistent.arrays import WriteOptions
 from emergency_ckpt.persistent.attempts import StepNames
-from emergency_ckpt.persistent.object_store.opening import check_location
+from emergency_ckpt.persistent.object_store.urls import check_location
 from emergency_ckpt.preemption.choosing import SourceOptions, names_of
 from emergency_ckpt.preemption.signals import SignalOptions
 from emergency_ckpt.runtime.policies import (

@@ -24,9 +24,8 @@ from emergency_ckpt.runtime.saving import SavePipeline
 from emergency_ckpt.runtime.settings import Settings
 from emergency_ckpt.runtime.start import start_drains
 
-
-def _never() -> bool:
-    return False
+Interrupted = Callable[[], bool] | None
+"""Asked now and then by whoever waits: true, nobody waits any longer. None: nothing interrupts."""
 
 
 class Workers:
@@ -59,19 +58,19 @@ class Workers:
         """How long `wait` may take."""
         return _save_patience(self._settings) + _drain_patience(self._settings)
 
-    def wait(self, interrupted: Callable[[], bool] = _never) -> bool:
+    def wait(self, interrupted: Interrupted = None) -> bool:
         """Waits until every save has its outcome and every drain has had a try, within their time limits.
 
-        False where `interrupted`, which is asked now and then, was true before.
+        False where it was interrupted before.
         """
         return self.wait_for_saves(interrupted) and self.wait_for_drains(interrupted)
 
-    def wait_for_drains(self, interrupted: Callable[[], bool] = _never) -> bool:
-        """Waits until every step has been drained, or has had a try; `interrupted`: see `wait`."""
+    def wait_for_drains(self, interrupted: Interrupted = None) -> bool:
+        """Waits until every step has been drained, or has had a try; False where it was interrupted before."""
         limit = _drain_patience(self._settings)
         if self.drain is None or self.drain.wait(limit, interrupted):
             return True
-        if interrupted():
+        if interrupted is not None and interrupted():
             return False
         raise self._still_running(self.drain, limit)
 
@@ -109,11 +108,12 @@ class Workers:
             "itself; look at the logs of the other processes, or raise checkpoint_drain_timeout_seconds"
         )
 
-    def wait_for_saves(self, interrupted: Callable[[], bool] = _never) -> bool:
+    def wait_for_saves(self, interrupted: Interrupted = None) -> bool:
+        """Waits until every save has its outcome; False where it was interrupted before."""
         limit = _save_patience(self._settings)
         if self.pipeline.wait(limit, interrupted):
             return True
-        if interrupted():
+        if interrupted is not None and interrupted():
             return False
         raise CoordinationTimeoutError(f"saves were still running after {limit.total_seconds():.0f} s")
 

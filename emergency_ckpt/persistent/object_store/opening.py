@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from emergency_ckpt.core.locations import absolute, is_url
+from emergency_ckpt.core.locations import is_url
 from emergency_ckpt.persistent.files import LocalFiles, ObjectFiles
 from emergency_ckpt.persistent.object_store.gcs import GcsStore
 from emergency_ckpt.persistent.object_store.operations import Limits, ObjectStore
@@ -22,11 +22,6 @@ def open_files(location: str | os.PathLike[str], limits: Limits | None = None) -
         return LocalFiles(location)
     url = parse_url(location)
     return ObjectFiles(open_bucket(url, limits), url.prefix)
-
-
-def check_location(location: str) -> str:
-    """The location in its one form, a full path or a URL. Raises ConfigError for a URL that cannot be one."""
-    return str(parse_url(location)) if is_url(location) else absolute(location)
 
 
 def open_bucket(url: BucketUrl, limits: Limits | None = None) -> ObjectStore:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import re
 
+from emergency_ckpt.core.locations import absolute, is_url
 from emergency_ckpt.errors import ConfigError, PersistentStoreError
 
 SCHEMES = ("gs", "s3")
@@ -32,6 +33,11 @@ class BucketUrl:
 
     def __str__(self) -> str:
         return f"{self.scheme}://{self.bucket}" + f"/{self.prefix}" * bool(self.prefix)
+
+
+def check_location(location: str) -> str:
+    """A location in its one form, a full path or a URL. Raises ConfigError for a URL that cannot be one."""
+    return str(parse_url(location)) if is_url(location) else absolute(location)
 
 
 def parse_url(location: str) -> BucketUrl:
