@@ -5,8 +5,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
-# Files are run side by side; more at a time than two keep real jobs of several processes from making their limits.
-PYTEST_WORKERS ?= 2
+# Files are run side by side, in the order that tests/conftest.py gives them. Many tests wait for most of their time;
+# but more at a time than this keep real jobs of several processes from making their limits on two cores.
+PYTEST_WORKERS ?= 3
+PYTEST := $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 EXPLORE_WORLDS ?= 1000000
@@ -56,10 +58,10 @@ demo: $(STAMP) ## train, lose a whole slice, come back (under 3 minutes)
 	$(BIN)/emergency-ckpt demo $(DEMO_ARGS)
 
 test: $(STAMP) ## all tests (options for pytest: PYTEST_ARGS="-x -k slots")
-	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 long: $(STAMP) ## the cases that `make test` leaves out, because it shows one of their kind
-	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile --long -m long $(PYTEST_ARGS)
+	$(PYTEST) --long -m long $(PYTEST_ARGS)
 
 lint: $(STAMP) ## style, formatting and types
 	$(BIN)/ruff check .

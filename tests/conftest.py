@@ -32,16 +32,32 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
+_ROOMS_OF_JOBS = {"integration", "demo", "maxtext"}
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="also the tests that are marked as long")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Further cases of what the suite shows once are for `make long`: the suite has a quarter of an hour."""
-    if config.getoption("--long"):
-        return
-    config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("long")])
-    items[:] = [item for item in items if not item.get_closest_marker("long")]
+    if not config.getoption("--long"):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("long")])
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
+    items[:] = _mixed(items)
+
+
+def _mixed(items: list[pytest.Item]) -> list[pytest.Item]:
+    """File by file, such that those that run jobs come evenly among the others, which mostly wait.
+
+    Workers that take files in this order run few jobs at a time; those of several processes fill the machine.
+    """
+    rooms: dict[bool, dict[Path, list[pytest.Item]]] = {True: {}, False: {}}
+    for item in items:
+        runs_jobs = any(part in _ROOMS_OF_JOBS for part in item.path.parts)
+        rooms[runs_jobs].setdefault(item.path, []).append(item)
+    placed = [(at / len(files), of) for files in rooms.values() for at, of in enumerate(files.values())]
+    return [item for _, of in sorted(placed, key=lambda each: each[0]) for item in of]
 
 
 @pytest.fixture
