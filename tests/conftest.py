@@ -54,7 +54,7 @@ def _mixed(items: list[pytest.Item]) -> list[pytest.Item]:
     """
     rooms: dict[bool, dict[Path, list[pytest.Item]]] = {True: {}, False: {}}
     for item in items:
-        runs_jobs = any(part in _ROOMS_OF_JOBS for part in item.path.parts)
+        runs_jobs = item.path.parent.name in _ROOMS_OF_JOBS
         rooms[runs_jobs].setdefault(item.path, []).append(item)
     placed = [(at / len(files), of) for files in rooms.values() for at, of in enumerate(files.values())]
     return [item for _, of in sorted(placed, key=lambda each: each[0]) for item in of]

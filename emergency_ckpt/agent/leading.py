@@ -8,6 +8,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -73,8 +74,8 @@ class Leader:
     ) -> None:
         """An agent that could not be reached is asked again after `forgiving_seconds`.
 
-        It is waited for `waiting_seconds` where it may hold what is missing of a step that others hold a part
-        of, unless time is short.
+        Where it may hold what is missing of a step that others hold a part of, and time is not short, it is
+        asked again for about `waiting_seconds`, once.
         """
         self._registration = registration
         self._life = registration.life
@@ -127,6 +128,10 @@ class Leader:
                 if last:
                     self._lose(endpoint, error)
         return None
+
+    def _ask_again(self) -> None:
+        """Those that could not be reached are asked again; that they still cannot is no news."""
+        self._lost = dict.fromkeys(self._lost, -math.inf)
 
     def _lose(self, endpoint: Endpoint, error: PeerUnavailableError) -> None:
         if endpoint not in self._lost:
@@ -184,6 +189,8 @@ class Leader:
                 if held is None or (covered and held <= covered) or not self._wait_for_lost(held):
                     break
             if flush is None:
+                if self._waits_until is not None and self._stopped.is_set():
+                    return stands_down("the agent leaves")
                 return FlushResult("nothing_left", f"nothing is left to be drained: {reason}")
             if busy(flush.step) is not None:
                 return None
@@ -212,7 +219,7 @@ class Leader:
 
         False where there are none, or where it was waited long enough.
         """
-        if not self._lost or not self._waiting_seconds:
+        if not self._waiting_seconds or not any(map(self._is_lost, self._lost)):
             return False
         now = time.monotonic()
         if self._waits_until is None:
@@ -220,7 +227,7 @@ class Leader:
             _log.info("%s is not whole: agents that cannot be reached are asked again", step)
         if now >= self._waits_until or self._stopped.wait(_ASKED_EVERY):
             return False
-        self._lost.clear()
+        self._ask_again()
         return True
 
     def _abandon_left(self, store: PersistentStore) -> None:
@@ -290,6 +297,7 @@ class Leader:
                 return []  # It was started anew and knows nothing of this life: it would drain nothing.
             with self._peer(endpoint) as client:
                 held = client.inventory()
+            self._lost.pop(endpoint, None)
         except PeerUnavailableError as error:
             self._lose(endpoint, error)
             return []

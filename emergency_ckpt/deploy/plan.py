@@ -156,15 +156,17 @@ def read_words(
 ) -> tuple[Config, dict[str, Any], dict[str, str]]:
     """The flags of the job; the values of the deployment, unchecked, and where each was said, by their names.
 
-    Raises ConfigError, also for values that do not exist.
+    `environment`: for the flags alone. Raises ConfigError, also for values that look misspelt.
     """
-    config = load_config(_of_job(words), environment)
+    overridden = {name for name in environment if name.startswith(f"M_{PREFIX.upper()}")}
+    of_flags = {name: text for name, text in environment.items() if name not in overridden}
+    config = load_config(_of_job(words), of_flags)
     given = {key: value for key, value in config.other_keys.items() if key.startswith(PREFIX)}
     sources = {key.removeprefix(PREFIX): config.source_of(key) for key in given}
     _refuse_misspelt(config)
     values: dict[str, Any] = {key.removeprefix(PREFIX): value for key, value in given.items()}
     for word in words:
-        if not word.startswith(PREFIX):
+        if not _is_value(word):
             continue
         key, equals, text = word.partition("=")
         if not equals:
@@ -176,7 +178,12 @@ def read_words(
 
 
 def _of_job(words: Sequence[str]) -> list[str]:
-    return [word for word in words if not word.startswith(PREFIX)]
+    return [word for word in words if not _is_value(word)]
+
+
+def _is_value(word: str) -> bool:
+    """Whether a word is a value of the deployment; a file may be called so, too."""
+    return word.startswith(PREFIX) and not word.partition("=")[0].endswith((".yml", ".yaml"))
 
 
 def _value_of(text: str) -> Any:

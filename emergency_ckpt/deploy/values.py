@@ -195,7 +195,7 @@ class Deployment(BaseModel):
             )
         return env
 
-    def __init__(self, sources: dict[str, str] | None = None, **values: Any) -> None:
+    def __init__(self, sources: dict[str, str] | None = None, /, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:

@@ -222,9 +222,42 @@ def test_an_agent_that_has_what_is_missing_of_a_step_is_waited_for(
             try:
                 result = led.submit(leader.lead, job.store, None, ())
                 job.wait_for(lambda: "agents that cannot be reached are asked again" in caplog.text)
+                assert caplog.text.count("flush without an agent") == 1
             finally:
                 os.kill(pid_of(disk.root), signal.SIGCONT)
             said = result.result(60)
         assert said is not None
         assert said.ending == "committed", said
         assert job.committed == [StepId(1, 7)]
+
+
+def test_an_agent_that_is_not_back_is_named_once_and_a_flush_that_is_stopped_leaves_the_rest(
+    disk: Ramdisk, bucket: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = make_job(disk, bucket)
+    with ending_agents(tmp_path), open_ramdisk(tmp_path, process=1) as small:
+        other = Job(small, job.store, job.destination)
+        other.save(7)
+        agents = (job.record.endpoint, other.record.endpoint)
+        there = Registration(job.destination, 1, agents, True)
+        for agent in agents_of(disk.root):
+            agent.kill()
+            agent.wait(20)
+        with other.trainer(registration=there), ThreadPoolExecutor(1) as led:
+            stopped = threading.Event()
+            leader = Leader(there, agents[1], "127.0.0.1", stopped, waiting_seconds=60.0)
+            with contextlib.closing(leader), caplog.at_level(logging.INFO, logger="emergency_ckpt.agent"):
+                result = led.submit(leader.lead, job.store, None, ())
+                job.wait_for(lambda: "agents that cannot be reached are asked again" in caplog.text)
+                assert not result.done()
+                stopped.set()
+                said = result.result(60)
+            assert said is not None
+            assert (said.ending, said.reason) == ("stood_down", "nothing is done: the agent leaves")
+            assert caplog.text.count("flush without an agent") == 1
+            with contextlib.closing(
+                Leader(there, agents[1], "127.0.0.1", threading.Event(), waiting_seconds=0.1)
+            ) as brief:
+                said = brief.lead(job.store, None, ())
+            assert said is not None
+            assert said.ending == "nothing_left"

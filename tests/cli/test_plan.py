@@ -445,6 +445,7 @@ def test_a_deployment_that_a_plan_finds_too_small_is_pointed_out(
         ]
     )
     assert "Did you mean deploy_slices" in refused(capsys, *words, "deploy_slicez=3")
+    assert "there is no such value" in refused(capsys, *words, "deploy_sources=3")
     assert "cannot be used" in refused(capsys, *words, "deploy_slices=0")
 
 
@@ -454,3 +455,44 @@ def test_words_may_stand_before_and_after_options(capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit, match="2"):
         main([*words, "--nonsense"])
     assert "unrecognized arguments: --nonsense" in capsys.readouterr().err
+
+
+def test_grace_periods_do_not_get_shorter_by_what_a_plan_assumes(
+    deployed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["plan", deployed, "--parameters", "1B", "--step-seconds", "1"]
+    seconds = "deploy_planned_save_seconds"
+    assert planned(capsys, *words)["deployment"][seconds] == 60
+    assert planned(capsys, *words, f"{seconds}=90")["deployment"][seconds] == 90
+    assert planned(capsys, *words, "--persistent-lag-seconds", "200")["deployment"][seconds] > 200
+
+
+@pytest.mark.parametrize(
+    ("file", "options", "target"),
+    [
+        ("", ["--hosts-per-slice", "8", "--machine", "a3-highgpu-8g"], "k8s"),
+        ("deploy_tpu_type: null\ndeploy_hosts_per_slice: 8\n", ["--tpu-type", "v5p-128"], "xpk"),
+    ],
+)
+def test_another_kind_of_hosts_than_the_file_has_deploys_as_well(
+    file: str, options: list[str], target: str, deployed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path(deployed).write_text(DEPLOYED + file)
+    assert (
+        main(["plan", deployed, "--parameters", "70B", "--step-seconds", "5", *options, "--deploy-flags"]) == 0
+    )
+    line = shlex.split(capsys.readouterr().out)
+    assert main(["deploy", target, "--config", deployed, *line]) == 0
+
+
+def test_files_may_be_called_like_values_and_have_keys_of_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "deploy_my.yml"
+    file.write_text(DEPLOYED + "deploy_target: prod\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("M_DEPLOY_SLICES", "7")  # As little as for `deploy`.
+    words = ["plan", "deploy_my.yml", "--parameters", "70B", "--step-seconds", "5"]
+    assert planned(capsys, *words)["job"]["slices"] == 2
+    file.write_text(DEPLOYED)
+    assert main(["deploy", "xpk", "--config", "deploy_my.yml"]) == 0

@@ -16,7 +16,7 @@ from emergency_ckpt.core.forecast.sizing import quantity
 from emergency_ckpt.core.machines import MACHINES
 from emergency_ckpt.deploy.names import mebibytes
 from emergency_ckpt.deploy.plan import read_words
-from emergency_ckpt.deploy.values import PREFIX, Deployment
+from emergency_ckpt.deploy.values import FIELDS, PREFIX, Deployment
 
 _MOST_SAVE_SECONDS = 3600
 _SAID_LATER: Mapping[str, Any] = {
@@ -31,9 +31,10 @@ _SAID_LATER: Mapping[str, Any] = {
 def read_both(words: Sequence[str], environment: Mapping[str, str]) -> tuple[Config, Mapping[str, Any]]:
     """The flags of a job, and those values of its deployment that were given, checked.
 
-    Raises ConfigError.
+    What is no value of a deployment, in a file for something else, is passed over. Raises ConfigError.
     """
     config, given, sources = read_words(words, environment)
+    given = {name: value for name, value in given.items() if name in FIELDS or sources[name] == "command line"}
     checked = Deployment(sources, **{**_SAID_LATER, **given})
     if "workload" in given:
         config, _, _ = read_words(words, {**environment, "JOBSET_NAME": checked.workload})
@@ -41,10 +42,11 @@ def read_both(words: Sequence[str], environment: Mapping[str, str]) -> tuple[Con
 
 
 def take_shape(args: argparse.Namespace, given: Mapping[str, Any]) -> None:
-    """Sets what options leave open to what the deployment says. Options that contradict it count."""
+    """Sets what options leave open to what the deployment says; its TPUs, where none says anything of hosts."""
     if args.slices is None:
         args.slices = given.get("slices", 1)
-    if args.tpu_type is None and args.machine is None and args.hosts_per_slice is None:
+    options = (args.tpu_type, args.machine, args.hosts_per_slice, args.chips_per_host)
+    if all(option is None for option in options):
         args.tpu_type = given.get("tpu_type")
     if args.tpu_type is None:
         if args.hosts_per_slice is None:
@@ -53,23 +55,34 @@ def take_shape(args: argparse.Namespace, given: Mapping[str, Any]) -> None:
             args.machine = given["instance_type"]
 
 
-def deploy_values(plan: JobPlan, machine: str | None) -> Iterator[tuple[str, Any]]:
-    """The values of the deployment that follow from a plan, by name."""
+def deploy_values(given: Mapping[str, Any], plan: JobPlan, machine: str | None) -> Iterator[tuple[str, Any]]:
+    """The values of the deployment that follow from a plan, by name; None: what was given does not count.
+
+    The planned save is never less than what was given, or than the usual one: figures are assumed, and a drain
+    may be under way when the notice comes.
+    """
     of = plan.request
     yield f"{PREFIX}slices", of.shape.slices
-    if of.tpu_type is not None:
-        yield f"{PREFIX}tpu_type", of.tpu_type
-    else:
-        yield f"{PREFIX}hosts_per_slice", of.shape.hosts_per_slice
-        if machine is not None:
-            yield f"{PREFIX}instance_type", machine
+    on_tpus = of.tpu_type is not None
+    shape = {
+        "tpu_type": of.tpu_type,
+        "hosts_per_slice": None if on_tpus else of.shape.hosts_per_slice,
+        "instance_type": None if on_tpus else machine,
+    }
+    for name, value in shape.items():
+        if value is not None or name in given:
+            yield f"{PREFIX}{name}", value
     yield f"{PREFIX}ramdisk_size", quantity(plan.ramdisk_mib)
     if (seconds := last_save_seconds(plan)) <= _MOST_SAVE_SECONDS:
-        yield f"{PREFIX}planned_save_seconds", seconds
+        usual = Deployment.model_fields["planned_save_seconds"].default
+        yield f"{PREFIX}planned_save_seconds", max(seconds, given.get("planned_save_seconds", usual))
 
 
 def last_save_seconds(plan: JobPlan) -> int:
-    """From a notice until a step that is saved for it is in the persistent tier, at most: whole seconds."""
+    """From a notice until a step that is saved for it is in the persistent tier, in whole seconds.
+
+    That is, where no drain is under way, and the hosts that go away write their part.
+    """
     of = plan.request
     costs = of.costs
     return math.ceil(of.step_seconds + costs.local_blocked + costs.local_lag + costs.persistent_lag)

@@ -188,7 +188,7 @@ def deploy_line(plan: JobPlan, asked: Asked, config: Config) -> str:
 
 
 def _deploy_values(plan: JobPlan, asked: Asked) -> Iterator[tuple[str, Any]]:
-    return deploy_values(plan, asked.machine.name if asked.machine else None)
+    return deploy_values(asked.deployment, plan, asked.machine.name if asked.machine else None)
 
 
 def _words(values: Iterator[tuple[str, Any]]) -> str:
