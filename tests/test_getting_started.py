@@ -35,7 +35,10 @@ def test_the_program_of_the_first_page_comes_back_from_the_ramdisks(tmp_path: Pa
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "going on from step 130 (" in done.stdout
+    steps = {int(step) for step in re.findall(r"going on from step (\d+) \(", done.stdout)} - {0}
+    # On a busy machine it is killed some steps later, and the newest save may not have been complete.
+    assert len(steps) == 1, done.stdout
+    assert min(steps) in range(120, 201, 10), done.stdout
     assert "step 500: " in done.stdout
     committed = {path.name for path in (tmp_path / "jobs" / "first" / "checkpoints").iterdir()}
     assert "500" in committed  # of those before, what a quick job overtakes is left out
