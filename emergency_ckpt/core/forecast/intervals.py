@@ -51,8 +51,8 @@ def effective_time_ratio(
     """Productive time over wall time: (1 - N r (u + T/2)) / (1 + w/T).
 
     N nodes that fail at rate r, u to restart, a save every T that takes w. After Kokolis et al., "Revisiting
-    Reliability in Large-Scale Machine Learning Research Clusters", HPCA 2025 (arXiv:2410.21680), who estimate it
-    by failures, restarts and work done again; with what saves take, and without waiting for machines.
+    Reliability in Large-Scale Machine Learning Research Clusters", HPCA 2025 (arXiv:2410.21680), who estimate
+    it by failures, restarts and work done again; with what saves take, and without waiting for machines.
     """
     return (1 - nodes * failures_per_node_second * (restart + period / 2)) / (1 + cost / period)
 
