@@ -13,6 +13,7 @@ import yaml
 from emergency_ckpt.cli.flag_page import flag_page
 from emergency_ckpt.config import FLAGS, Config, advice, inactive_flags, load_config
 from emergency_ckpt.config.describe import expected
+from emergency_ckpt.config.load import check_words
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
     elif args.page:
         lines = flag_page()
     else:
+        check_words(args.words)
         config = load_config(args.words)
         lines = _other_keys(config) if args.other else effective_lines(config)
     for line in lines:

@@ -72,6 +72,20 @@ def is_given(config: Config, flag: str) -> bool:
     )
 
 
+def check_words(words: Sequence[str]) -> None:
+    """Raises ConfigError for a word that is neither a file nor `key=value`.
+
+    `load_config` passes over what may be the name of a program; commands of this package have none, and a
+    mistyped file is to be told.
+    """
+    for word in words:
+        if "=" not in word and not word.endswith((*_FILE_ENDINGS, ".py")):
+            raise ConfigError(
+                f"command line: {word!r} is neither a configuration file ({', '.join(_FILE_ENDINGS)}) nor of"
+                " the form key=value."
+            )
+
+
 def _split(argv: Sequence[str]) -> tuple[str, Sequence[str]]:
     """The file and the `key=value` words of a command line."""
     words = list(argv)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from emergency_ckpt.config import Config
 from emergency_ckpt.config.load import is_given
 from emergency_ckpt.core.locations import is_url
+from emergency_ckpt.core.machines import MIB, gke_reserved_bytes
 from emergency_ckpt.deploy.names import check_path, mebibytes
 from emergency_ckpt.deploy.values import Deployment
 from emergency_ckpt.errors import ConfigError
@@ -33,6 +34,7 @@ def problems(plan: Plan) -> Iterator[str]:
     yield from _about_flags(plan.config)
     yield from _about_leaving(plan)
     yield from _about_names(plan)
+    yield from _about_memory(plan)
     if plan.target in FROM_GOOGLE:
         yield from _about_google(plan)
     else:
@@ -123,8 +125,27 @@ def _about_names(plan: Plan) -> Iterator[str]:
         )
 
 
+def _about_memory(plan: Plan) -> Iterator[str]:
+    values, machine = plan.values, plan.machine
+    if machine is None:
+        return
+    asked = {"ramdisk_size": values.ramdisk_size}
+    if plan.target not in FROM_GOOGLE:  # Those limit no memory.
+        asked |= {"memory": values.memory, "agent_memory": values.agent_memory}
+    given = {f"deploy_{name}={size}": mebibytes(size) for name, size in asked.items() if size}
+    kept = gke_reserved_bytes(machine.memory_bytes) if machine.is_on_gke else 0
+    most = (machine.memory_bytes - kept) // MIB
+    if sum(given.values()) > most:
+        yield (
+            f"{', '.join(given)}: more than the {most}Mi that pods have of a host of {machine.name}, all"
+            " together. `emergency-ckpt plan` says how large the ramdisk must be."
+        )
+
+
 def _about_google(plan: Plan) -> Iterator[str]:
     values = plan.values
+    if values.platform != "gke":
+        yield f"deploy_platform={values.platform}: {plan.target} is for GKE; use `emergency-ckpt deploy k8s`."
     for name in ("cluster", "project", "zone"):
         if getattr(values, name) is None:
             yield f"deploy_{name} is missing: {Deployment.model_fields[name].description}"

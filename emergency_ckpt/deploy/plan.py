@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from emergency_ckpt.config import Config, load_config
-from emergency_ckpt.config.load import is_given
+from emergency_ckpt.config.load import check_words, is_given
 from emergency_ckpt.config.names import misspelt
 from emergency_ckpt.config.values import read_value
+from emergency_ckpt.core.machines import MACHINES, Machine
 from emergency_ckpt.core.tpu_types import TpuType, tpu_type
 from emergency_ckpt.deploy import grace
 from emergency_ckpt.deploy.checks import FROM_GOOGLE, problems
@@ -77,10 +78,19 @@ class Plan:
         flag = "preemption_grace_seconds"
         if not self.config.enable_autocheckpoint or is_given(self.config, flag) or not self._reads_all_flags:
             return self.config
-        seconds = self.grace.hold_seconds
-        if self.spot_seconds is not None:
-            seconds = min(seconds, self.spot_seconds)
-        return self.config.replace("deploy_planned_save_seconds", **{flag: float(seconds)})
+        return self.config.replace("deploy_planned_save_seconds", **{flag: float(self.notice_seconds)})
+
+    @property
+    def notice_seconds(self) -> int:
+        """What the program has from the notice on: the hold, or what a spot machine leaves of it."""
+        hold, spot = self.grace.hold_seconds, self.spot_seconds
+        return hold if spot is None else min(hold, spot)
+
+    @property
+    def machine(self) -> Machine | None:
+        """The hosts, where their type is one that is known."""
+        name = self.tpu.machine if self.tpu else (self.values.instance_type or "").removeprefix("ml.")
+        return MACHINES.get(name)
 
     @property
     def spot_seconds(self) -> int | None:
@@ -158,6 +168,7 @@ def read_words(
 
     `environment`: for the flags alone. Raises ConfigError, also for values that look misspelt.
     """
+    check_words(words)
     overridden = {name for name in environment if name.startswith(f"M_{PREFIX.upper()}")}
     of_flags = {name: text for name, text in environment.items() if name not in overridden}
     config = load_config(_of_job(words), of_flags)

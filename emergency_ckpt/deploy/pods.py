@@ -120,7 +120,7 @@ def _agent(plan: Plan) -> dict[str, Any]:
 
 
 def _notice_command(plan: Plan) -> str:
-    notice = f'{{"seconds": {plan.grace.hold_seconds}, "detail": "preStop"}}'
+    notice = f'{{"seconds": {plan.notice_seconds}, "detail": "preStop"}}'
     return f"echo '{notice}' > {NOTICE_FILE}"
 
 

@@ -85,6 +85,7 @@ NAMES = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_
 
 @settings(max_examples=30, deadline=None)
 @example("None", "/ramdisk/x", 1, 1, False, None)
+@example("#\U0001da8c", "/ramdisk/0", 1, 1, False, None)
 @given(
     NAMES.filter(lambda name: bool(name) and not name.startswith("/") and ".." not in name.split("/")),
     NAMES.map(lambda name: f"/ramdisk/{name}".rstrip()),
@@ -496,3 +497,54 @@ def test_files_may_be_called_like_values_and_have_keys_of_others(
     assert planned(capsys, *words)["job"]["slices"] == 2
     file.write_text(DEPLOYED)
     assert main(["deploy", "xpk", "--config", "deploy_my.yml"]) == 0
+
+
+ON_HYPERPOD = """\
+base_config: hyperpod.yml
+base_output_directory: s3://bucket/jobs
+deploy_workload: r1
+deploy_image: registry.example/team/trainer:1
+"""
+
+
+def test_the_names_of_sagemaker_stay_what_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (file := tmp_path / "my.yml").write_text(ON_HYPERPOD)
+    words = ["plan", str(file), "--parameters", "7B", "--step-seconds", "5"]
+    for more in ([], ["--machine", "ml.p5.48xlarge", "--hosts-per-slice", "2"]):
+        plan = planned(capsys, *words, *more)
+        assert (plan["machine"]["name"], plan["job"]["chips"]) == ("p5.48xlarge", 32)
+        assert plan["deployment"]["deploy_instance_type"] == "ml.p5.48xlarge"
+    assert main([*words, "--deploy-flags"]) == 0
+    line = shlex.split(capsys.readouterr().out)
+    assert main(["deploy", "hyperpod", "--config", str(file), *line]) == 0
+    assert "ml.p5.48xlarge" in capsys.readouterr().out
+    unknown = planned(capsys, *words, "deploy_instance_type=ml.p5.48xlarg")
+    assert unknown["deployment"]["deploy_instance_type"] == "ml.p5.48xlarg"
+    assert any("Did you mean" in note and "p5.48xlarge" in note for note in unknown["notes"])
+
+
+def test_what_the_pods_of_a_deployment_need_comes_off_the_memory_of_a_host(
+    deployed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["plan", deployed, "--parameters", "70B", "--step-seconds", "5"]
+    roomy, tight = (planned(capsys, *words, f"deploy_memory={size}") for size in ("100Gi", "200Gi"))
+    assert roomy["ramdisk"]["available_bytes"] - tight["ramdisk"]["available_bytes"] == 100 * 2**30
+    assert "does not fit" in refused(capsys, *words, "deploy_memory=400Gi")
+    assert any(
+        "are free for it" in note for note in planned(capsys, *words, "deploy_ramdisk_size=400Gi")["notes"]
+    )
+
+
+def test_files_that_are_none_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["plan", "my.ym", *GUIDE[1:]], ["flags", "my.ym"]):
+        assert "'my.ym' is neither a configuration file" in refused(capsys, *words)
+
+
+def test_advice_is_given_where_it_helps(capsys: pytest.CaptureFixture[str]) -> None:
+    often = ["--host-mtbf-hours", "inf", "--process-mtbf-hours", "inf", "--job-mtbf-hours", "10"]
+    for more, helps in (([], False), (["--sharded-over-slices"], True)):
+        notes = planned(capsys, *GUIDE, *often, *more)["notes"]
+        assert any("leave nothing on the ramdisks" in note for note in notes), notes
+        assert any("local_checkpoint_copies=2 would leave more" in note for note in notes) is helps
+    notes = planned(capsys, *GUIDE, "local_checkpoint_period=3")["notes"]
+    assert any("the periods that are set cost" in note for note in notes)

@@ -36,6 +36,8 @@ PLANS = {
         config(enable_multi_tier_checkpointing=True, multi_tier_checkpointing_backup_interval_steps=100),
         slices=1,
         tpu_type="v6e-1",
+        memory="16Gi",
+        ramdisk_size="10000Mi",
         host_network=False,
     ),
     "gke with GPUs": plan("k8s", {**ON_GPUS, "platform": "gke", "efa_per_host": 0}, image_pull_secret="pull"),

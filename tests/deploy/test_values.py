@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import stat
 import subprocess
 import sys
@@ -271,7 +272,9 @@ def test_the_command_writes_a_script_that_can_be_run_and_a_token_that_only_its_o
     assert main(["deploy", "xpk", "--new-token", *words, *REST]) == 2
     assert "has no place for a Secret" in capsys.readouterr().err
     assert main(["deploy", "k8s", *words, *REST, "deploy_slices"]) == 2
-    assert "not of the form key=value" in capsys.readouterr().err
+    assert "nor of the form key=value" in capsys.readouterr().err
+    assert main(["deploy", "k8s", "--config", "my.ym"]) == 2
+    assert "'my.ym' is neither a configuration file (.yml, .yaml)" in capsys.readouterr().err
     assert main(["deploy", "k8s", "--doc"]) == 0
     documented = capsys.readouterr().out
     assert all(f"{PREFIX}{name} (" in documented for name in FIELDS)
@@ -296,3 +299,25 @@ def test_whether_an_agent_runs_is_said_by_an_exit_code(ramdisk: Path) -> None:
         agent.terminate()
         agent.communicate(timeout=60)
     assert subprocess.run([*words, "--check"], timeout=30).returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("target", "values", "changes", "named"),
+    [
+        ("xpk", FOR_XPK, {"ramdisk_size": "9000Gi"}, "deploy_ramdisk_size=9000Gi: more than the"),
+        ("k8s", ON_GPUS, {"ramdisk_size": "1700Gi"}, "deploy_ramdisk_size=1700Gi, deploy_memory=400Gi"),
+        ("k8s", ON_GPUS, {"memory": "2040Gi"}, "host of p5.48xlarge"),
+        ("hyperpod", {**ON_GPUS, "instance_type": "ml.p5.48xlarge"}, {"ramdisk_size": "3000Gi"}, "p5.48xlarge"),
+        ("xpk", FOR_XPK, {"platform": "eks"}, "deploy_platform=eks: xpk is for GKE"),
+    ],
+)
+def test_what_no_host_has_room_for_is_refused(
+    target: Target, values: dict[str, Any], changes: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(named)):
+        plan(target, values, **changes)
+
+
+def test_a_pod_on_a_spot_machine_is_told_what_time_it_has() -> None:
+    assert plan("k8s", ON_GPUS, planned_save_seconds=300, capacity="spot").notice_seconds == 120
+    assert plan("k8s", ON_GPUS, planned_save_seconds=300).notice_seconds == 450

@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from emergency_ckpt.config import Config
+from emergency_ckpt.config.names import did_you_mean
 from emergency_ckpt.core.forecast.job_plan import JobPlan
 from emergency_ckpt.core.forecast.sizing import quantity
-from emergency_ckpt.core.machines import MACHINES
+from emergency_ckpt.core.machines import MACHINES, MIB
 from emergency_ckpt.deploy.names import mebibytes
 from emergency_ckpt.deploy.plan import read_words
 from emergency_ckpt.deploy.values import FIELDS, PREFIX, Deployment
@@ -51,15 +52,23 @@ def take_shape(args: argparse.Namespace, given: Mapping[str, Any]) -> None:
     if args.tpu_type is None:
         if args.hosts_per_slice is None:
             args.hosts_per_slice = given.get("hosts_per_slice")
-        if args.machine is None and args.machine_memory is None and given.get("instance_type") in MACHINES:
-            args.machine = given["instance_type"]
+        if args.machine is None and _is_known(instance := given.get("instance_type")):
+            args.machine = instance
+    if args.trainer_memory is None and given.get("memory") is not None:
+        agent = given.get("agent_memory", Deployment.model_fields["agent_memory"].default)
+        args.trainer_memory = f"{mebibytes(given['memory']) + mebibytes(agent)}Mi"
+
+
+def _is_known(instance: str | None) -> bool:
+    return instance is not None and instance.removeprefix("ml.") in MACHINES
 
 
 def deploy_values(given: Mapping[str, Any], plan: JobPlan, machine: str | None) -> Iterator[tuple[str, Any]]:
     """The values of the deployment that follow from a plan, by name; None: what was given does not count.
 
-    The planned save is never less than what was given, or than the usual one: figures are assumed, and a drain
-    may be under way when the notice comes.
+    `machine`: the type of the hosts as somebody named it, which may have `ml.` before it. The planned save is
+    never less than what was given, or than the usual one: figures are assumed, and a drain may be under way
+    when the notice comes.
     """
     of = plan.request
     yield f"{PREFIX}slices", of.shape.slices
@@ -67,7 +76,7 @@ def deploy_values(given: Mapping[str, Any], plan: JobPlan, machine: str | None) 
     shape = {
         "tpu_type": of.tpu_type,
         "hosts_per_slice": None if on_tpus else of.shape.hosts_per_slice,
-        "instance_type": None if on_tpus else machine,
+        "instance_type": None if on_tpus else machine or given.get("instance_type"),
     }
     for name, value in shape.items():
         if value is not None or name in given:
@@ -90,8 +99,16 @@ def last_save_seconds(plan: JobPlan) -> int:
 
 def deploy_notes(given: Mapping[str, Any], plan: JobPlan) -> Iterator[str]:
     """What does not go together."""
-    asked = given.get("ramdisk_size")
-    if asked is not None and mebibytes(asked) * 2**20 < plan.ramdisk.needed_bytes:
+    asked, memory, instance = given.get("ramdisk_size"), plan.request.memory, given.get("instance_type")
+    if asked is not None and memory is not None and mebibytes(asked) * MIB > memory.for_ramdisk:
+        free = quantity(memory.for_ramdisk // MIB)
+        yield f"{PREFIX}ramdisk_size={asked} is more than the {free} that are free for it on a host."
+    if plan.request.tpu_type is None and instance is not None and not _is_known(instance):
+        yield (
+            f"{PREFIX}instance_type={instance} is not in the table of machine types."
+            + did_you_mean(instance, list(MACHINES))
+        )
+    if asked is not None and mebibytes(asked) * MIB < plan.ramdisk.needed_bytes:
         yield (
             f"{PREFIX}ramdisk_size={asked} is less than the {quantity(plan.ramdisk_mib)} of this plan: set"
             " that, or plan with fewer --slots or a smaller --buffer."

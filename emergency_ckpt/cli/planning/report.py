@@ -188,7 +188,7 @@ def deploy_line(plan: JobPlan, asked: Asked, config: Config) -> str:
 
 
 def _deploy_values(plan: JobPlan, asked: Asked) -> Iterator[tuple[str, Any]]:
-    return deploy_values(asked.deployment, plan, asked.machine.name if asked.machine else None)
+    return deploy_values(asked.deployment, plan, asked.machine_name)
 
 
 def _words(values: Iterator[tuple[str, Any]]) -> str:
@@ -197,7 +197,9 @@ def _words(values: Iterator[tuple[str, Any]]) -> str:
 
 def _word(value: Any) -> str:
     if isinstance(value, str) and not stands_for_itself(value, is_text=True):
-        return json.dumps(value, ensure_ascii=not value.isprintable())
+        quoted = json.dumps(value, ensure_ascii=False)
+        # As YAML escapes characters: JSON makes two of one beyond the first 65,536.
+        return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in quoted)
     return str(value)
 
 

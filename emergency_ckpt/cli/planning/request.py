@@ -55,12 +55,13 @@ class Asked:
     """A request, with what it was made of.
 
     Attributes:
-      machine: None where only the memory is known, or nothing.
+      machine: None where only the memory is known, or nothing. machine_name: as it was given.
       deployment: the values of a deployment that were given.
     """
 
     request: Request
     machine: Machine | None
+    machine_name: str | None
     assumptions: tuple[Assumption, ...]
     deployment: Mapping[str, Any]
 
@@ -115,7 +116,7 @@ def read_request(
         args.tpu_type,
     )
     assumptions = tuple(_assumptions(args, request, rates, measured, trainer))
-    return Asked(request, machine, assumptions, deployment)
+    return Asked(request, machine, args.machine, assumptions, deployment)
 
 
 def _machine(args: argparse.Namespace) -> tuple[Machine | None, int, int]:

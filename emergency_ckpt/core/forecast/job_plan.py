@@ -242,6 +242,10 @@ def _losses(shape: JobShape) -> Iterator[tuple[str, Kind, tuple[int, ...]]]:
         yield "all hosts", Kind.JOB, tuple(range(shape.hosts))
 
 
+_MUCH = 0.05
+"""Of the time: a loss that deserves a word."""
+
+
 def _notes(plan: JobPlan) -> Iterator[str]:
     of = plan.request
     if not plan.goodput:
@@ -252,8 +256,16 @@ def _notes(plan: JobPlan) -> Iterator[str]:
     if plan.tiers.missed > 0.5:
         yield (
             f"{plan.tiers.missed:.0%} of the failures leave nothing on the ramdisks "
-            f"({plan.recovery.survivable.describe()}); local_checkpoint_copies=2 would leave more."
+            f"({plan.recovery.survivable.describe()})"
+            + (
+                "; local_checkpoint_copies=2 would leave more."
+                if of.protection.copies == 1 and (of.protection.spreads or not of.shape.replicated)
+                else "."
+            )
         )
+    if plan.best_goodput - plan.goodput > _MUCH:
+        more = plan.best_goodput - plan.goodput
+        yield f"the periods that are set cost {more:.0%} of the time beside the best; unset, those are chosen."
     if plan.periods.persistent % plan.periods.local and of.persistent_flag == "checkpoint_period":
         local = plan.periods.local
         multiple = -(-plan.periods.persistent // local) * local

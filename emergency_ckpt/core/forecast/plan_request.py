@@ -68,9 +68,9 @@ class Request:
 def check_step_seconds(seconds: float) -> None:
     """Raises ConfigError for what is no time of a train step."""
     if not LEAST_STEP_SECONDS <= seconds <= MOST_STEP_SECONDS:
+        what = "--step-seconds is missing" if math.isnan(seconds) else f"--step-seconds {seconds:g}"
         raise ConfigError(
-            f"--step-seconds {seconds:g}: give how long a train step takes, {LEAST_STEP_SECONDS:g} to "
-            f"{MOST_STEP_SECONDS:,.0f}"
+            f"{what}: give how long a train step takes, {LEAST_STEP_SECONDS:g} to {MOST_STEP_SECONDS:,.0f}"
         )
 
 
