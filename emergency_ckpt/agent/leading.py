@@ -180,14 +180,7 @@ class Leader:
         struck: set[tuple[int, StepId]] = set()
         layouts: dict[str, Layout] = {}
         for _ in range(_TRIES):
-            while True:
-                copies, layouts = self._gather(layouts, store)
-                usable = [copy for copy in copies if (copy.process, copy.step) not in struck]
-                flush, reason = choose_flush(usable, layouts, committed, activations, leaving)
-                held = max((copy.step for copy in usable if not is_void(copy.step, activations)), default=None)
-                covered = flush.step if flush else committed
-                if held is None or (covered and held <= covered) or not self._wait_for_lost(held):
-                    break
+            flush, reason = self._choose(store, struck, layouts, committed, activations, leaving)
             if flush is None:
                 if self._waits_until is not None and self._stopped.is_set():
                     return stands_down("the agent leaves")
@@ -213,6 +206,27 @@ class Leader:
             _log.warning("%s is tried again without processes %s", flush.step, sorted(p for p, _ in bad))
             struck |= bad
         raise PersistentStoreError(f"{_TRIES} tries came to nothing")
+
+    def _choose(
+        self,
+        store: PersistentStore,
+        struck: Collection[tuple[int, StepId]],
+        layouts: dict[str, Layout],
+        committed: StepId | None,
+        activations: Collection[Activation],
+        leaving: Collection[int],
+    ) -> tuple[Flush | None, str]:
+        """As `choose_flush`, of what agents hold and was not struck; adds to the layouts that are known.
+
+        Where a newer step than the chosen one is not whole, agents that cannot be reached are waited for.
+        """
+        while True:
+            copies = [c for c in self._gather(layouts, store) if (c.process, c.step) not in struck]
+            flush, reason = choose_flush(copies, layouts, committed, activations, leaving)
+            held = max((copy.step for copy in copies if not is_void(copy.step, activations)), default=None)
+            covered = flush.step if flush else committed
+            if held is None or (covered and held <= covered) or not self._wait_for_lost(held):
+                return flush, reason
 
     def _wait_for_lost(self, step: StepId) -> bool:
         """Waits for agents that cannot be reached, which may hold what is missing of a step.
@@ -252,11 +266,8 @@ class Leader:
             if not store.attempt_records(attempt).entries():
                 return attempt
 
-    def _gather(
-        self, known: Mapping[str, Layout], store: PersistentStore
-    ) -> tuple[list[Copy], dict[str, Layout]]:
-        """What all agents hold of this life and earlier ones, and the layouts of that."""
-        layouts = dict(known)
+    def _gather(self, layouts: dict[str, Layout], store: PersistentStore) -> list[Copy]:
+        """What all agents hold of this life and earlier ones; adds the layouts of that."""
         process_of: dict[Endpoint, int] = {}
         for process, endpoint in enumerate(self._registration.agents):
             if endpoint is not None:
@@ -274,7 +285,7 @@ class Leader:
                             layouts[copy.layout] = client.layout(copy.layout)
                     except (PeerUnavailableError, CorruptDataError) as error:
                         _log.warning("the layout %s cannot be had: %s", copy.layout, error)
-        return copies, layouts
+        return copies
 
     def _saved_by(self, step: StepId, store: PersistentStore) -> Life | None:
         """The life that saved a step; None where the store does not know it."""

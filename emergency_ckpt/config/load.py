@@ -72,6 +72,11 @@ def is_given(config: Config, flag: str) -> bool:
     )
 
 
+def is_file(word: str) -> bool:
+    """Whether a word of a command line names a configuration file, and is not `key=value`."""
+    return word.endswith(_FILE_ENDINGS) and "=" not in word
+
+
 def check_words(words: Sequence[str]) -> None:
     """Raises ConfigError for a word that is neither a file nor `key=value`.
 
@@ -79,7 +84,7 @@ def check_words(words: Sequence[str]) -> None:
     mistyped file is to be told.
     """
     for word in words:
-        if "=" not in word and not word.endswith((*_FILE_ENDINGS, ".py")):
+        if "=" not in word and not is_file(word) and not word.endswith(".py"):
             raise ConfigError(
                 f"command line: {word!r} is neither a configuration file ({', '.join(_FILE_ENDINGS)}) nor of"
                 " the form key=value."
@@ -90,9 +95,9 @@ def _split(argv: Sequence[str]) -> tuple[str, Sequence[str]]:
     """The file and the `key=value` words of a command line."""
     words = list(argv)
     # MaxText's own callers pass None or "" where a program's name would stand.
-    if words and not (words[0] and ("=" in words[0] or words[0].endswith(_FILE_ENDINGS))):
+    if words and not (words[0] and ("=" in words[0] or is_file(words[0]))):
         words = words[1:]
-    if words and words[0].endswith(_FILE_ENDINGS) and "=" not in words[0]:
+    if words and is_file(words[0]):
         return words[0], words[1:]
     return str(PACKAGED_BASE), words
 

@@ -80,9 +80,14 @@ MACHINES: Mapping[str, Machine] = {machine.name: machine for machine in _ALL}
 """By the name of the machine type in Google Cloud or EC2 (SageMaker's names have `ml.` before it)."""
 
 
+def known_machine(name: str | None) -> Machine | None:
+    """The machine type of this name, where the table has it."""
+    return None if name is None else MACHINES.get(name.removeprefix("ml."))
+
+
 def find_machine(name: str) -> Machine:
     """The machine type of this name. Raises ConfigError for one that the table does not have."""
-    found = MACHINES.get(name.removeprefix("ml."))
+    found = known_machine(name)
     if found is None:
         close = difflib.get_close_matches(name, list(MACHINES), n=1)
         hint = f" Did you mean {close[0]}?" if close else ""

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from emergency_ckpt.config import Config, load_config
-from emergency_ckpt.config.load import check_words, is_given
+from emergency_ckpt.config.load import check_words, is_file, is_given
 from emergency_ckpt.config.names import misspelt
 from emergency_ckpt.config.values import read_value
-from emergency_ckpt.core.machines import MACHINES, Machine
+from emergency_ckpt.core.machines import Machine, known_machine
 from emergency_ckpt.core.tpu_types import TpuType, tpu_type
 from emergency_ckpt.deploy import grace
 from emergency_ckpt.deploy.checks import FROM_GOOGLE, problems
@@ -89,8 +89,7 @@ class Plan:
     @property
     def machine(self) -> Machine | None:
         """The hosts, where their type is one that is known."""
-        name = self.tpu.machine if self.tpu else (self.values.instance_type or "").removeprefix("ml.")
-        return MACHINES.get(name)
+        return known_machine(self.tpu.machine if self.tpu else self.values.instance_type)
 
     @property
     def spot_seconds(self) -> int | None:
@@ -169,8 +168,8 @@ def read_words(
     `environment`: for the flags alone. Raises ConfigError, also for values that look misspelt.
     """
     check_words(words)
-    overridden = {name for name in environment if name.startswith(f"M_{PREFIX.upper()}")}
-    of_flags = {name: text for name, text in environment.items() if name not in overridden}
+    ours = f"M_{PREFIX.upper()}"
+    of_flags = {name: text for name, text in environment.items() if not name.startswith(ours)}
     config = load_config(_of_job(words), of_flags)
     given = {key: value for key, value in config.other_keys.items() if key.startswith(PREFIX)}
     sources = {key.removeprefix(PREFIX): config.source_of(key) for key in given}
@@ -194,7 +193,7 @@ def _of_job(words: Sequence[str]) -> list[str]:
 
 def _is_value(word: str) -> bool:
     """Whether a word is a value of the deployment; a file may be called so, too."""
-    return word.startswith(PREFIX) and not word.partition("=")[0].endswith((".yml", ".yaml"))
+    return word.startswith(PREFIX) and not is_file(word)
 
 
 def _value_of(text: str) -> Any:

@@ -39,6 +39,7 @@ from emergency_ckpt.deploy.names import (
 from emergency_ckpt.errors import ConfigError
 
 PREFIX = "deploy_"
+MOST_SAVE_SECONDS = 3600
 
 DEFAULT_RESTART_CODES = (42, *range(127, 256))
 """XPK's: 42 for "start me again", 127 and above for signals. JAX aborts (134) when a peer is lost."""
@@ -133,7 +134,7 @@ class Deployment(BaseModel):
         description="Exit codes after which the job is started again, beside 42 and 127 to 255. 1 is what "
         "Python ends with when a collective fails because a host was lost.",
     )
-    planned_save_seconds: Annotated[float, BeforeValidator(_whole), Field(gt=0, le=3600)] = Field(
+    planned_save_seconds: Annotated[float, BeforeValidator(_whole), Field(gt=0, le=MOST_SAVE_SECONDS)] = Field(
         60.0,
         description="Planned time from the notice to a newest step in the persistent tier; the grace periods "
         "follow from it.",

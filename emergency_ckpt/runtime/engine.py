@@ -362,8 +362,9 @@ class Engine:
     def _age_of(self, step: StepId | None) -> float:
         """Seconds since a persistent step was committed; 0 where nobody can tell, or wants to know."""
         backups = self._settings.backups
-        age = None if step is None or not (backups and backups.seconds) else self._persisted.age_of(step)
-        return 0.0 if age is None else age.total_seconds()
+        if step is None or backups is None or backups.seconds is None:
+            return 0.0
+        return self._persisted.age_of(step)
 
     # Leaving.
 

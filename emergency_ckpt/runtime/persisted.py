@@ -6,7 +6,6 @@ The store is asked once for all processes: two that look for themselves may see 
 from __future__ import annotations
 
 import time
-from datetime import timedelta
 
 from emergency_ckpt.agent.drain_worker import DrainWorker
 from emergency_ckpt.core.lineage import StepId
@@ -58,14 +57,14 @@ class Persisted:
 
         return self._calls.tell_often("committed", find)
 
-    def age_of(self, step: StepId) -> timedelta | None:
-        """How long ago a step was committed; None where nobody can tell. Of one process."""
+    def age_of(self, step: StepId) -> float:
+        """Seconds since a step was committed; 0 where nobody can tell. Of one process."""
         try:
             committed = self._catalog.facts(step.step).committed_nanoseconds
         except (EmergencyCheckpointError, OSError) as error:
             self._job.log.warning("backup", step.step, f"when it was committed is not known: {error}")
-            return None
-        return None if committed is None else timedelta(seconds=max(time.time() - committed / 1e9, 0.0))
+            return 0.0
+        return 0.0 if committed is None else max(time.time() - committed / 1e9, 0.0)
 
     def _lists(self, step: int) -> bool:
         return any(held.step_id.step == step for held in self._catalog.persistent())

@@ -14,12 +14,11 @@ from emergency_ckpt.config import Config
 from emergency_ckpt.config.names import did_you_mean
 from emergency_ckpt.core.forecast.job_plan import JobPlan
 from emergency_ckpt.core.forecast.sizing import quantity
-from emergency_ckpt.core.machines import MACHINES, MIB
+from emergency_ckpt.core.machines import MACHINES, MIB, known_machine
 from emergency_ckpt.deploy.names import mebibytes
 from emergency_ckpt.deploy.plan import read_words
-from emergency_ckpt.deploy.values import FIELDS, PREFIX, Deployment
+from emergency_ckpt.deploy.values import FIELDS, MOST_SAVE_SECONDS, PREFIX, Deployment
 
-_MOST_SAVE_SECONDS = 3600
 _SAID_LATER: Mapping[str, Any] = {
     "workload": "later",
     "image": "later",
@@ -52,15 +51,11 @@ def take_shape(args: argparse.Namespace, given: Mapping[str, Any]) -> None:
     if args.tpu_type is None:
         if args.hosts_per_slice is None:
             args.hosts_per_slice = given.get("hosts_per_slice")
-        if args.machine is None and _is_known(instance := given.get("instance_type")):
+        if args.machine is None and known_machine(instance := given.get("instance_type")):
             args.machine = instance
     if args.trainer_memory is None and given.get("memory") is not None:
         agent = given.get("agent_memory", Deployment.model_fields["agent_memory"].default)
         args.trainer_memory = f"{mebibytes(given['memory']) + mebibytes(agent)}Mi"
-
-
-def _is_known(instance: str | None) -> bool:
-    return instance is not None and instance.removeprefix("ml.") in MACHINES
 
 
 def deploy_values(given: Mapping[str, Any], plan: JobPlan, machine: str | None) -> Iterator[tuple[str, Any]]:
@@ -82,7 +77,7 @@ def deploy_values(given: Mapping[str, Any], plan: JobPlan, machine: str | None) 
         if value is not None or name in given:
             yield f"{PREFIX}{name}", value
     yield f"{PREFIX}ramdisk_size", quantity(plan.ramdisk_mib)
-    if (seconds := last_save_seconds(plan)) <= _MOST_SAVE_SECONDS:
+    if (seconds := last_save_seconds(plan)) <= MOST_SAVE_SECONDS:
         usual = Deployment.model_fields["planned_save_seconds"].default
         yield f"{PREFIX}planned_save_seconds", max(seconds, given.get("planned_save_seconds", usual))
 
@@ -103,7 +98,7 @@ def deploy_notes(given: Mapping[str, Any], plan: JobPlan) -> Iterator[str]:
     if asked is not None and memory is not None and mebibytes(asked) * MIB > memory.for_ramdisk:
         free = quantity(memory.for_ramdisk // MIB)
         yield f"{PREFIX}ramdisk_size={asked} is more than the {free} that are free for it on a host."
-    if plan.request.tpu_type is None and instance is not None and not _is_known(instance):
+    if plan.request.tpu_type is None and instance is not None and not known_machine(instance):
         yield (
             f"{PREFIX}instance_type={instance} is not in the table of machine types."
             + did_you_mean(instance, list(MACHINES))
@@ -115,12 +110,12 @@ def deploy_notes(given: Mapping[str, Any], plan: JobPlan) -> Iterator[str]:
         )
     planned = given.get("planned_save_seconds")
     seconds = last_save_seconds(plan)
-    if planned is not None and planned < seconds <= _MOST_SAVE_SECONDS:
+    if planned is not None and planned < seconds <= MOST_SAVE_SECONDS:
         yield (
             f"{PREFIX}planned_save_seconds={planned:g} is less than the {seconds} s that a last save takes by"
             " this plan: a pod may be gone before its step is in the persistent tier."
         )
-    if seconds > _MOST_SAVE_SECONDS:
+    if seconds > MOST_SAVE_SECONDS:
         yield (
             f"a last save takes {seconds} s by this plan, longer than any grace period: what survives a notice "
             "is on the ramdisks of others."

@@ -263,8 +263,7 @@ def _notes(plan: JobPlan) -> Iterator[str]:
                 else "."
             )
         )
-    if plan.best_goodput - plan.goodput > _MUCH:
-        more = plan.best_goodput - plan.goodput
+    if (more := plan.best_goodput - plan.goodput) > _MUCH:
         yield f"the periods that are set cost {more:.0%} of the time beside the best; unset, those are chosen."
     if plan.periods.persistent % plan.periods.local and of.persistent_flag == "checkpoint_period":
         local = plan.periods.local
